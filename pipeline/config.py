@@ -1,0 +1,384 @@
+"""Every run file as a typed, validated, frozen model: YAML, `${field}` references, dotted overrides."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """One section of a run file: unknown fields are refused, values cannot be changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ImagesConfig(Section):
+    """Which image shards are read, and how a picture becomes pixels of the training resolution."""
+
+    shards: str = Field(description="image shards: a folder, or a pattern such as s3://bucket/shards/*.tar")
+    resolution: Count = Field(description="side of the square training pictures, in pixels")
+    background: tuple[int, int, int] = Field((255, 255, 255), description="colour that transparent pixels are laid on")
+    caption_field: str = Field("caption", description="field of KEY.json with the caption, where there is no KEY.txt")
+    holdout: Fraction = Field(0.0, description="share of the pictures that is never trained on, chosen by hash of key")
+
+
+class AutoencoderModelConfig(Section):
+    """Geometry of diffusers' AutoencoderKL. Each level but the last halves the side of the picture."""
+
+    latent_channels: Count = 8
+    block_out_channels: tuple[Count, ...] = (16, 32, 64, 64)
+    layers_per_block: Count = 1
+    norm_num_groups: Count = 8
+    mid_block_attention: bool = True
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> AutoencoderModelConfig:
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(f"block_out_channels: {width} is not a multiple of norm_num_groups={self.norm_num_groups}")
+        return self
+
+
+class TextConfig(Section):
+    """The text tower: open_clip's text transformer, trained together with the UNet (`joint`)."""
+
+    mode: Literal["joint"] = "joint"
+    width: Count = 128
+    layers: Count = 2
+    heads: Count = 4
+    context_length: int = Field(24, ge=8, le=77, description="tokens a caption is padded or cut to")
+    train_token_embedding: bool = Field(True, description="off: the table of token codes keeps its random start")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} is not a multiple of heads={self.heads}")
+        return self
+
+
+class UNetConfig(Section):
+    """Geometry of diffusers' UNet2DConditionModel; the latent and text widths come from manifest and text tower."""
+
+    block_out_channels: tuple[Count, ...] = (64, 128)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    layers_per_block: Count = 1
+    transformer_layers_per_block: Count = 1
+    attention_head_dim: Count = Field(4, description="heads of each attention (diffusers' historical name)")
+    norm_num_groups: Count = 32
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> UNetConfig:
+        lengths = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
+        if len(lengths) != 1:
+            raise ValueError("block_out_channels, down_block_types and up_block_types must have the same length")
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups or width % self.attention_head_dim:
+                raise ValueError(
+                    f"block_out_channels: {width} is not a multiple of norm_num_groups={self.norm_num_groups}"
+                    f" and of attention_head_dim={self.attention_head_dim}"
+                )
+        return self
+
+
+class ObjectiveConfig(Section):
+    """What the UNet learns: rectified flow (Liu et al. 2022), timesteps logit-normal (Esser et al. 2024, eq. 19)."""
+
+    kind: Literal["rectified_flow"] = "rectified_flow"
+    timestep_mean: float = 0.0
+    timestep_std: Positive = 1.0
+    caption_dropout: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up, then cosine decay to `final_learning_rate_ratio` of the peak."""
+
+    learning_rate: Positive = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    epsilon: Positive = 1e-8
+    weight_decay: float = Field(0.01, ge=0, description="not applied to norms, biases and embeddings")
+    warmup_steps: int = Field(50, ge=0)
+    final_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
+    gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
+
+
+class EngineConfig(Section):
+    """How the optimizer's state is cut over the ranks, and in which precision the network runs."""
+
+    zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    world_size: Count | None = Field(None, description="ranks that must be there at start; null = any")
+    threads_per_rank: Count | None = Field(None, description="CPU threads of each rank; null = cores / local ranks")
+    timeout_seconds: Positive = Field(600.0, description="a rank that is silent this long ends the others")
+
+
+class MetricsConfig(Section):
+    """Where numbers go: Prometheus for a scraper, JSON lines for the report."""
+
+    prometheus: bool = True
+    host: str = Field("127.0.0.1", description="address the metrics server binds to; 0.0.0.0 = every interface")
+    port: int = Field(0, ge=0, le=65535, description="first port to try; 0 = one that is free")
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, and how many checkpoints are kept."""
+
+    every: Count = Field(200, description="steps between checkpoints; the last step is always saved")
+    keep: Count = Field(2, description="newest checkpoints that are kept")
+
+
+class RunConfig(Section):
+    """What every run file has."""
+
+    root: str = Field("", description="a folder or s3:// prefix that other fields may name as ${root}")
+
+
+class PackConfig(RunConfig):
+    """`lathe pack`: a folder of pictures and captions into WebDataset image shards."""
+
+    job: Literal["pack"] = "pack"
+    source: str = Field(description="local folder: NAME.png with NAME.txt, or metadata.jsonl / metadata.csv (file_name, text)")
+    output: str = Field(description="folder or s3:// prefix the shards go to")
+    samples_per_shard: Count = 1000
+    attribution: str = Field("", description="whom the pictures are by, under which licence; kept beside the shards")
+
+
+class FirstStageConfig(RunConfig):
+    """`lathe train-vae`: the first-stage autoencoder."""
+
+    job: Literal["train-vae"] = "train-vae"
+    images: ImagesConfig
+    output: str = Field(description="folder or s3:// prefix for the autoencoder, in diffusers' format")
+    model: AutoencoderModelConfig = AutoencoderModelConfig()
+    steps: Count = 2000
+    batch_size: Count = 16
+    optimizer: OptimizerConfig = OptimizerConfig()
+    kl_weight: float = Field(1e-5, ge=0, description="weight of the KL term, per latent element")
+    ema_decay: Fraction = 0.995
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log_every: Count = 20
+
+
+class EncodeConfig(RunConfig):
+    """`lathe encode`: image shards to latent shards and a manifest."""
+
+    job: Literal["encode"] = "encode"
+    images: ImagesConfig
+    autoencoder: str = Field(description="folder, s3:// prefix or hub id of a diffusers AutoencoderKL")
+    output: str = Field(description="folder or s3:// prefix for latent shards, receipts and manifest")
+    text: TextConfig = TextConfig()
+    batch_size: Count = 32
+    block_samples: Count = Field(64, description="samples per checksummed block, the unit the trainer reads")
+    max_reject_rate: Fraction = Field(0.05, description="share of unusable samples past which the job fails")
+    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+    metrics: MetricsConfig = MetricsConfig()
+
+
+class TrainConfig(RunConfig):
+    """`lathe train`: latent shards to a text-to-image diffusion model."""
+
+    job: Literal["train"] = "train"
+    manifest: str = Field(description="manifest.json of the latents")
+    output: str = Field(description="folder or s3:// prefix for checkpoints and the metrics log")
+    unet: UNetConfig = UNetConfig()
+    text: TextConfig = TextConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    ema_decay: Fraction = 0.999
+    steps: Count = 2000
+    global_batch: Count = Field(64, description="samples per optimizer step, over all ranks")
+    shuffle_window: Count = Field(256, description="samples shuffled together within each run of an epoch")
+    seed: int = 0
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log_every: Count = 20
+
+
+class SampleConfig(RunConfig):
+    """`lathe sample`: prompts to pictures, from the EMA weights of a checkpoint."""
+
+    job: Literal["sample"] = "sample"
+    run: str = Field(description="the training run's output, or one checkpoint in it")
+    autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
+    prompts: tuple[str, ...] = Field(min_length=1)
+    output: str = Field(description="local folder for the pictures and their contact sheet")
+    guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
+    steps: Count = Field(25, description="sampler steps")
+    batch_size: Count = 64
+    seed: int = 0
+    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+
+
+class ExportConfig(RunConfig):
+    """`lathe export`: a checkpoint to a folder that diffusers opens as a pipeline."""
+
+    job: Literal["export"] = "export"
+    run: str = Field(description="the training run's output, or one checkpoint in it")
+    autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
+    output: str = Field(description="local folder or s3:// prefix for the pipeline")
+    guidance: float = Field(2.0, ge=1, description="guidance scale noted in the exported model card")
+
+
+AnyRun = Union[PackConfig, FirstStageConfig, EncodeConfig, TrainConfig, SampleConfig, ExportConfig]  # noqa: UP007
+JOBS: dict[str, type[RunConfig]] = {c.model_fields["job"].default: c for c in get_args(AnyRun)}
+_Run = TypeVar("_Run", bound=RunConfig)
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+
+
+def load(kind: type[_Run], path: str, overrides: list[str] | None = None) -> _Run:
+    """Read a run file for one command.
+
+    Args:
+        kind: the model that the command takes.
+        path: a YAML file, or the name of a bundled one (`configs/demo/train.yaml`).
+        overrides: `dotted.field=value` strings, the value in YAML; they win over the file.
+
+    Raises:
+        ConfigError: naming file, field and value.
+    """
+    tree = _read(path)
+    job, wanted = tree.get("job"), kind.model_fields["job"].default
+    if job != wanted:
+        said = f"is for `lathe {job}`" if job in JOBS else f"has job: {job!r}"
+        raise ConfigError(f"{path} {said}, not for `lathe {wanted}`", f"give a file that says `job: {wanted}`")
+    return _build(kind, tree, path, overrides or [])
+
+
+def load_any(path: str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file of whichever command its `job` names. Raises ConfigError."""
+    tree = _read(path)
+    job = tree.get("job")
+    if job not in JOBS:
+        raise ConfigError(f"{path}: job: {job!r} is no command", f"use one of: {', '.join(JOBS)}")
+    return _build(JOBS[job], tree, path, overrides or [])
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved run file as YAML text that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
+
+
+def bundled(name: str) -> Path:
+    """A file shipped with Lathe, such as `configs/demo/train.yaml` or `launchers/accelerate.sh`.
+
+    Raises:
+        ConfigError: no such file in this installation.
+    """
+    package = Path(__file__).parent
+    for base in (package / "bundled", package.parent):
+        if (base / name).is_file():
+            return base / name
+    raise ConfigError(f"{name}: no such file", "give the path of a run file; `lathe config --list` names the bundled ones")
+
+
+def bundled_configs() -> list[str]:
+    """The names of the run files shipped with Lathe."""
+    package = Path(__file__).parent
+    for base in (package / "bundled", package.parent):
+        if (base / "configs").is_dir():
+            return sorted(str(p.relative_to(base)) for p in (base / "configs").rglob("*.yaml"))
+    return []
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = Path(path) if Path(path).is_file() else bundled(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
+        raise ConfigError(f"{path} is not YAML{where}: {str(error).splitlines()[0]}", "mend the file's syntax") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no fields", "a run file is a YAML mapping that begins with `job: ...`")
+    return tree
+
+
+def _build(kind: type[_Run], tree: dict[str, Any], path: str, overrides: list[str]) -> _Run:
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return kind.model_validate(_resolve(tree, tree, ()))
+    except ValidationError as error:
+        raise _explain(kind, path, error) from error
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {override!r} has no value", "write dotted.field=value, for example optimizer.learning_rate=1e-4")
+    *sections, field = name.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section", "check the dotted name")
+        tree = inner
+    try:
+        tree[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML", "quote it") from error
+
+
+def _resolve(value: Any, tree: dict[str, Any], seen: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {k: _resolve(v, tree, seen) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve(v, tree, seen) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def refer(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name in seen:
+            raise ConfigError(f"${{{name}}} refers to itself", "break the circle of references")
+        found: Any = tree
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if not isinstance(found, str | int | float):
+            raise ConfigError(f"${{{name}}} refers to a field that is not set", f"set it, for example {name}=s3://bucket")
+        return str(_resolve(found, tree, (*seen, name)))
+
+    return _REFERENCE.sub(refer, value)
+
+
+def _explain(kind: type[RunConfig], path: str, error: ValidationError) -> ConfigError:
+    """The first problem as one line: dotted field, value, and the nearest right name."""
+    first = error.errors(include_url=False)[0]
+    place = [str(p) for p in first["loc"]]
+    field = ".".join(place) or "the file"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(kind, place[:-1])
+        near = difflib.get_close_matches(place[-1], known, 1, 0.5)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
+        return ConfigError(f"{path}: {field}: unknown field", remedy)
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: {field}: missing", f"set it in the file, or add {field}=... to the command")
+    said = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    more = len(error.errors()) - 1
+    return ConfigError(f"{path}: {field}: {said}{value}", f"mend this field{f'; {more} more are wrong' if more else ''}")
+
+
+def _fields_at(kind: type[BaseModel], place: list[str]) -> list[str]:
+    for part in place:
+        info = kind.model_fields.get(part)
+        options = get_args(info.annotation) if info and get_origin(info.annotation) else (info.annotation,) if info else ()
+        inner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if inner is None:
+            return []
+        kind = inner
+    return list(kind.model_fields)
