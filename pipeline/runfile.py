@@ -1,0 +1,167 @@
+"""Run files: YAML, `${field}` references, dotted overrides, and errors that name the field."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import JOBS, RunConfig
+from pipeline.errors import ConfigError
+
+_Run = TypeVar("_Run", bound=RunConfig)
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+
+
+def load(kind: type[_Run], path: str, overrides: list[str] | None = None) -> _Run:
+    """Read a run file for one command.
+
+    Args:
+        kind: the model that the command takes.
+        path: a YAML file, or the name of a bundled one (`configs/demo/train.yaml`).
+        overrides: `dotted.field=value` strings, the value in YAML; they win over the file.
+
+    Raises:
+        ConfigError: naming file, field and value.
+    """
+    tree = _read(path)
+    job, wanted = tree.get("job"), kind.model_fields["job"].default
+    if job != wanted:
+        said = f"is for `lathe {job}`" if job in JOBS else f"has job: {job!r}"
+        raise ConfigError(f"{path} {said}, not for `lathe {wanted}`", f"give a file that says `job: {wanted}`")
+    return _build(kind, tree, path, overrides or [])
+
+
+def load_any(path: str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file of whichever command its `job` names. Raises ConfigError."""
+    tree = _read(path)
+    job = tree.get("job")
+    if job not in JOBS:
+        raise ConfigError(f"{path}: job: {job!r} is no command", f"use one of: {', '.join(JOBS)}")
+    return _build(JOBS[job], tree, path, overrides or [])
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved run file as YAML text that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
+
+
+def bundled(name: str) -> Path:
+    """A file shipped with Lathe, such as `configs/demo/train.yaml` or `launchers/accelerate.sh`.
+
+    Raises:
+        ConfigError: no such file in this installation.
+    """
+    package = Path(__file__).parent
+    for base in (package / "bundled", package.parent):
+        if (base / name).is_file():
+            return base / name
+    raise ConfigError(f"{name}: no such file", "give the path of a run file; `lathe config` lists the bundled ones")
+
+
+def bundled_configs() -> list[str]:
+    """The names of the run files shipped with Lathe."""
+    package = Path(__file__).parent
+    for base in (package / "bundled", package.parent):
+        if (base / "configs").is_dir():
+            return sorted(str(p.relative_to(base)) for p in (base / "configs").rglob("*.yaml"))
+    return []
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = Path(path) if Path(path).is_file() else bundled(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
+        raise ConfigError(
+            f"{path} is not YAML{where}: {str(error).splitlines()[0]}", "mend the file's syntax"
+        ) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no fields", "a run file is a YAML mapping that begins with `job: ...`")
+    return tree
+
+
+def _build(kind: type[_Run], tree: dict[str, Any], path: str, overrides: list[str]) -> _Run:
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return kind.model_validate(_resolve(tree, tree, ()))
+    except ValidationError as error:
+        raise _explain(kind, path, error) from error
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {override!r} has no value", "write dotted.field=value, such as seed=1")
+    *sections, field = name.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section", "check the dotted name")
+        tree = inner
+    try:
+        tree[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML", "quote it") from error
+
+
+def _resolve(value: Any, tree: dict[str, Any], seen: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {k: _resolve(v, tree, seen) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve(v, tree, seen) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def refer(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name in seen:
+            raise ConfigError(f"${{{name}}} refers to itself", "break the circle of references")
+        found: Any = tree
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if not isinstance(found, str | int | float):
+            raise ConfigError(
+                f"${{{name}}} refers to a field that is not set", f"set it, for example {name}=s3://bucket"
+            )
+        return str(_resolve(found, tree, (*seen, name)))
+
+    return _REFERENCE.sub(refer, value)
+
+
+def _explain(kind: type[RunConfig], path: str, error: ValidationError) -> ConfigError:
+    """The first problem as one line: dotted field, value, and the nearest right name."""
+    first = error.errors(include_url=False)[0]
+    place = [str(p) for p in first["loc"]]
+    field = ".".join(place) or "the file"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(kind, place[:-1])
+        near = difflib.get_close_matches(place[-1], known, 1, 0.5)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
+        return ConfigError(f"{path}: {field}: unknown field", remedy)
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: {field}: missing", f"set it in the file, or add {field}=... to the command")
+    said = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    more = len(error.errors()) - 1
+    remedy = f"mend this field; {more} more are wrong" if more else "mend this field"
+    return ConfigError(f"{path}: {field}: {said}{value}", remedy)
+
+
+def _fields_at(kind: type[BaseModel], place: list[str]) -> list[str]:
+    for part in place:
+        if part not in kind.model_fields:
+            return []
+        annotation = kind.model_fields[part].annotation
+        options = get_args(annotation) if get_origin(annotation) else (annotation,)
+        inner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if inner is None:
+            return []
+        kind = inner
+    return list(kind.model_fields)
