@@ -1,0 +1,161 @@
+"""The metric table, the Prometheus endpoint and the JSON-lines log."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import urllib.request
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipeline.config import MetricsConfig
+from pipeline.errors import SetupError
+from pipeline.metrics import DEFINITIONS, LOG, Metrics, read_log
+from pipeline.storage import open_store
+
+QUIET = MetricsConfig(prometheus=False)
+
+
+@dataclass
+class ObjectStore:
+    """An object store in memory, as far as the log goes: whole writes, no appending."""
+
+    url: str = "s3://bucket/run"
+    objects: dict[str, bytes] = field(default_factory=dict)
+
+    def read(self, name: str) -> bytes:
+        return self.objects[name]
+
+    def write(self, name: str, data: bytes) -> bool:
+        self.objects[name] = data
+        return True
+
+    def list(self, prefix: str = ""):
+        return [type("Entry", (), {"name": n})() for n in sorted(self.objects) if n.startswith(prefix)]
+
+    def delete(self, names) -> None:
+        for name in names:
+            del self.objects[name]
+
+
+def _scrape(address: str) -> str:
+    assert address.startswith("http://127.0.0.1:")
+    return urllib.request.urlopen(address, timeout=5).read().decode()  # noqa: S310
+
+
+def test_names_follow_prometheus_conventions():
+    names = [d.name(job) for d in DEFINITIONS for job in d.jobs]
+    assert len(names) == len(set(names))
+    for name in names:
+        assert re.fullmatch(r"lathe_(train|first_stage|encode)_[a-z0-9_]+", name)
+        assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|percent|total)(_|$)", name), (
+            f"{name}: base units, gauges"
+        )
+
+
+def test_endpoint_serves_what_was_set():
+    metrics = Metrics(MetricsConfig(), "train")
+    try:
+        metrics.set("loss", 0.25)
+        text = _scrape(metrics.address)
+        assert "lathe_train_loss 0.25" in text
+        assert "# HELP lathe_train_loss " in text
+        assert "lathe_encode" not in text
+    finally:
+        metrics.close()
+
+
+def test_labelled_metric():
+    metrics = Metrics(QUIET, "encode")
+    metrics.set("rejected_images", 3, reason="truncated")
+    assert metrics.registry.get_sample_value("lathe_encode_rejected_images", {"reason": "truncated"}) == 3
+
+
+def test_unknown_key_is_refused():
+    with pytest.raises(KeyError):
+        Metrics(QUIET, "encode").set("loss", 1.0)
+
+
+def test_taken_port_moves_on_to_a_free_one():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        metrics = Metrics(MetricsConfig(port=port), "train")
+        try:
+            assert f":{port}/" not in metrics.address
+            assert "lathe_train_step" in _scrape(metrics.address)
+        finally:
+            metrics.close()
+
+
+def test_two_jobs_in_one_process_do_not_share_a_registry():
+    first, second = Metrics(QUIET, "train"), Metrics(QUIET, "train")
+    first.set("loss", 1.0)
+    assert second.registry.get_sample_value("lathe_train_loss") == 0.0
+
+
+def test_address_that_is_not_ours_names_the_field():
+    with pytest.raises(SetupError, match=r"metrics\.host"):
+        Metrics(MetricsConfig(host="192.0.2.1"), "train")
+
+
+def test_other_ranks_neither_serve_nor_log(tmp_path):
+    metrics = Metrics(MetricsConfig(), "train", rank=1, log_store=open_store(str(tmp_path)))
+    metrics.log(1, {"loss": 1.0})
+    metrics.close()
+    assert metrics.address == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=["folder", "objects"])
+def log_store(request, tmp_path):
+    return open_store(str(tmp_path / "run")) if request.param == "folder" else ObjectStore()
+
+
+def test_log_is_read_back_across_restarts(log_store):
+    first = Metrics(QUIET, "train", log_store=log_store)
+    for step in (1, 2, 3, 4):
+        first.log(step, {"loss": step / 3})
+        if step % 2 == 0:
+            first.flush()
+    first.close()
+    second = Metrics(QUIET, "train", log_store=log_store)
+    second.resume(3)
+    second.log(4, {"loss": 9.0, "learning_rate": 1e-4})
+    second.close()
+    lines = read_log(log_store)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["loss"] == 9.0
+    assert lines[-1]["learning_rate"] == 1e-4
+    assert lines[0]["loss"] == pytest.approx(1 / 3, rel=1e-8)
+
+
+def test_resume_at_the_start_drops_everything(log_store):
+    first = Metrics(QUIET, "train", log_store=log_store)
+    first.log(5, {"loss": 1.0})
+    first.close()
+    Metrics(QUIET, "train", log_store=log_store).resume(0)
+    assert read_log(log_store) == []
+
+
+def test_folder_log_is_readable_while_the_run_goes_on_and_survives_a_torn_line(tmp_path):
+    store = open_store(str(tmp_path))
+    metrics = Metrics(QUIET, "train", log_store=store)
+    metrics.log(1, {"loss": 0.5})
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [line["step"] for line in read_log(store)] == [1]
+    metrics.close()
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    store = open_store(str(tmp_path))
+    metrics = Metrics(QUIET, "train", log_store=store)
+    metrics.log(1, {"loss": float("nan"), "gradient_norm": float("inf")})
+    metrics.close()
+    line = json.loads((tmp_path / LOG).read_text())
+    assert line["loss"] is None
+    assert line["gradient_norm"] is None
