@@ -223,6 +223,23 @@ class SampleConfig(RunConfig):
     threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
 
 
+class EvaluateConfig(RunConfig):
+    """`lathe evaluate`: do pictures follow their prompts, what does the autoencoder lose, what of unseen captions."""
+
+    job: Literal["evaluate"] = "evaluate"
+    run: str = Field(description="the training run's output, or one checkpoint in it")
+    autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
+    manifest: str = Field(description="manifest.json of the latents")
+    images: ImagesConfig
+    output: str = Field(description="local folder for evaluation.json and the pictures")
+    prompts: Count = Field(128, description="training captions drawn by `seed` for the retrieval score")
+    guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
+    steps: Count = Field(25, description="sampler steps")
+    batch_size: Count = 64
+    seed: int = 0
+    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+
+
 class ExportConfig(RunConfig):
     """`lathe export`: a checkpoint to a folder that diffusers opens as a pipeline."""
 
@@ -239,5 +256,6 @@ JOBS: dict[str, type[RunConfig]] = {
     "encode": EncodeConfig,
     "train": TrainConfig,
     "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
     "export": ExportConfig,
 }

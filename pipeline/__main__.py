@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `lathe`."""
+
+from pipeline.cli import main
+
+main()

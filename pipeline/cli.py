@@ -1,0 +1,189 @@
+"""The `lathe` command: parse, load the run file, call one function."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline import __version__, runfile
+from pipeline.config import (
+    EncodeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FirstStageConfig,
+    PackConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from pipeline.console import ProgressLine
+from pipeline.errors import ConfigError, LatheError
+
+app = typer.Typer(
+    name="lathe",
+    help="Image shards to latents, latents to text-to-image diffusion models.\n\n"
+    "New here? `lathe demo` runs every stage on this machine and shows the pictures.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    add_completion=False,
+)
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="Run file in YAML, or a bundled one: see `lathe config`.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="FIELD=VALUE", help="Fields to set, dotted: `optimizer.learning_rate=1e-4 steps=500`."),
+]
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Where everything is kept.")] = Path("lathe-demo"),
+    preset: Annotated[
+        str, typer.Option(help="`demo` (20 minutes on 2 cores), `smoke` (4) or `showcase` (2 hours).")
+    ] = "demo",
+    s3: Annotated[
+        str | None,
+        typer.Option(
+            "--s3",
+            metavar="URL",
+            help="Your own server, `http://host:port/bucket`, or a bucket on AWS, `s3://bucket/prefix`; keys from the "
+            "usual AWS variables or files. Default: an embedded server on loopback.",
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left, and start over.")] = False,
+) -> None:
+    """Run the whole path on this machine: pack, train-vae, encode, train, sample, export, report.
+
+    Started again after it was stopped, it goes on where it was.
+    """
+    from pipeline.demo.guided_run import run_demo
+
+    run_demo(folder, preset=preset, s3=s3, fresh=fresh)
+
+
+@app.command()
+def pack(config: Config, overrides: Overrides = None) -> None:
+    """Pack a folder of pictures and captions into WebDataset image shards."""
+    from pipeline.data.pack import pack as run
+
+    settings = runfile.load(PackConfig, config, overrides)
+    with ProgressLine("pack", "pictures") as line:
+        _say(run(settings, line.update))
+
+
+@app.command("train-vae")
+def train_vae(config: Config, overrides: Overrides = None) -> None:
+    """Train the first stage: the autoencoder that turns pictures into latents and back."""
+    from pipeline.train.first_stage import fit_first_stage
+
+    settings = runfile.load(FirstStageConfig, config, overrides)
+    with ProgressLine("train-vae", "steps") as line:
+        _say(fit_first_stage(settings, line.update))
+
+
+@app.command()
+def encode(
+    config: Config,
+    overrides: Overrides = None,
+    task: Annotated[
+        str, typer.Option("--task", metavar="I/N", help="This worker's share: task I of N, counted from 0.")
+    ] = "0/1",
+) -> None:
+    """Encode image shards into latent shards and a manifest. Run as many workers as you like, each with its --task."""
+    from pipeline.encode.job import encode as run
+
+    settings = runfile.load(EncodeConfig, config, overrides)
+    with ProgressLine("encode", "shards") as line:
+        _say(run(settings, _task(task), lambda done, total, rejects: line.update(done, total, f"{rejects} rejected")))
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train the text-to-image model on latent shards. Several ranks: start it with `launchers/accelerate.sh CONFIG`."""
+    from pipeline.train.trainer import fit
+
+    fit(runfile.load(TrainConfig, config, overrides))
+
+
+@app.command()
+def sample(config: Config, overrides: Overrides = None) -> None:
+    """Make pictures for prompts, from the EMA weights of a training run."""
+    from pipeline.sample import sample as run
+
+    settings = runfile.load(SampleConfig, config, overrides)
+    with ProgressLine("sample", "pictures") as line:
+        _say(run(settings, line.update))
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Score a training run: do its pictures follow their prompts, and what does the autoencoder lose."""
+    from pipeline.evaluate.job import evaluate as run
+
+    settings = runfile.load(EvaluateConfig, config, overrides)
+    with ProgressLine("evaluate", "pictures") as line:
+        _say(run(settings, line.update))
+
+
+@app.command()
+def export(config: Config, overrides: Overrides = None) -> None:
+    """Write a training run as a folder that diffusers opens, with no code of Lathe behind it."""
+    from pipeline.export import export as run
+
+    _say(run(runfile.load(ExportConfig, config, overrides)))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="Run file; without one, the bundled ones are listed.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print a run file with every default filled in and every ${reference} resolved."""
+    if config is None:
+        _say("\n".join(runfile.bundled_configs()))
+    else:
+        _say(runfile.dump(runfile.load_any(config, overrides)).rstrip())
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        _say(__version__)
+        raise typer.Exit
+
+
+def _task(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--task {text}: not a share", "write I/N with I from 0 to N-1, for example --task 0/4")
+    return int(index), int(count)
+
+
+def _say(result: Any) -> None:
+    print(result, flush=True)  # noqa: T201
+
+
+def main() -> None:
+    """Run the command line; a user's error ends it with one line, its remedy and the error's exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app(prog_name="lathe")
+    except LatheError as error:
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+        if error.remedy:
+            print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        sys.exit(130)

@@ -1,0 +1,129 @@
+"""Child processes of the guided run: they end with it, their memory is counted, their failure is told in one line."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from pipeline.errors import LatheError
+
+STOP_GRACE_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded before any fork
+
+
+def end_with_parent() -> None:
+    """Called in a child before exec: it gets SIGTERM when its parent dies, however the parent died (Linux)."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class MemoryPeak:
+    """The largest sum of resident memory over this process and all its descendants, in bytes, while it is open.
+
+    Pages that processes share are counted once for each, so the figure is an upper bound.
+    """
+
+    def __init__(self, interval_seconds: float = 0.5) -> None:
+        self.bytes = 0
+        self._interval, self._stop = interval_seconds, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-peak", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(self._interval):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:
+                    continue
+            self.bytes = max(self.bytes, total)
+
+
+def run_together(
+    commands: Sequence[Sequence[str]], environment: Mapping[str, str], logs: Path, name: str, alive: Callable[[], None]
+) -> None:
+    """Run commands side by side; the first shows on the terminal, the others write to `logs`.
+
+    Args:
+        commands: argument lists.
+        environment: the whole environment of the children.
+        logs: folder for the output of the second command and further ones.
+        name: the stage, for messages.
+        alive: called twice a second; what it raises ends the children and is raised here.
+
+    Raises:
+        LatheError: a command failed; with its exit code.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, command in enumerate(commands):
+            children.append(_start(command, environment, logs / f"{name}-{number}.log" if number else None))
+        while any(child.poll() is None for child in children):
+            if any(child.returncode for child in children):
+                break
+            alive()
+            time.sleep(0.5)
+    finally:
+        _stop(children)
+    for number, child in enumerate(children):
+        if child.returncode:
+            where = f"; its output is in {logs / f'{name}-{number}.log'}" if number else ""
+            error = LatheError(
+                f"stage {name} ended with exit code {child.returncode}{where}",
+                "what is finished is kept: mend what the lines above say, and start the same command again",
+            )
+            error.exit_code = child.returncode if child.returncode > 0 else 1
+            raise error
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    if log is None:
+        return subprocess.Popen(command, env=dict(environment), preexec_fn=end_with_parent)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, env=dict(environment), preexec_fn=end_with_parent, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM to those still running, SIGKILL to those that do not leave within the grace period."""
+    running = [child for child in children if child.poll() is None]
+    for child in running:
+        child.terminate()
+    deadline = time.monotonic() + STOP_GRACE_SECONDS
+    for child in running:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _kill_tree(child.pid)
+            child.wait()
+
+
+def _kill_tree(pid: int) -> None:
+    for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
