@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -44,7 +45,9 @@ class MemoryPeak:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -99,11 +102,14 @@ def run_together(
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
-    if log is None:
-        return subprocess.Popen(command, env=dict(environment), preexec_fn=end_with_parent)
-    with log.open("ab") as output:
+    with ExitStack() as stack:
+        output = stack.enter_context(log.open("ab")) if log else None
         return subprocess.Popen(
-            command, env=dict(environment), preexec_fn=end_with_parent, stdout=output, stderr=subprocess.STDOUT
+            command,
+            env=dict(environment),
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            preexec_fn=end_with_parent,  # noqa: PLW1509  one system call of a library loaded before the fork
         )
 
 
