@@ -1,0 +1,88 @@
+"""The text side: open_clip's byte-pair tokenizer and its text transformer, as stock pipelines can repeat them."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from open_clip.tokenizer import SimpleTokenizer, default_bpe
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from pipeline.config import TextConfig
+
+PAD = 0
+"""open_clip pads with token 0, which is also the first letter of its table, `!`."""
+
+# transformers' CLIPTokenizer cuts lower-cased text in these pieces; so do we, and the export needs no code of ours.
+_PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+
+
+class Tokenizer:
+    """Captions to token ids: open_clip's byte-pair codes, padded with 0 or cut to `context_length`.
+
+    Text is normalised as transformers' CLIPTokenizer does it (Unicode NFC, lower case letter by letter), without
+    open_clip's repair of broken encodings and HTML entities: a stock pipeline does not have that step, and both must
+    give the same ids for any prompt.
+
+    Args:
+        context_length: tokens of each row, start and end token included.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+        self.codes = SimpleTokenizer(context_length=context_length)
+        self.codes.clean_fn = _normalise
+        self.codes.pat = _PIECES
+        self.empty: NDArray[np.uint16] = self([""])[0]
+
+    def __call__(self, captions: Sequence[str]) -> NDArray[np.uint16]:
+        """Token ids uint16 [N, L] of N captions: start, text, end, zeros. What does not fit is cut before the end."""
+        ids: NDArray[np.uint16] = self.codes(list(captions)).numpy().astype(np.uint16)
+        return ids
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What changes the meaning of the ids, for the manifest."""
+        return {
+            "kind": "open_clip-bpe",
+            "codes_sha256": hashlib.sha256(Path(default_bpe()).read_bytes()).hexdigest(),
+            "normalisation": "nfc-lower",
+            "context_length": self.context_length,
+            "padding": "full",
+            "pad_id": PAD,
+        }
+
+
+class TextTower(nn.Module):
+    """open_clip's causal text transformer (Radford et al. 2021, section 2.4), without pooling and projection.
+
+    Every parameter takes part in `forward`, as DDP and ZeRO want it.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.transformer = TextTransformer(
+            context_length=config.context_length,
+            width=config.width,
+            heads=config.heads,
+            layers=config.layers,
+            act_layer=nn.GELU,
+            pool_type="none",
+            proj_type="none",
+        )
+        self.transformer.token_embedding.weight.requires_grad_(config.train_token_embedding)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [B, L] to the last hidden state after the final norm [B, L, width]."""
+        hidden: Tensor = self.transformer(tokens)
+        return hidden
+
+
+def _normalise(text: str) -> str:
+    return "".join(letter.lower() for letter in unicodedata.normalize("NFC", text))

@@ -1,0 +1,56 @@
+"""The text-conditioned UNet of diffusers, and the one module that the training engine wraps."""
+
+from __future__ import annotations
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from pipeline.config import UNetConfig
+from pipeline.models.text import TextTower
+
+
+def build(config: UNetConfig, latent_channels: int, latent_side: int, text_width: int) -> UNet2DConditionModel:
+    """A new UNet with random weights.
+
+    Args:
+        config: its geometry.
+        latent_channels: C of the latents.
+        latent_side: h = w of the training latents; a stock pipeline takes its default picture size from it.
+        text_width: width of the text tower's hidden state.
+    """
+    return UNet2DConditionModel(
+        sample_size=latent_side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=config.block_out_channels,
+        down_block_types=config.down_block_types,
+        up_block_types=config.up_block_types,
+        layers_per_block=config.layers_per_block,
+        transformer_layers_per_block=config.transformer_layers_per_block,
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        cross_attention_dim=text_width,
+    )
+
+
+class TextToImage(nn.Module):
+    """UNet and text tower as one module, so that one engine trains both."""
+
+    def __init__(self, unet: UNet2DConditionModel, text: TextTower) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text = text
+
+    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        """Predict the velocity, noise - x0.
+
+        Args:
+            noisy: whitened latents with noise [B, C, h, w].
+            timestep: [B] in [0, 1000], which is 1000 times the share of noise.
+            tokens: int64 [B, L].
+
+        Returns:
+            [B, C, h, w], in the dtype of the weights.
+        """
+        velocity: Tensor = self.unet(noisy.to(self.unet.dtype), timestep, self.text(tokens)).sample
+        return velocity
