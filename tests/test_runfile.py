@@ -1,0 +1,116 @@
+"""Run files: every mistake is told with its field and its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline import runfile
+from pipeline.config import JOBS, TrainConfig
+from pipeline.errors import ConfigError
+
+MINIMAL = {"job": "train", "manifest": "m.json", "output": "out"}
+
+
+def write(folder: Path, **fields: object) -> str:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump({**MINIMAL, **fields}))
+    return str(file)
+
+
+def problem(path: str, *overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        runfile.load(TrainConfig, path, list(overrides))
+    return caught.value
+
+
+@pytest.mark.parametrize("name", runfile.bundled_configs())
+def test_every_bundled_run_file_is_valid_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = runfile.load_any(name)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(runfile.dump(config))
+    assert runfile.load_any(str(copy)) == config
+
+
+def test_every_job_has_a_demo_run_file() -> None:
+    assert {runfile.load_any(name).model_dump()["job"] for name in runfile.bundled_configs()} == set(JOBS)
+
+
+def test_overrides_win_over_the_file_and_reach_references(tmp_path: Path) -> None:
+    path = write(tmp_path, root="s3://a", manifest="${root}/latents/manifest.json", optimizer={"learning_rate": 1e-3})
+    config = runfile.load(TrainConfig, path, ["root=s3://b", "optimizer.learning_rate=1e-4", "optimizer.betas=[0.8, 0.9]"])
+    assert config.manifest == "s3://b/latents/manifest.json"
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "remedy"),
+    [
+        ({"stesp": 5}, "stesp: unknown field", "did you mean 'steps'?"),
+        ({"optimizer": {"learning_rat": 1}}, "optimizer.learning_rat: unknown field", "'learning_rate'"),
+        ({"zzz": 1}, "zzz: unknown field", "known fields: root, job"),
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1 (got 0)", "mend"),
+        ({"steps": "many"}, "steps:", "mend"),
+        ({"text": {"mode": "cached"}}, "text.mode: Input should be 'joint' (got 'cached')", "mend"),
+        ({"text": {"width": 100, "heads": 3}}, "width: 100 is not a multiple of heads=3", "mend"),
+        ({"unet": {"block_out_channels": [64]}}, "must have the same length", "mend"),
+        ({"manifest": "${rot}/m.json"}, "${rot} refers to a field that is not set", "set it"),
+        ({"root": "${root}"}, "${root} refers to itself", "circle"),
+        ({"optimizer": 3}, "optimizer:", "mend"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, fields: dict[str, object], said: str, remedy: str) -> None:
+    error = problem(write(tmp_path, **fields))
+    assert said in error.message
+    assert remedy in error.remedy
+    assert "\n" not in error.message
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("job: train\noutput: out\n")
+    assert "manifest: missing" in problem(str(file)).message
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "\x00", "a: 1\na: 2\njob: train"])
+def test_a_file_that_is_no_run_file_is_told(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    problem(str(file))
+
+
+def test_a_field_given_twice_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("job: train\nmanifest: a\noutput: b\nsteps: 1\nsteps: 2\n")
+    assert "steps" in problem(str(file)).message
+
+
+def test_the_file_of_another_command_is_told() -> None:
+    error = problem("configs/demo/encode.yaml")
+    assert "is for `lathe encode`, not for `lathe train`" in error.message
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "manifest.x=1", "steps=[", "steps.deep=1"])
+def test_an_override_that_cannot_be_is_told(tmp_path: Path, override: str) -> None:
+    assert override.split("=")[0] in problem(write(tmp_path), override).message
+
+
+def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
+    config = runfile.load(TrainConfig, write(tmp_path))
+    with pytest.raises(ValidationError):
+        config.steps = 3  # type: ignore[misc]
+
+
+@given(st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "Zs")), min_size=1, max_size=30))
+def test_any_text_in_an_override_is_a_value_or_a_config_error(text: str) -> None:
+    try:
+        config = runfile.load(TrainConfig, "configs/demo/train.yaml", [f"output={text}"])
+    except ConfigError:
+        return
+    assert isinstance(config.output, str)
