@@ -42,7 +42,16 @@ def _install(extras: list[str]) -> int:
         return _refuse("this Python cannot make virtual environments", "on Debian: apt-get install python3-venv")
     extras = sorted({*extras, *before[1:]})
     print(f"installing lathe-ldm[{','.join(extras)}] into .venv (a few minutes the first time)", flush=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f"{ROOT}[{','.join(extras)}]"]
+    pip = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-e",
+        f"{ROOT}[{','.join(extras)}]",
+    ]
     if subprocess.run(pip, check=False).returncode:
         return _refuse("pip could not install the packages", "its lines above say why; `make install` tries again")
     stamp.write_text(" ".join([wanted, *extras]))

@@ -14,6 +14,20 @@ from pipeline.config import JOBS, RunConfig
 from pipeline.errors import ConfigError
 
 _Run = TypeVar("_Run", bound=RunConfig)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without its tolerance for a field that is given twice, where the last silently wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
@@ -68,14 +82,15 @@ def bundled_configs() -> list[str]:
     package = Path(__file__).parent
     for base in (package / "bundled", package.parent):
         if (base / "configs").is_dir():
-            return sorted(str(p.relative_to(base)) for p in (base / "configs").rglob("*.yaml"))
+            files = sorted((base / "configs").rglob("*.yaml"))
+            return [str(f.relative_to(base)) for f in files if "\njob:" in "\n" + f.read_text(encoding="utf-8")]
     return []
 
 
 def _read(path: str) -> dict[str, Any]:
     file = Path(path) if Path(path).is_file() else bundled(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506  it is a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
         raise ConfigError(

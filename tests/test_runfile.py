@@ -43,7 +43,9 @@ def test_every_job_has_a_demo_run_file() -> None:
 
 def test_overrides_win_over_the_file_and_reach_references(tmp_path: Path) -> None:
     path = write(tmp_path, root="s3://a", manifest="${root}/latents/manifest.json", optimizer={"learning_rate": 1e-3})
-    config = runfile.load(TrainConfig, path, ["root=s3://b", "optimizer.learning_rate=1e-4", "optimizer.betas=[0.8, 0.9]"])
+    config = runfile.load(
+        TrainConfig, path, ["root=s3://b", "optimizer.learning_rate=1e-4", "optimizer.betas=[0.8, 0.9]"]
+    )
     assert config.manifest == "s3://b/latents/manifest.json"
     assert config.optimizer.learning_rate == 1e-4
     assert config.optimizer.betas == (0.8, 0.9)
@@ -98,7 +100,7 @@ def test_the_file_of_another_command_is_told() -> None:
 
 @pytest.mark.parametrize("override", ["steps", "=3", "manifest.x=1", "steps=[", "steps.deep=1"])
 def test_an_override_that_cannot_be_is_told(tmp_path: Path, override: str) -> None:
-    assert override.split("=")[0] in problem(write(tmp_path), override).message
+    assert override.partition("=")[0].partition(".")[0] in problem(write(tmp_path), override).message
 
 
 def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
