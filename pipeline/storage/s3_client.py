@@ -1,0 +1,227 @@
+"""One S3 client per process: its event loop and its retries."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import random
+import threading
+import time
+from typing import Any
+
+import s3fs
+
+from pipeline.errors import ConfigError
+from pipeline.storage.s3_errors import Kind, S3Error, explain, fault_of, without_secrets
+
+log = logging.getLogger("lathe.storage")
+_RETRY_VARIABLE = "LATHE_STORAGE_RETRY_SECONDS"
+_MAX_CONNECTIONS = 32
+_MAX_DELAY_SECONDS = 5.0
+# A server that has just come back may refuse keys and buckets until it has read its own tables.
+_WARM_UP_SECONDS = 5.0
+
+
+class S3Client:
+    """Calls of botocore's S3 API, from any thread, with retries.
+
+    s3fs brings credentials and session; its own retries and botocore's are off, since they give up on a refused
+    connection after 6 s. It works on an event loop in a thread of its own.
+    """
+
+    def __init__(self, retry_seconds: float) -> None:
+        for name in ("botocore.credentials", "aiobotocore.credentials"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they announce where keys were found
+        self._retry_seconds = retry_seconds
+        self._outage = _Outage()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lathe-s3", daemon=True)
+        self._thread.start()
+        self._fs = s3fs.S3FileSystem(
+            asynchronous=True,  # closing is ours: s3fs' finalizer would wait for a dead loop in forked children
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            config_kwargs={
+                "connect_timeout": 5,
+                "read_timeout": min(60.0, max(5.0, retry_seconds)),
+                "max_pool_connections": _MAX_CONNECTIONS,
+                "retries": {"total_max_attempts": 1, "mode": "standard"},
+            },
+        )
+        self._fs.retries = 1
+
+    def call(self, method: str, bucket: str, key: str = "", **arguments: Any) -> dict[str, Any]:
+        """One S3 request, repeated while it meets transient faults.
+
+        Returns:
+            botocore's answer; its `Body`, if any, has been read and is bytes; `Attempts` counts the requests made.
+
+        Raises:
+            S3Error: the server refuses; a missing bucket or object, a condition or range that does not hold.
+            StorageError: anything else.
+        """
+        request = {"Bucket": bucket, **({"Key": key} if key else {}), **arguments}
+        trial = _Trial(self._retry_seconds)
+        while True:
+            try:
+                answer = self._run(method, request)
+            except Exception as error:
+                fault = fault_of(error)
+                fault.attempts = trial.attempts
+                cause = error
+            else:
+                self._outage.end(trial.began, self.endpoint)
+                return {**answer, "Attempts": trial.attempts}
+            if not trial.again(fault):
+                if fault.kind in (Kind.NO_BUCKET, Kind.NO_OBJECT, Kind.CONDITION, Kind.RANGE):
+                    raise fault from cause
+                raise explain(fault, self.endpoint, bucket, key, trial.waited()) from cause
+            if trial.attempts > 1:
+                self._outage.begin(self.endpoint, fault, trial.left())
+            trial.pause()
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address, without user name and password."""
+        client = self._fs._s3
+        known = (
+            client.meta.endpoint_url
+            if client is not None
+            else os.environ.get("AWS_ENDPOINT_URL", "the default endpoint")
+        )
+        return without_secrets(known)
+
+    def close(self) -> None:
+        """Close the connections and stop the loop."""
+
+        async def leave() -> None:
+            if self._fs._s3 is not None:
+                await self._fs._s3creator.__aexit__(None, None, None)
+
+        try:
+            asyncio.run_coroutine_threadsafe(leave(), self._loop).result(timeout=5)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5)
+            if not self._thread.is_alive():
+                self._loop.close()
+
+    def _run(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
+        async def ask() -> dict[str, Any]:
+            answer: dict[str, Any] = await self._fs._call_s3(method, **request)
+            if "Body" in answer:
+                async with answer["Body"] as body:
+                    answer = {**answer, "Body": await body.read()}
+            return answer
+
+        future = asyncio.run_coroutine_threadsafe(ask(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class _Trial:
+    """One request's attempts: how long to go on, and how long to wait in between."""
+
+    def __init__(self, retry_seconds: float) -> None:
+        self.began = time.monotonic()
+        self.attempts = 1
+        self._retry_seconds = retry_seconds
+        self._first_fault: float | None = None
+        self._last_silence: float | None = None
+
+    def again(self, fault: S3Error) -> bool:
+        now = time.monotonic()
+        if self._first_fault is None:
+            self._first_fault = now
+        if fault.kind is Kind.TRANSIENT:
+            self._last_silence = now
+            return self.left() > 0
+        warming_up = self._last_silence is not None and now - self._last_silence < _WARM_UP_SECONDS
+        return warming_up and fault.kind in (Kind.FORBIDDEN, Kind.NO_BUCKET, Kind.NO_OBJECT) and self.left() > 0
+
+    def waited(self) -> float:
+        return time.monotonic() - (self._first_fault or time.monotonic())
+
+    def left(self) -> float:
+        return self._retry_seconds - self.waited()
+
+    def pause(self) -> None:
+        delay = min(_MAX_DELAY_SECONDS, 0.1 * 2**self.attempts) * random.uniform(0.5, 1.0)  # noqa: S311
+        time.sleep(max(0.0, min(delay, self.left())))
+        self.attempts += 1
+
+
+class _Outage:
+    """So that an outage is logged once, however many threads meet it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+
+    def begin(self, endpoint: str, fault: S3Error, left: float) -> None:
+        with self._lock:
+            if self._since is not None:
+                return
+            self._since = time.monotonic()
+        said = f"answers {fault.said}" if fault.answered else "does not answer"
+        log.warning("S3 at %s %s; trying for %.0f s more", endpoint, said, left)
+
+    def end(self, began: float, endpoint: str) -> None:
+        """A request that began at `began` has succeeded."""
+        with self._lock:
+            if self._since is None:
+                return
+            seconds, self._since = time.monotonic() - self._since, None
+        log.warning("S3 at %s answers again after %.0f s", endpoint, seconds)
+
+
+_clients: dict[tuple[object, ...], S3Client] = {}
+_lock = threading.Lock()
+_of_parent: list[dict[tuple[object, ...], S3Client]] = []
+
+
+def client() -> S3Client:
+    """This process's client for the present AWS_* variables; made on first use.
+
+    Raises:
+        ConfigError: LATHE_STORAGE_RETRY_SECONDS is no number.
+    """
+    said = os.environ.get(_RETRY_VARIABLE, "60")
+    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+    with _lock:
+        found = _clients.get((said, *settings))
+        if found is None:
+            found = _clients[(said, *settings)] = S3Client(_seconds(said))
+        return found
+
+
+def _seconds(said: str) -> float:
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"{_RETRY_VARIABLE}={said!r} is not a number of seconds", f"write {_RETRY_VARIABLE}=60")
+    return seconds
+
+
+def _after_fork() -> None:
+    """Connections and loop thread belong to the parent: leave them alone, and start anew."""
+    global _clients, _lock
+    _of_parent.append(_clients)  # kept, so that no destructor runs on them here
+    _clients, _lock = {}, threading.Lock()
+
+
+def _close_all() -> None:
+    for open_client in _clients.values():
+        open_client.close()
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_close_all)
