@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL as AutoencoderKL  # its type, for rooms that do not import diffusers
 from torch import Tensor, nn
 
 from pipeline.config import AutoencoderModelConfig
 from pipeline.errors import DataError
-
-if TYPE_CHECKING:
-    from pipeline.storage import Store
+from pipeline.storage import Store, fetch_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
@@ -60,8 +57,6 @@ def load(url: str) -> AutoencoderKL:
         DataError: there is no autoencoder at that address, or its files cannot be used.
     """
     if "://" in url:
-        from pipeline.storage import fetch_folder
-
         with tempfile.TemporaryDirectory(prefix="lathe-autoencoder-") as folder:
             return _read(str(fetch_folder(url, Path(folder))), url)
     if not Path(url).is_dir() and (url.startswith((".", "/", "~")) or url.count("/") != 1):

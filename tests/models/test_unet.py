@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import torch
+
+from pipeline.config import TextConfig, UNetConfig
+from pipeline.models import unet
+from pipeline.models.text import TextTower
+from pipeline.models.unet import TextToImage
+
+TEXT = TextConfig(width=16, layers=1, heads=2, context_length=8)
+UNET = UNetConfig(block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8)
+
+
+def model() -> TextToImage:
+    torch.manual_seed(0)
+    return TextToImage(unet.build(UNET, latent_channels=8, latent_side=4, text_width=16), TextTower(TEXT))
+
+
+def test_velocity_has_the_latents_shape_and_every_parameter_takes_part() -> None:
+    net = model()
+    noisy, tokens = torch.randn(3, 8, 4, 4), torch.randint(0, 49408, (3, 8))
+    velocity = net(noisy, torch.tensor([0.0, 500.5, 1000.0]), tokens)
+    assert velocity.shape == noisy.shape
+    velocity.square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_velocity_depends_on_noise_level_and_text() -> None:
+    net = model().eval()
+    noisy, tokens = torch.randn(1, 8, 4, 4), torch.randint(0, 49408, (1, 8))
+    base = net(noisy, torch.tensor([500.0]), tokens)
+    assert not torch.allclose(base, net(noisy, torch.tensor([500.5]), tokens), atol=1e-7)
+    assert not torch.allclose(base, net(noisy, torch.tensor([500.0]), tokens.flip(1)), atol=1e-7)
+
+
+def test_samples_of_a_batch_do_not_touch_each_other() -> None:
+    net = model().eval()
+    noisy, tokens, timestep = torch.randn(2, 8, 4, 4), torch.randint(0, 49408, (2, 8)), torch.tensor([100.0, 900.0])
+    both = net(noisy, timestep, tokens)
+    alone = net(noisy[1:], timestep[1:], tokens[1:])
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_sample_size_is_the_latents_side() -> None:
+    assert model().unet.config.sample_size == 4
+
+
+def test_bfloat16_weights_take_float32_latents() -> None:
+    velocity = model().bfloat16()(torch.randn(1, 8, 4, 4), torch.tensor([500.0]), torch.zeros(1, 8, dtype=torch.int64))
+    assert velocity.dtype == torch.bfloat16
