@@ -1,0 +1,211 @@
+"""Pictures: untrusted bytes to checked pixels, pixels to the autoencoder's input, pictures to PNG and contact sheets.
+
+Pixel arrays are uint8 [height, width, 3], sRGB. PIL lives in this module alone.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageCms, ImageDraw, ImageFont
+
+Pixels = npt.NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
+NORMALISATION = "uint8 / 127.5 - 1"
+RESIZE_FILTER = "lanczos"
+CROP_RULE = "short side to resolution, centre crop"
+
+# Pillow's raster formats. Not EPS and its like: Pillow hands those to other programs.
+_WANTED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
+Image.init()
+_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses these itself
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(Exception):
+    """A picture that cannot be used.
+
+    Reasons: `empty_file`, `not_an_image`, `too_many_pixels`, `damaged_image`, `unsupported_mode`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def probe(data: bytes) -> tuple[int, int]:
+    """Height and width of a picture as stored, from its header. Raises ImageError as `decode`, pixels unseen."""
+    with _open(data) as image:
+        return image.height, image.width
+
+
+def decode(data: bytes, background: Colour = (255, 255, 255)) -> Pixels:
+    """A picture file as upright RGB pixels.
+
+    EXIF orientation is applied, transparency laid on `background`, 16-bit grey scaled to 8 bits, CMYK taken through its
+    embedded profile; of an animation the first frame counts.
+
+    Raises:
+        ImageError: with a reason; whatever else a decoder may throw at damaged input is `damaged_image`.
+    """
+    with _open(data) as image:
+        try:
+            image.load()
+            upright = _upright(image)
+        except Exception as error:  # decoders fail on hostile input in every way that Python has
+            raise ImageError("damaged_image") from error
+        try:
+            return np.array(_to_rgb(upright, background), dtype=np.uint8)
+        except ValueError as error:
+            raise ImageError("unsupported_mode") from error
+
+
+def square(pixels: Pixels, side: int) -> Pixels:
+    """Scale the short side to `side` (Lanczos, antialiased) and crop the centre: [H, W, 3] -> [side, side, 3]."""
+    height, width = pixels.shape[:2]
+    _, _, top, left, _, _ = (int(n) for n in size_record(height, width, side))
+    scaled_height, scaled_width = _scaled(height, width, side)
+    y, x = height / scaled_height, width / scaled_width  # source pixels per scaled pixel
+    box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
+    # Resizing the crop alone, not the whole: a sliver of 1 x 80,000 would become 64 x 5,120,000 first.
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS, box=box))
+
+
+def size_record(height: int, width: int, side: int) -> npt.NDArray[np.int32]:
+    """What `square` did, for the size conditioning of SDXL (Podell et al. 2023, section 2.2).
+
+    Returns:
+        int32 [6]: original height and width, crop top and left (in scaled pixels), target height and width.
+    """
+    scaled_height, scaled_width = _scaled(height, width, side)
+    top, left = (scaled_height - side) // 2, (scaled_width - side) // 2
+    return np.array([height, width, top, left, side, side], dtype=np.int32)
+
+
+def normalise(pixels: Pixels) -> torch.Tensor:
+    """Pixels to the autoencoder's range: uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def to_uint8(images: torch.Tensor) -> Pixels:
+    """The inverse of `normalise`, clamped and rounded: [N, 3, H, W] -> uint8 [N, H, W, 3]."""
+    scaled = images.detach().float().add(1).mul(127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def png(pixels: Pixels) -> bytes:
+    """One picture as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def contact_sheet(
+    images: Sequence[Pixels] | Pixels, columns: int, labels: Sequence[str] | None = None, gap: int = 4
+) -> bytes:
+    """Pictures of one size in rows, each with its label below, as a PNG file.
+
+    Args:
+        images: N arrays [H, W, 3], at least one.
+        columns: pictures per row.
+        labels: N texts; what is wider than its picture is cut.
+        gap: pixels between pictures.
+    """
+    height, width = images[0].shape[:2]
+    font = ImageFont.load_default(10)
+    label_height = 14 if labels else 0
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    cell_height, cell_width = height + label_height + gap, width + gap
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(images):
+        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
+        sheet.paste(Image.fromarray(pixels), (x, y))
+        if labels:
+            draw.text((x, y + height + 1), _cut(labels[i], width, font), fill=(60, 60, 60), font=font)
+    return png(np.asarray(sheet))
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ImageError("empty_file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels") from error
+    except Exception as error:  # a broken header throws struct.error, ValueError, MemoryError and more
+        raise ImageError("not_an_image") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError("too_many_pixels")
+    if not image.width or not image.height:
+        raise ImageError("damaged_image")
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # unreadable EXIF says nothing about the pixels
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+    """Raises ValueError for modes without a defined way to 8-bit RGB, such as float."""
+    if image.mode in {"I", "I;16", "I;16B", "I;16L", "I;16N"}:
+        return _from_16_bits(image)
+    if image.mode == "F":
+        raise ValueError("float samples have no known range")
+    if image.mode == "CMYK" and image.info.get("icc_profile"):
+        return _through_profile(image)
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values: npt.NDArray[Any] = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("more than 16 bits a sample")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+
+
+def _through_profile(image: Image.Image) -> Image.Image:
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        turned = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a damaged profile: what viewers do then
+        turned = None
+    return turned or image.convert("RGB")
+
+
+def _scaled(height: int, width: int, side: int) -> tuple[int, int]:
+    short = min(height, width)
+    return max(side, round(height * side / short)), max(side, round(width * side / short))
+
+
+def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text

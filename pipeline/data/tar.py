@@ -1,0 +1,175 @@
+"""Tar archives in memory: a writer whose bytes depend on names and contents alone, and a reader in place.
+
+Formats: POSIX.1-2001 pax and ustar, GNU long names and base-256 numbers, as tarfile, GNU tar and bsdtar write them.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError
+
+BLOCK = 512
+_REGULAR = {b"0", b"\0", b"7"}
+_GNU_LONG_NAME = b"L"
+_PAX = b"x"
+
+
+class TarBuilder:
+    """Builds one archive; mtime, uid, gid, owner and mode are fixed, long or non-ASCII names go through pax headers."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    @property
+    def size(self) -> int:
+        """Bytes so far: where the next member's header will stand."""
+        return len(self._buffer)
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a regular file.
+
+        Args:
+            name: path within the archive, UTF-8.
+            data: its content.
+
+        Returns:
+            The offset of the member's first header, in bytes.
+        """
+        offset = len(self._buffer)
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o444
+        self._buffer += info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+        self._buffer += data
+        self._buffer += bytes(-len(data) % BLOCK)
+        return offset
+
+    def view(self, start: int, end: int) -> bytes:
+        """The bytes [start, end) written so far."""
+        return bytes(self._buffer[start:end])
+
+    def finish(self) -> bytes:
+        """The whole archive, with its end mark."""
+        return bytes(self._buffer) + bytes(2 * BLOCK)
+
+
+def members(data: bytes | memoryview) -> Iterator[tuple[str, int, int]]:
+    """The regular files of an archive, or of any run of whole members cut out of one.
+
+    Args:
+        data: bytes that begin at a header. The end mark may be absent.
+
+    Yields:
+        (name, offset of the content in `data`, size in bytes), in file order.
+
+    Raises:
+        DataError: a header is damaged, or the data end within a member.
+    """
+    view = memoryview(data)
+    at, name = 0, ""
+    pax: dict[str, str] = {}
+    while at < len(view):
+        header = bytes(view[at : at + BLOCK])
+        if not any(header):
+            return
+        _check(header, at)
+        size = _number(pax["size"].encode(), at, base=10) if "size" in pax else _number(header[124:136], at)
+        start, kind = at + BLOCK, header[156:157]
+        at = start + size + -size % BLOCK
+        if start + size > len(view):
+            raise DataError(
+                f"the tar ends within the member at byte {start - BLOCK}", "the file is cut short: fetch it again"
+            )
+        if kind == _PAX:
+            pax = _pax_records(bytes(view[start : start + size]))
+        elif kind == _GNU_LONG_NAME:
+            name = _text(bytes(view[start : start + size]))
+        else:
+            if kind in _REGULAR:
+                yield pax.get("path") or name or _header_name(header), start, size
+            name, pax = "", {}
+
+
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
+    """The array as a .npy file, C order."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def read_npy(data: bytes | memoryview) -> npt.NDArray[Any]:
+    """The array of a .npy file, a read-only view of `data`; nothing is unpickled.
+
+    Raises:
+        DataError: not .npy, of Python objects, or its length does not fit its header.
+    """
+    view = memoryview(data)
+    try:
+        wide = view[6] > 1
+        length = struct.unpack_from("<I" if wide else "<H", view, 8)[0] + (12 if wide else 10)
+        dtype, shape, fortran = _npy_header(bytes(view[:length]))
+        array = np.frombuffer(view, dtype, offset=length)
+        return array.reshape(shape, order="F" if fortran else "C")
+    except (ValueError, IndexError, struct.error, SyntaxError) as error:
+        raise DataError(f"an array could not be read: {error}", "the shard is damaged: encode it again") from error
+
+
+@lru_cache(maxsize=256)
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    """Parsed once per distinct header: a shard's arrays share theirs."""
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = parse(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    return dtype, shape, fortran
+
+
+def _check(header: bytes, at: int) -> None:
+    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if len(header) < BLOCK or total != _number(header[148:156], at):
+        raise DataError(f"damaged tar header at byte {at}", "the file is damaged: fetch or write it again")
+
+
+def _number(field: bytes, at: int, base: int = 8) -> int:
+    """Digits, or base-256 where the first byte says so (GNU, for sizes from 8 GiB)."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.split(b"\0")[0].strip() or b"0", base)
+    except ValueError as error:
+        raise DataError(f"damaged tar header at byte {at}", "the file is damaged: fetch or write it again") from error
+
+
+def _header_name(header: bytes) -> str:
+    """The name field, after ustar's prefix (GNU's own magic has other fields there)."""
+    name, prefix = _text(header[:100]), _text(header[345:500])
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """`LENGTH KEY=VALUE\\n` records, LENGTH counting all of it (POSIX.1-2001)."""
+    records: dict[str, str] = {}
+    while data:
+        digits, space, _ = data.partition(b" ")
+        length = int(digits) if space and digits.isdigit() else 0
+        key, equals, value = data[len(digits) + 1 : length].partition(b"=")
+        if not equals or not value.endswith(b"\n"):
+            raise DataError("damaged pax header in a tar", "the file is damaged: fetch or write it again")
+        records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return records
