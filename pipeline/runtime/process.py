@@ -1,0 +1,172 @@
+"""One training process among its ranks: how it starts, what it checks at once, and how it leaves.
+
+accelerate brings up the process group (NCCL with GPUs, gloo without). Two traps are dealt with here. Without a GPU,
+`Accelerator(cpu=True)` drops DeepSpeed without a word and lets every rank believe that it is alone; `PartialState`
+first, then an `Accelerator` with a plugin, gives real ranks and a real engine. And DeepSpeed compiles a shared-memory
+operator (80 s, needs a C++ compiler) as soon as it starts on a CPU, though only its inference kernels ever call it:
+it is taken off the list of operators that DeepSpeed may build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import EngineConfig
+from pipeline.errors import LatheError, SetupError
+
+_LAST_FLAG_TIMEOUT = timedelta(seconds=10)
+_SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
+_CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "torch.distributed")
+_HARMLESS_WARNINGS = (r"`torch\.distributed\.\w+` is deprecated",)  # DeepSpeed's calls, not ours
+
+
+@dataclass
+class Process:
+    """This rank's place among the ranks. `start` makes it, `finish` ends it.
+
+    Args:
+        rank: 0 to world_size - 1.
+        local_rank: the rank on this machine.
+        world_size: ranks over all machines.
+        device: where this rank computes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    side_group: Any = field(repr=False)
+    _flag: torch.Tensor | None = field(default=None, repr=False)
+    _pending: Any = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints, serves metrics and writes what there is once."""
+        return self.rank == 0
+
+    def exchange(self, flag: int) -> int:
+        """Post a flag to all ranks and return the largest one of the *previous* call, the same on every rank.
+
+        It travels on a group of its own while the step computes, so nobody waits for it. 0 at the first call.
+        """
+        earlier = 0
+        if self._pending is not None and self._flag is not None:
+            self._pending.wait()
+            earlier = int(self._flag)
+        self._flag = torch.tensor(flag)
+        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.side_group, async_op=True)
+        return earlier
+
+    def agree(self, problem: BaseException | None = None) -> None:
+        """Wait for all ranks, and raise on all of them if one has a problem: its own there, LatheError elsewhere."""
+        worst = torch.tensor(0 if problem is None else self.rank + 1)
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.side_group)
+        if problem is not None:
+            raise problem
+        if int(worst):
+            raise LatheError(f"rank {int(worst) - 1} failed", "its own message says why")
+
+    def from_main(self, number: int) -> int:
+        """Rank 0's number, on all ranks."""
+        shared = torch.tensor(number)
+        dist.broadcast(shared, 0, group=self.side_group)
+        return int(shared)
+
+    def mean(self, value: torch.Tensor) -> float:
+        """The mean over the ranks of a scalar, on the host. A collective, and a synchronisation."""
+        total = value.detach().to(torch.float64).cpu()
+        dist.all_reduce(total, group=self.side_group)
+        return float(total) / self.world_size
+
+    def finish(self) -> None:
+        """Leave the process group; a rank that exits without this aborts, and keeps its launcher waiting."""
+        if self._pending is not None:
+            with contextlib.suppress(RuntimeError):  # the others may be gone
+                self._pending.wait(_LAST_FLAG_TIMEOUT)
+        self._pending = self.side_group = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(config: EngineConfig) -> Process:
+    """Join the other ranks. Without a launcher this is a world of one.
+
+    Raises:
+        SetupError: the ranks are not those that the launcher or `engine.world_size` announced.
+    """
+    on_gpu = torch.cuda.is_available()
+    _prepare_environment(on_gpu)
+    threads = config.threads_per_rank or max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    announced = int(os.environ["WORLD_SIZE"])
+
+    import deepspeed.ops
+    from accelerate import PartialState
+
+    _be_quiet()
+    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OPERATOR] = False
+    timeout = timedelta(seconds=config.timeout_seconds)
+    state = PartialState(cpu=not on_gpu, timeout=timeout)
+    world = state.num_processes
+    process = Process(
+        rank=state.process_index,
+        local_rank=state.local_process_index,
+        world_size=world,
+        device=state.device,
+        side_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+    problem = _wrong_world(world, announced, config.world_size)
+    if problem is not None:
+        process.finish()
+        raise problem
+    return process
+
+
+def _wrong_world(world: int, announced: int, wanted: int | None) -> SetupError | None:
+    if world != announced:
+        return SetupError(
+            f"the launcher announced {announced} ranks, the process group has {world}",
+            "start it with launchers/accelerate.sh, or without a launcher as a world of one",
+        )
+    if wanted is not None and world != wanted:
+        return SetupError(
+            f"engine.world_size={wanted}, but {world} ranks were started",
+            f"start {wanted} ranks (NPROC={wanted} launchers/accelerate.sh CONFIG), or set engine.world_size={world}",
+        )
+    return None
+
+
+def _prepare_environment(on_gpu: bool) -> None:
+    """What a launcher sets, where there is none; and what DeepSpeed must find before it is imported."""
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _be_quiet() -> None:
+    """Errors of the libraries still show; their notes on what they are doing do not. After DeepSpeed's import."""
+    for name in _CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
