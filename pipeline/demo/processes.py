@@ -83,21 +83,19 @@ def run_together(
     try:
         for number, command in enumerate(commands):
             children.append(_start(command, environment, logs / f"{name}-{number}.log" if number else None))
-        while any(child.poll() is None for child in children):
-            if any(child.returncode for child in children):
-                break
+        while None in (codes := [child.poll() for child in children]) and not any(codes):
             alive()
             time.sleep(0.5)
     finally:
         _stop(children)
-    for number, child in enumerate(children):
-        if child.returncode:
+    for number, code in enumerate(codes):
+        if code:
             where = f"; its output is in {logs / f'{name}-{number}.log'}" if number else ""
             error = LatheError(
-                f"stage {name} ended with exit code {child.returncode}{where}",
+                f"stage {name} ended with exit code {code}{where}",
                 "what is finished is kept: mend what the lines above say, and start the same command again",
             )
-            error.exit_code = child.returncode if child.returncode > 0 else 1
+            error.exit_code = code if code > 0 else 1
             raise error
 
 
