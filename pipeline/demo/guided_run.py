@@ -272,9 +272,7 @@ def _closing_words(folder: Path) -> None:
     candidates, top1, top5 = (scores[f"prompt_retrieval_{part}"] for part in ("candidates", "top1", "top5"))
     minutes = sum(scores["wall_seconds"].values()) / 60
     _say(f"\ndone in {minutes:.1f} minutes; memory at its peak {scores['peak_rss_bytes'] / 2**30:.1f} GiB")
-    _say(
-        f"prompt's own picture the nearest of {candidates}: {top1:.2f} of the prompts; among the nearest five: {top5:.2f}"
-    )
+    _say(f"{top1:.0%} of the prompts gave their own picture out of {candidates}, {top5:.0%} had it among the nearest 5")
     _say(f"held-out reconstruction: {scores['reconstruction_psnr_db']:.1f} dB PSNR")
     _say(f"report    {folder / 'report.html'}")
     _say(f"pictures  {folder / 'pictures'}")
