@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,10 +26,11 @@ _ABSENT = {"IfNoneMatch": "*"}
 class S3Store:
     """A prefix of a bucket. Requests are retried as the package says; nothing is cached."""
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, environment: Mapping[str, str]) -> None:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
+        self._environment = environment
         self._bucket_seen = False
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -206,7 +207,7 @@ class S3Store:
 
     @property
     def _client(self) -> S3Client:
-        return client()
+        return client(self._environment)
 
 
 def _read_exactly(local: Path, descriptor: int, first: int, end: int) -> bytes:

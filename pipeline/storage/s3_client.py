@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import s3fs
@@ -31,7 +32,8 @@ class S3Client:
     connection after 6 s. It works on an event loop in a thread of its own.
     """
 
-    def __init__(self, retry_seconds: float) -> None:
+    def __init__(self, retry_seconds: float, given: Mapping[str, str]) -> None:
+        """`given`: AWS_* variables that stand in for the process's own; empty = the standard chain."""
         for name in ("botocore.credentials", "aiobotocore.credentials"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they announce where keys were found
         self._retry_seconds = retry_seconds
@@ -43,6 +45,10 @@ class S3Client:
             asynchronous=True,  # closing is ours: s3fs' finalizer would wait for a dead loop in forked children
             skip_instance_cache=True,
             use_listings_cache=False,
+            endpoint_url=given.get("AWS_ENDPOINT_URL"),
+            key=given.get("AWS_ACCESS_KEY_ID"),
+            secret=given.get("AWS_SECRET_ACCESS_KEY"),
+            client_kwargs={"region_name": given["AWS_DEFAULT_REGION"]} if "AWS_DEFAULT_REGION" in given else {},
             config_kwargs={
                 "connect_timeout": 5,
                 "read_timeout": min(60.0, max(5.0, retry_seconds)),
@@ -185,18 +191,18 @@ _lock = threading.Lock()
 _of_parent: list[dict[tuple[object, ...], S3Client]] = []
 
 
-def client() -> S3Client:
-    """This process's client for the present AWS_* variables; made on first use.
+def client(given: Mapping[str, str]) -> S3Client:
+    """This process's client for the present AWS_* variables, or for those `given`; made on first use.
 
     Raises:
         ConfigError: LATHE_STORAGE_RETRY_SECONDS is no number.
     """
-    said = os.environ.get(_RETRY_VARIABLE, "60")
-    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+    said = given.get(_RETRY_VARIABLE) or os.environ.get(_RETRY_VARIABLE, "60")
+    settings = tuple(sorted((k, v) for k, v in {**os.environ, **given}.items() if k.startswith("AWS_")))
     with _lock:
         found = _clients.get((said, *settings))
         if found is None:
-            found = _clients[(said, *settings)] = S3Client(_seconds(said))
+            found = _clients[(said, *settings)] = S3Client(_seconds(said), given)
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,27 +15,31 @@ from pipeline.storage.local import LocalStore
 
 _S3 = "s3://"
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_BUCKET = re.compile(r"[a-zA-Z0-9._-]{3,255}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_NAMES = 1_000_000
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, environment: Mapping[str, str] | None = None) -> Store:
     """A store on a local folder or on `s3://bucket/prefix`; nothing is contacted yet.
 
-    S3 endpoint, region and keys come from the standard chain (AWS_* variables, profiles, instance roles).
+    Args:
+        url: a path, or an address that begins with `s3://`.
+        environment: AWS_* variables that stand in for the process's own. By default endpoint, region and keys
+            come from the standard chain: AWS_* variables, profiles, instance roles.
 
     Raises:
         StorageError: another scheme, or no bucket.
     """
     if url.startswith(_S3):
         bucket, _, prefix = url.removeprefix(_S3).rstrip("/").partition("/")
-        if not bucket:
-            raise StorageError(f"{url} names no bucket", "write s3://BUCKET or s3://BUCKET/PREFIX")
+        if not _BUCKET.fullmatch(bucket):
+            raise StorageError(f"{url} names no bucket that S3 can have", "write s3://BUCKET or s3://BUCKET/PREFIX")
         if prefix:
             checked_name(prefix)
         from pipeline.storage.s3 import S3Store  # slow import: only who uses S3 pays for it
 
-        return S3Store(bucket, prefix)
+        return S3Store(bucket, prefix, environment or {})
     if "://" in url or not url:
         raise StorageError(
             f"{url!r} is neither a folder nor an s3:// address", "use a local path or s3://BUCKET/PREFIX"

