@@ -75,7 +75,7 @@ def decode(data: bytes, background: Colour = (255, 255, 255)) -> Pixels:
             raise ImageError("damaged_image") from error
         try:
             return np.array(_to_rgb(upright, background), dtype=np.uint8)
-        except ValueError as error:
+        except Exception as error:  # modes that Pillow has no way from
             raise ImageError("unsupported_mode") from error
 
 

@@ -1,0 +1,59 @@
+"""One stage of the encoder running ahead of the next."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.1  # how soon a stage notices that nobody wants its items any more
+
+
+@dataclass(frozen=True)
+class _End:
+    failure: BaseException | None
+
+
+def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """The items in order, made by a thread of their own up to `depth` ahead.
+
+    What the thread raises is raised here, in its place among the items. When the iterator returned is closed, the
+    thread ends at its next item.
+    """
+    waiting: queue.Queue[T | _End] = queue.Queue(depth)
+    unwanted = threading.Event()
+
+    def put(item: T | _End) -> bool:
+        while not unwanted.is_set():
+            try:
+                waiting.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def run() -> None:
+        failure = None
+        try:
+            for item in items:
+                if not put(item):
+                    return
+        except BaseException as error:
+            failure = error
+        put(_End(failure))
+
+    threading.Thread(target=run, name="ahead", daemon=True).start()
+    try:
+        while True:
+            item = waiting.get()
+            if not isinstance(item, _End):
+                yield item
+            elif item.failure is not None:
+                raise item.failure
+            else:
+                return
+    finally:
+        unwanted.set()
