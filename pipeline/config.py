@@ -233,6 +233,7 @@ class EvaluateConfig(RunConfig):
     images: ImagesConfig
     output: str = Field(description="local folder for evaluation.json and the pictures")
     prompts: Count = Field(128, description="training captions drawn by `seed` for the retrieval score")
+    holdout_pictures: Count = Field(256, description="held-out pictures that are scored, the first in the manifest")
     guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
     steps: Count = Field(25, description="sampler steps")
     batch_size: Count = 64
