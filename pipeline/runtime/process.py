@@ -67,26 +67,29 @@ class Process:
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.side_group, async_op=True)
         return earlier
 
-    def agree(self, problem: BaseException | None = None) -> None:
+    def agree(self, problem: Exception | None = None) -> None:
         """Wait for all ranks, and raise on all of them if one has a problem: its own there, LatheError elsewhere."""
-        worst = torch.tensor(0 if problem is None else self.rank + 1)
-        dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.side_group)
+        code = 0 if problem is None else getattr(problem, "exit_code", 1)
+        worst = self._reduce(torch.tensor(code * self.world_size + self.rank if code else 0), dist.ReduceOp.MAX)
         if problem is not None:
             raise problem
         if int(worst):
-            raise LatheError(f"rank {int(worst) - 1} failed", "its own message says why")
+            code, rank = divmod(int(worst), self.world_size)
+            error = LatheError(f"rank {rank} failed", "its own message says why")
+            error.exit_code = code
+            raise error
 
-    def from_main(self, number: int) -> int:
-        """Rank 0's number, on all ranks."""
-        shared = torch.tensor(number)
-        dist.broadcast(shared, 0, group=self.side_group)
-        return int(shared)
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true on at least one rank."""
+        return bool(self._reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX))
 
-    def mean(self, value: torch.Tensor) -> float:
-        """The mean over the ranks of a scalar, on the host. A collective, and a synchronisation."""
-        total = value.detach().to(torch.float64).cpu()
-        dist.all_reduce(total, group=self.side_group)
-        return float(total) / self.world_size
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, float64 on the host. A collective, and a synchronisation with the device."""
+        return self._reduce(values.detach().to("cpu", torch.float64), dist.ReduceOp.SUM)
+
+    def _reduce(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
+        dist.all_reduce(values, operation, group=self.side_group)
+        return values
 
     def finish(self) -> None:
         """Leave the process group; a rank that exits without this aborts, and keeps its launcher waiting."""

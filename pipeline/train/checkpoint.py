@@ -1,0 +1,187 @@
+"""A run on disk: every rank writes its own fragments, and a checkpoint counts once its completion marker has landed.
+
+    step-00001000/
+      config.yaml                          the resolved run file
+      manifest.json                        of the latents: fingerprint, content hash, latent mean and std, autoencoder
+      run.json                             step, counters, shape of every parameter
+      frozen.safetensors                   parameters that are not trained, and buffers
+      rank-00000-of-00002.safetensors      tensors "PARAMETER:OFFSET:KEY", flat float32 fragments
+      rank-00000-of-00002.done.json        its size and SHA-256, and its fragments
+      complete.json                        size and SHA-256 of every file above; written last
+
+KEY is `weight` (the float32 master) or a state of the optimizer: `exp_avg`, `exp_avg_sq`, `ema`. Everything opens
+without DeepSpeed, and nothing is pickled. Randomness and data order are functions of the step, so the step restores
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load as read_tensors
+from torch import Tensor
+
+from pipeline.errors import DataError
+from pipeline.storage import Store
+
+FORMAT_VERSION = 1
+COMPLETE, RUN, FROZEN = "complete.json", "run.json", "frozen.safetensors"
+CONFIG, MANIFEST = "config.yaml", "manifest.json"
+DONE = ".done.json"
+WEIGHT, EMA = "weight", "ema"
+_NAME = re.compile(r"step-\d{8,}")
+_log = logging.getLogger(__name__)
+
+
+class DamagedError(DataError):
+    """A checkpoint's file is missing, or not what its completion marker says."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint and its marker: file name -> {"size", "sha256"}."""
+
+    store: Store
+    name: str
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        """Steps that the run had done."""
+        return int(self.name.removeprefix("step-"))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(int(f["size"]) for f in self.files.values())
+
+    def read(self, file: str) -> bytes:
+        """One file, checked against the marker. Raises DamagedError."""
+        where = f"{self.store.url}/{self.name}/{file}"
+        if file not in self.files:
+            raise DamagedError(f"{where} is not part of the checkpoint", "use another checkpoint")
+        data = self.store.read(f"{self.name}/{file}")
+        if hashlib.sha256(data).hexdigest() != self.files[file]["sha256"]:
+            raise DamagedError(f"{where} is damaged: its SHA-256 is not the one noted", "use the checkpoint before it")
+        return data
+
+    def run(self) -> dict[str, Any]:
+        """Step, counters and parameter shapes: `run.json`."""
+        tree: dict[str, Any] = json.loads(self.read(RUN))
+        if tree["format_version"] > FORMAT_VERSION:
+            raise DataError(
+                f"{self.store.url}/{self.name} has format version {tree['format_version']}, this Lathe reads up to "
+                f"{FORMAT_VERSION}",
+                "install a newer lathe-ldm",
+            )
+        return tree
+
+    def fragment_files(self) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
+        """Each rank's file with its fragments: (parameter, offset, length)."""
+        for file in sorted(f for f in self.files if f.endswith(DONE)):
+            done = json.loads(self.read(file))
+            yield done["file"], [(name, offset, length) for name, offset, length in done["fragments"]]
+
+
+def step_name(step: int) -> str:
+    """`step-00001000`, the folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def find(store: Store) -> list[Checkpoint]:
+    """The complete checkpoints of a run, newest first: those with a marker, and every file in its size.
+
+    One with a marker and a file missing is left out with a warning.
+    """
+    sizes = {entry.name: entry.size for entry in store.list("step-")}
+    names = sorted({name.split("/")[0] for name in sizes}, key=lambda n: (len(n), n), reverse=True)
+    found = []
+    for name in names:
+        if not _NAME.fullmatch(name) or f"{name}/{COMPLETE}" not in sizes:
+            continue
+        try:
+            files = json.loads(store.read(f"{name}/{COMPLETE}"))["files"]
+        except (ValueError, KeyError, TypeError):
+            _log.warning("%s/%s: its completion marker cannot be read; it is passed over", store.url, name)
+            continue
+        wrong = [file for file, noted in files.items() if sizes.get(f"{name}/{file}") != noted["size"]]
+        if wrong:
+            _log.warning("%s/%s: %s is missing or cut; the checkpoint is passed over", store.url, name, wrong[0])
+        else:
+            found.append(Checkpoint(store, name, files))
+    return found
+
+
+def latest(store: Store) -> str | None:
+    """Name of the newest complete checkpoint, such as `step-00001000`; None where there is none."""
+    return next((checkpoint.name for checkpoint in find(store)), None)
+
+
+def open_checkpoint(store: Store, name: str) -> Checkpoint:
+    """A complete checkpoint by name. Raises DataError when it is not complete, or not there."""
+    for checkpoint in find(store):
+        if checkpoint.name == name:
+            return checkpoint
+    raise DataError(f"{store.url}/{name} is not a complete checkpoint", "give the run's folder to take its newest one")
+
+
+def load_weights(store: Store, name: str, which: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
+    """All parameters and buffers of a checkpoint as whole tensors, floats in float32. Needs no DeepSpeed.
+
+    Args:
+        store: the run's output.
+        name: the checkpoint, as `latest` gives it.
+        which: the moving average of the weights, or the weights themselves.
+
+    Raises:
+        DataError: a file is damaged, or parts of a parameter are missing.
+    """
+    checkpoint = open_checkpoint(store, name)
+    shapes = checkpoint.run()["parameters"]
+    flat = {parameter: torch.empty(torch.Size(shape).numel()) for parameter, shape in shapes.items()}
+    filled = dict.fromkeys(flat, 0)
+    key = EMA if which == "ema" else WEIGHT
+    for file, fragments in checkpoint.fragment_files():
+        tensors = read_tensors(checkpoint.read(file))
+        for parameter, offset, length in fragments:
+            flat[parameter][offset : offset + length] = tensors[f"{parameter}:{offset}:{key}"]
+            filled[parameter] += length
+    for parameter, count in filled.items():
+        if count != flat[parameter].numel():
+            raise DamagedError(f"{store.url}/{name}: parts of {parameter} are missing", "use the checkpoint before it")
+    frozen = read_tensors(checkpoint.read(FROZEN))
+    whole = {parameter: tensor.reshape(shapes[parameter]) for parameter, tensor in flat.items()}
+    return {**whole, **{n: t.float() if t.is_floating_point() else t for n, t in frozen.items()}}
+
+
+def keep_newest(store: Store, keep: int) -> list[str]:
+    """Delete all but the newest `keep` complete checkpoints, and what saves that never finished left before them.
+
+    The marker goes first, so that a deletion that is cut short leaves nothing that looks whole. Returns their names.
+    """
+    kept = {checkpoint.name for checkpoint in find(store)[:keep]}
+    oldest = min(kept, default="")
+    names = {entry.name.split("/")[0] for entry in store.list("step-")} - kept
+    gone = sorted(name for name in names if _NAME.fullmatch(name) and name < oldest)
+    for name in gone:
+        clear(store, name)
+    return gone
+
+
+def clear(store: Store, name: str) -> None:
+    """Delete a checkpoint, complete or not; its marker goes first."""
+    files = [entry.name for entry in store.list(f"{name}/")]
+    store.delete([f for f in files if f.endswith(f"/{COMPLETE}")])
+    store.delete(files)
+
+
+def noted(data: bytes) -> dict[str, Any]:
+    """What the completion marker says of a file."""
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

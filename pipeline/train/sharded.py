@@ -1,0 +1,210 @@
+"""A running engine to and from a checkpoint: all ranks write and read their fragments together.
+
+The layout on disk is described in `pipeline.train.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+
+from pipeline.errors import DataError, LatheError
+from pipeline.runtime import state
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.process import Process
+from pipeline.storage import Store
+from pipeline.train.checkpoint import (
+    COMPLETE,
+    DONE,
+    FORMAT_VERSION,
+    FROZEN,
+    RUN,
+    Checkpoint,
+    DamagedError,
+    clear,
+    noted,
+    open_checkpoint,
+    step_name,
+)
+from pipeline.train.optimizer import STATE_KEYS
+
+_log = logging.getLogger(__name__)
+
+
+def save(
+    store: Store,
+    process: Process,
+    engine: Engine,
+    *,
+    step: int,
+    texts: Mapping[str, bytes],
+    counters: Mapping[str, int],
+) -> Checkpoint:
+    """Write a checkpoint; all ranks call it at the same step. Earlier checkpoints are not touched.
+
+    Args:
+        store: the run's output.
+        process: this rank.
+        engine: whose state is saved.
+        step: steps done.
+        texts: files that are written as they are, such as config.yaml.
+        counters: numbers that `restore` gives back, with `step` and `optimizer_step`.
+
+    Raises:
+        StorageError: on the rank that could not write; LatheError on the others.
+    """
+    name = step_name(step)
+    _together(process, lambda: clear(store, name) if process.is_main else None)
+    _together(process, lambda: _write_fragments(store, name, process, engine))
+
+    def conclude() -> None:
+        if process.is_main:
+            everything = {**counters, "step": step, "optimizer_step": state.optimizer_step(engine)}
+            run = {"format_version": FORMAT_VERSION, "counters": everything, "parameters": _parameters(engine)}
+            files = _write_once(store, name, {**texts, RUN: _json(run), FROZEN: tensor_bytes(_frozen(engine))})
+            files |= _collect(store, name, process.world_size)
+            store.write(f"{name}/{COMPLETE}", _json({"files": files}))
+
+    _together(process, conclude)
+    return open_checkpoint(store, name)
+
+
+def restore(
+    checkpoint: Checkpoint, process: Process, engine: Engine, check: Callable[[Checkpoint], None]
+) -> dict[str, int] | None:
+    """Put a checkpoint's state into the engine, at any world size and ZeRO stage; all ranks call it.
+
+    Args:
+        checkpoint: what is read.
+        process: this rank.
+        engine: of the same geometry; its state is overwritten.
+        check: raises where this checkpoint must not be resumed; called before anything is touched.
+
+    Returns:
+        the counters that were saved; None where a file is damaged, which is logged, and the engine's state is then
+        undefined.
+
+    Raises:
+        DataError: another geometry.
+    """
+    counters: dict[str, int] = {}
+    damage: list[DamagedError] = []
+
+    def read() -> None:
+        try:
+            check(checkpoint)
+            run = checkpoint.run()
+            _check_geometry(checkpoint, run["parameters"], _parameters(engine))
+            _fill(checkpoint, engine)
+            _load_frozen(engine, read_tensors(checkpoint.read(FROZEN)))
+            counters.update(run["counters"])
+        except DamagedError as error:
+            _log.warning("%s", error.message)
+            damage.append(error)
+
+    _together(process, read)
+    if process.any(bool(damage)):
+        return None
+    state.restore(engine, counters["optimizer_step"])
+    return counters
+
+
+def _together(process: Process, work: Callable[[], None]) -> None:
+    """Do this rank's part, then wait for the others'; a failure is raised on every rank."""
+    problem: Exception | None = None
+    try:
+        work()
+    except (LatheError, OSError, SafetensorError) as error:
+        problem = error
+    process.agree(problem)
+
+
+def _write_fragments(store: Store, name: str, process: Process, engine: Engine) -> None:
+    fragments = state.fragments(engine, STATE_KEYS)
+    tensors = {f"{f.parameter}:{f.offset}:{key}": t.cpu() for f in fragments for key, t in f.tensors.items()}
+    stem = f"rank-{process.rank:05d}-of-{process.world_size:05d}"
+    data = tensor_bytes(tensors)
+    store.write(f"{name}/{stem}.safetensors", data)
+    index = [(f.parameter, f.offset, f.length) for f in fragments]
+    done = {"file": f"{stem}.safetensors", **noted(data), "fragments": index}
+    store.write(f"{name}/{stem}{DONE}", _json(done))
+
+
+def _write_once(store: Store, name: str, contents: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    for file, data in contents.items():
+        store.write(f"{name}/{file}", data)
+    return {file: noted(data) for file, data in contents.items()}
+
+
+def _collect(store: Store, name: str, world_size: int) -> dict[str, dict[str, Any]]:
+    """The ranks' files as their done-markers note them."""
+    files: dict[str, dict[str, Any]] = {}
+    for rank in range(world_size):
+        marker = f"rank-{rank:05d}-of-{world_size:05d}{DONE}"
+        data = store.read(f"{name}/{marker}")
+        done = json.loads(data)
+        files |= {marker: noted(data), done["file"]: {"size": done["size"], "sha256": done["sha256"]}}
+    return files
+
+
+def _fill(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Copy into this rank's fragments what overlaps them, file by file; at the same world size that is one file."""
+    wanted = {fragment.parameter: fragment for fragment in state.fragments(engine, STATE_KEYS)}
+    missing = {name: fragment.length for name, fragment in wanted.items()}
+    for file, saved in checkpoint.fragment_files():
+        overlaps = [(s, wanted[s[0]]) for s in saved if s[0] in wanted and _overlap(s, wanted[s[0]])]
+        if not overlaps:
+            continue
+        tensors = read_tensors(checkpoint.read(file))
+        for (name, offset, length), mine in overlaps:
+            first, end = max(offset, mine.offset), min(offset + length, mine.offset + mine.length)
+            for key, target in mine.tensors.items():
+                source = tensors[f"{name}:{offset}:{key}"][first - offset : end - offset]
+                target[first - mine.offset : end - mine.offset].copy_(source)
+            missing[name] -= end - first
+    for name, count in missing.items():
+        if count:
+            where = f"{checkpoint.store.url}/{checkpoint.name}"
+            raise DamagedError(f"{where}: {count} elements of {name} are missing", "use the checkpoint before it")
+
+
+def _overlap(saved: tuple[str, int, int], mine: state.Fragment) -> bool:
+    return saved[1] < mine.offset + mine.length and mine.offset < saved[1] + saved[2]
+
+
+def _check_geometry(checkpoint: Checkpoint, saved: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+    for name in sorted(saved.keys() | ours.keys()):
+        if saved.get(name) != ours.get(name):
+            raise DataError(
+                f"{checkpoint.store.url}/{checkpoint.name} is of another model: {name} has shape "
+                f"{saved.get(name, 'none')} there and {ours.get(name, 'none')} here",
+                "train into another output, or restore the model's geometry in the run file",
+            )
+
+
+def _parameters(engine: Engine) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def _frozen(engine: Engine) -> dict[str, Tensor]:
+    """Views of what the optimizer does not know: frozen parameters and persistent buffers."""
+    trained = _parameters(engine)
+    return {name: tensor for name, tensor in engine.module.state_dict().items() if name not in trained}
+
+
+def _load_frozen(engine: Engine, saved: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _frozen(engine).items():
+            tensor.copy_(saved[name])
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
