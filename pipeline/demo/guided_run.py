@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ import yaml
 
 from pipeline import runfile
 from pipeline.config import RunConfig
+from pipeline.demo.object_store import EmbeddedObjectStore
 from pipeline.demo.processes import MemoryPeak, run_together
 from pipeline.errors import ConfigError, SetupError
 from pipeline.storage import open_store
@@ -209,11 +211,9 @@ def _only_one(folder: Path) -> Iterator[None]:
 def _connect(stack: ExitStack, folder: Path, s3: str | None) -> tuple[str, dict[str, str], Callable[[], None]]:
     """Where the data goes, the environment that reaches it, and a check that the server is alive."""
     if s3 is None:
-        from pipeline.demo.object_store import EmbeddedObjectStore
-
         server = stack.enter_context(EmbeddedObjectStore(folder / "s3", BUCKET))
         os.environ.update(server.environment())
-        root, alive = f"s3://{BUCKET}", server.check
+        root, alive = server.url, partial(_check_alive, server)
     else:
         root, endpoint = _parse_s3(s3)
         if endpoint:
@@ -231,6 +231,14 @@ def _parse_s3(url: str) -> tuple[str, str | None]:
     if parts.scheme in ("http", "https") and parts.netloc:
         return f"s3://{path or BUCKET}", f"{parts.scheme}://{parts.netloc}"
     raise ConfigError(f"--s3 {url}: not an address", "write http://host:port/bucket or s3://bucket/prefix")
+
+
+def _check_alive(server: EmbeddedObjectStore) -> None:
+    if server.pid is None:
+        raise SetupError(
+            f"the embedded S3 server has ended; its log is {server.log}",
+            "what is finished is kept: start the same command again",
+        )
 
 
 def _nothing() -> None:

@@ -64,7 +64,7 @@ class Evaluation:
     def __str__(self) -> str:
         text = (
             f"step {self.step}: of {len(self.prompts)} prompts, {self.prompt_retrieval_top1:.3f} gave their own picture "
-            f"out of {self.prompt_retrieval_candidates}, {self.prompt_retrieval_top5:.3f} had it among the nearest 5"
+            f"out of {self.prompt_retrieval_candidates}, {self.prompt_retrieval_top5:.3f} had it in the nearest 5"
         )
         if self.reconstruction_psnr_db is not None:
             text += f"; held-out reconstruction {self.reconstruction_psnr_db:.2f} dB PSNR"
