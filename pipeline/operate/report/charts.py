@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from pipeline.operate.report.facts import Chart, Curve
 from pipeline.operate.report.markup import Html, join, tag
 
-WIDTH, HEIGHT = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 448, 12, 234  # of the plot, in units of the view box
+WIDTH, HEIGHT = 460, 278
+LEFT, RIGHT, TOP, BOTTOM = 52, 448, 24, 240  # of the plot, in units of the view box
 MOST_POINTS = 500  # per drawn line
 COLOURS = 6  # classes c0..c5 in page.css
 
@@ -33,7 +34,7 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self) -> list[float]:
-        """Four to eight round numbers within the range."""
+        """Up to nine round numbers within the range."""
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
 
 
@@ -57,7 +58,7 @@ def figure(chart: Chart, number: int) -> Html | None:
         _svg(chart, curves, smoothed, log=False),
         _svg(chart, curves, smoothed, log=True) if log else None,
         tag("p", class_="readout", aria_live="polite"),
-        tag("figcaption", _legend(chart, curves, smoothed), tag("p", chart.note) if chart.note else None),
+        tag("figcaption", _legend(curves, smoothed), tag("p", chart.note) if chart.note else None),
         class_="chart",
         data_curves=json.dumps([_readable(_thin(s or c)) for c, s in zip(curves, smoothed, strict=True)]),
         data_plot=json.dumps([WIDTH, LEFT, RIGHT, *_step_range(curves)]),
@@ -71,17 +72,14 @@ def finite(curve: Curve) -> Curve:
 
 
 def smooth(curve: Curve) -> Curve | None:
-    """Exponential moving average, without the pull of its start (Kingma & Ba 2015, algorithm 1); None when short."""
+    """Mean over a fortieth of the points to each side, so that it does not lag; None when there are few."""
     count = len(curve.values)
     if count < 20:
         return None
-    decay = max(0.8, 1 - 20 / count)
-    average, weight, values = 0.0, 0.0, []
-    for value in curve.values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        values.append(average / weight)
-    return Curve(curve.name, curve.steps, values)
+    half = max(2, count // 40)
+    sums = [0.0, *accumulate(curve.values)]
+    windows = ((max(0, i - half), min(count, i + half + 1)) for i in range(count))
+    return Curve(curve.name, curve.steps, [(sums[end] - sums[start]) / (end - start) for start, end in windows])
 
 
 def _svg(chart: Chart, curves: Sequence[Curve], smoothed: Sequence[Curve | None], *, log: bool) -> Html:
@@ -97,9 +95,9 @@ def _svg(chart: Chart, curves: Sequence[Curve], smoothed: Sequence[Curve | None]
     return tag(
         "svg",
         *(_grid_line(y.place(value), _number(value)) for value in y.ticks()),
-        *(_step_label(x.place(value), f"{value:,.0f}") for value in x.ticks()),
+        *(_step_label(x.place(value), f"{value:,.0f}") for value in x.ticks() if value == round(value)),
         tag("text", "step", x=RIGHT, y=HEIGHT - 4, class_="axis", text_anchor="end"),
-        tag("text", chart.unit, x=LEFT, y=HEIGHT - 4, class_="axis"),
+        tag("text", chart.unit, x=LEFT, y=13, class_="axis"),
         *lines,
         tag("line", class_="cursor", x1=LEFT, x2=LEFT, y1=TOP, y2=BOTTOM),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -145,13 +143,12 @@ def _step_label(x: float, label: str) -> Html:
     )
 
 
-def _legend(chart: Chart, curves: Sequence[Curve], smoothed: Sequence[Curve | None]) -> Html:
+def _legend(curves: Sequence[Curve], smoothed: Sequence[Curve | None]) -> Html:
     entries = []
     for i, (curve, average) in enumerate(zip(curves, smoothed, strict=True)):
         last = (average or curve).values[-1]
-        said = f"{_number(last)} {chart.unit}" if chart.unit not in ("", curve.name) else _number(last)
         swatch = tag("span", class_=f"swatch c{i % COLOURS}")
-        entries.append(tag("li", swatch, curve.name, " ", tag("span", f"{said} at the end", class_="quiet")))
+        entries.append(tag("li", swatch, curve.name, " ", tag("span", f"{_number(last)} at the end", class_="quiet")))
     return tag("ul", *entries, class_="legend")
 
 
@@ -179,7 +176,7 @@ def _thin(curve: Curve) -> Curve:
 def _linear_ticks(low: float, high: float) -> list[float]:
     if high <= low:
         return [low]
-    rough = (high - low) / 4
+    rough = (high - low) / 6
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -190,9 +187,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
     for multiples in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))):
         ticks = [m * 10.0**e for e in exponents for m in multiples if low <= m * 10.0**e <= high]
         if len(ticks) >= 3:
-            break
-    every = -(-len(ticks) // 8)
-    return ticks[::every]
+            return ticks[:: -(-len(ticks) // 8)]
+    return _linear_ticks(low, high)
 
 
 def _number(value: float) -> str:

@@ -63,7 +63,7 @@ def _sections(facts: ReportFacts) -> Iterable[tuple[str, str, Html] | None]:
         else None
     )
     yield ("data", "Data", _samples(facts)) if facts.samples else None
-    yield ("losses", "Losses", losses) if (losses := _charts(facts.loss_charts, 0)) else None
+    yield ("losses", "Losses", losses) if (losses := _losses(facts.loss_charts)) else None
     yield ("throughput", "Throughput", throughput) if (throughput := _throughput(facts)) else None
     yield ("time", "Wall time", _times(facts.wall_seconds)) if facts.wall_seconds else None
     yield ("settings", "Settings", _settings(facts.settings)) if facts.settings else None
@@ -131,7 +131,7 @@ def _card(title: str, value: str, unit: str, meaning: str, key: str) -> Html:
 
 
 def _pictures(figures: Iterable[Html]) -> Html:
-    return tag("ul", *(tag("li", figure) for figure in figures), class_="pictures", role="list")
+    return tag("ul", *(tag("li", shown) for shown in figures), class_="pictures", role="list")
 
 
 def _generated(pictures: Sequence[GeneratedPicture]) -> Html:
@@ -190,10 +190,12 @@ def _samples(facts: ReportFacts) -> Html:
 
 def _charts(charts: Sequence[Chart], number_from: int) -> Html | None:
     drawn = [drawn for i, chart in enumerate(charts) if (drawn := figure(chart, number_from + i))]
-    if not drawn:
-        return None
-    said = "Pale: as logged. Strong: its moving average. Values at the pointer, or with the arrow keys."
-    return join(tag("p", said), tag("div", *drawn, class_="charts"))
+    return tag("div", *drawn, class_="charts") if drawn else None
+
+
+def _losses(charts: Sequence[Chart]) -> Html | None:
+    said = "Pale: as logged. Strong: moving average. Pointer or arrow keys tell the values."
+    return join(tag("p", said), drawn) if (drawn := _charts(charts, 0)) else None
 
 
 def _throughput(facts: ReportFacts) -> Html | None:
@@ -217,7 +219,8 @@ def _times(wall_seconds: Mapping[str, float]) -> Html:
                 tag("td", bar, class_="bar"),
             )
         )
-    total = tag("tr", tag("th", "all", scope="row"), tag("td", duration(sum(wall_seconds.values())), class_="number"))
+    spent = tag("td", duration(sum(wall_seconds.values())), class_="number")
+    total = tag("tr", tag("th", "all", scope="row"), spent, tag("td"))
     head = tag("tr", tag("th", "stage", scope="col"), tag("th", "time", scope="col", class_="number"), tag("td"))
     return tag("table", tag("thead", head), tag("tbody", *rows, total), class_="wide")
 
