@@ -73,6 +73,10 @@ class Engine:
         output: Tensor = self._engine(*inputs)
         return output
 
+    def __str__(self) -> str:
+        precision = "bfloat16" if self._engine.bfloat16_enabled() else "float32"
+        return f"{type(self._engine).__name__}, ZeRO stage {self.zero_stage}, {precision}"
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, reduced over the ranks.
 

@@ -1,0 +1,328 @@
+"""The training loop: latents and captions to a text-to-image model.
+
+Legend: b samples of this rank in a step, C latent channels, h and w sides of the latent, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from pipeline import randomness, runfile
+from pipeline.config import TrainConfig
+from pipeline.console import ProgressLine
+from pipeline.data.loader import Batch, LatentLoader
+from pipeline.data.manifest import EMPTY_TOKENS, Manifest, load_manifest
+from pipeline.data.order import rank_positions
+from pipeline.diffusion import schedule
+from pipeline.diffusion.loss import velocity_loss
+from pipeline.errors import LatheError
+from pipeline.metrics import Metrics
+from pipeline.models import unet
+from pipeline.models.text import TextTower
+from pipeline.models.unet import TextToImage
+from pipeline.randomness import Purpose
+from pipeline.runtime import engine, process
+from pipeline.runtime.process import Process
+from pipeline.storage import Store, open_store, read_file, split
+from pipeline.train import checkpoint, sharded
+from pipeline.train.compatibility import check_data, check_resume
+from pipeline.train.optimizer import AdamWithEMA, learning_rate, parameter_groups
+from pipeline.train.preemption import StopRequest
+
+SKIPS_IN_A_ROW = 10
+"""Steps without a finite loss or gradient after which a run is given up."""
+
+_log = logging.getLogger(__name__)
+
+
+def fit(config: TrainConfig) -> None:
+    """Train to `config.steps`, from the newest complete checkpoint of `config.output` on.
+
+    Every rank calls it, as `launchers/accelerate.sh` does; without a launcher it is a world of one.
+
+    Raises:
+        ConfigError, DataError: run file, latents and checkpoint do not fit together.
+        StorageError: latents cannot be read, or a checkpoint cannot be written.
+        SetupError: the ranks or the engine are not what was asked for.
+        LatheError: the loss is not finite any more.
+        SystemExit: asked to stop by a signal, with 128 + its number, after a checkpoint.
+    """
+    store = open_store(config.output)
+    finished = [c for c in checkpoint.find(store) if c.step >= config.steps]
+    if finished:
+        _say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
+        return
+    manifest = load_manifest(config.manifest)
+    check_data(config, manifest)
+    ranks = process.start(config.engine)
+    try:
+        with Trainer(config, ranks, manifest, store) as trainer:
+            stopped_by = trainer.run()
+    finally:
+        ranks.finish()
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
+
+
+class Example(NamedTuple):
+    """What the network sees of a batch, and what it should say."""
+
+    noisy: Tensor  # float32 [b, C, h, w]
+    timestep: Tensor  # float32 [b], in [0, 1000]
+    tokens: Tensor  # int64 [b, L]
+    target: Tensor  # float32 [b, C, h, w]
+
+
+@dataclass
+class Interval:
+    """Sums since the last line of the log. Those of the loss stay on the device."""
+
+    loss: Tensor  # float64 [2]: sum of the finite losses, and their count
+    steps: int = 0
+    wait_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, loss: Tensor, wait_seconds: float, seconds: float) -> None:
+        """One step's loss on this rank, and its times."""
+        finite = torch.isfinite(loss)
+        self.loss += torch.stack([torch.where(finite, loss, 0.0), finite])
+        self.steps += 1
+        self.wait_seconds += wait_seconds
+        self.seconds += seconds
+
+
+class Trainer:
+    """One rank's part of a run: all of its state, and one step.
+
+    Args:
+        config: the run file.
+        ranks: this rank among the others.
+        manifest: of the latents.
+        store: the run's output.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Process, manifest: Manifest, store: Store) -> None:
+        self.config, self.ranks, self.manifest, self.store = config, ranks, manifest, store
+        self.step = 0  # optimizer steps done, skipped ones included
+        self.skipped = self.skipped_in_a_row = 0
+        self.saved_step = 0
+        micro_batch = len(rank_positions(config.global_batch, ranks.rank, ranks.world_size))
+        torch.manual_seed(config.seed)
+        network = unet.build(config.unet, manifest.latent_channels, manifest.latent_side, config.text.width)
+        self.model = TextToImage(network, TextTower(config.text))
+        optimizer = AdamWithEMA(
+            parameter_groups(self.model, config.optimizer.weight_decay), config.optimizer, config.ema_decay
+        )
+        self.engine = engine.build(
+            ranks,
+            self.model,
+            optimizer,
+            config.engine,
+            micro_batch=micro_batch,
+            gradient_clip=config.optimizer.gradient_clip,
+        )
+        self.mean, self.std = (torch.tensor(v, device=ranks.device) for v in (manifest.mean, manifest.std))
+        self.empty_tokens = _empty_tokens(config.manifest).to(ranks.device)
+        self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+
+    def run(self) -> int:
+        """Resume, then train to the last step. Returns the signal that asked to stop, or 0."""
+        config = self.config
+        self._resume()
+        self._introduce()
+        interval, stop = self._new_interval(), 0
+        with (
+            StopRequest() as request,
+            ProgressLine("train", "steps", visible=self.ranks.is_main) as line,
+            self._loader() as loader,
+        ):
+            while self.step < config.steps:
+                started = time.perf_counter()
+                batch = next(loader)
+                waited = time.perf_counter() - started
+                loss = self.train_step(batch)
+                interval.add(loss, waited, time.perf_counter() - started)
+                stop = self.ranks.exchange(request.signal)
+                last = stop != 0 or self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    line.update(self.step, config.steps, self._report(interval))
+                    interval = self._new_interval()
+                if self.step % config.checkpoint.every == 0 or last:
+                    self._save()
+                if stop:
+                    break
+        self._conclude(stop)
+        return stop
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
+        example = self.example(batch)
+        prediction = self.engine(example.noisy, example.timestep, example.tokens)
+        loss = velocity_loss(prediction, example.target)
+        self.engine.backward(loss)
+        self.engine.step(learning_rate(self.step, self.config.optimizer, self.config.steps))
+        self.step += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.engine.skipped else 0
+        self.skipped += int(self.engine.skipped)
+        if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise LatheError(
+                f"loss or gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, the last one step {self.step}",
+                "resume with a smaller optimizer.learning_rate; the last checkpoint is from before",
+            )
+        return loss.detach()
+
+    def example(self, batch: Batch) -> Example:
+        """Latents, noise, time and caption of a batch; all that is random is keyed by (seed, step, position)."""
+        seed, step, device, objective = self.config.seed, batch.step, self.ranks.device, self.config.objective
+        positions = batch.positions.to(device)
+        moments = batch.moments.to(device)
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        eps = randomness.normal(seed, Purpose.POSTERIOR, step, positions, shape)
+        latents = schedule.whiten(moments, eps, self.mean, self.std)
+        noise = randomness.normal(seed, Purpose.NOISE, step, positions, shape)
+        times = randomness.normal(seed, Purpose.TIMESTEP, step, positions, ())
+        t = schedule.logit_normal(times, objective.timestep_mean, objective.timestep_std)
+        drop = randomness.uniform(seed, Purpose.CAPTION_DROPOUT, step, positions, ()) < objective.caption_dropout
+        return Example(
+            noisy=schedule.interpolate(latents, noise, t),
+            timestep=schedule.timestep_embedding_input(t),
+            tokens=torch.where(drop[:, None], self.empty_tokens, batch.tokens.to(device)),
+            target=schedule.velocity_target(latents, noise),
+        )
+
+    def _loader(self) -> LatentLoader:
+        config = self.config
+        return LatentLoader(
+            config.manifest,
+            global_batch=config.global_batch,
+            seed=config.seed,
+            window=config.shuffle_window,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_step=self.step,
+        )
+
+    def _new_interval(self) -> Interval:
+        return Interval(torch.zeros(2, dtype=torch.float64, device=self.ranks.device))
+
+    def _resume(self) -> None:
+        """Load the newest checkpoint that is whole; a damaged one is passed over, and said so."""
+        for found in checkpoint.find(self.store):
+            counters = sharded.restore(
+                found, self.ranks, self.engine, lambda c: check_resume(c, self.config, self.manifest)
+            )
+            if counters is not None:
+                self.step = self.saved_step = counters["step"]
+                self.skipped = counters["skipped"]
+                self._tell(f"going on from {self.store.url}/{found.name}")
+                break
+            _log.warning("%s/%s is passed over", self.store.url, found.name)
+        else:
+            if checkpoint.find(self.store):
+                raise LatheError(f"no checkpoint of {self.store.url} can be read", "train into another output")
+        self.metrics.resume(self.step)
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        started = time.perf_counter()
+        self.metrics.flush()
+        saved = sharded.save(
+            self.store,
+            self.ranks,
+            self.engine,
+            step=self.step,
+            texts={
+                checkpoint.CONFIG: runfile.dump(self.config).encode(),
+                checkpoint.MANIFEST: self.manifest.to_bytes(),
+            },
+            counters={"skipped": self.skipped},
+        )
+        self.saved_step = self.step
+        if self.ranks.is_main:
+            checkpoint.keep_newest(self.store, self.config.checkpoint.keep)
+        self.metrics.set("checkpoint_seconds", time.perf_counter() - started)
+        self.metrics.set("checkpoint_bytes", saved.size)
+        self.metrics.set("checkpoint_step", self.step)
+        self.metrics.set("checkpoint_timestamp_seconds", time.time())
+
+    def _report(self, interval: Interval) -> str:
+        """Log the interval on rank 0, after a reduction over all; returns a few words for the progress line."""
+        total, count = self.ranks.sum(interval.loss).tolist()
+        samples = self.step * self.config.global_batch
+        values = {
+            "loss": total / count if count else float("nan"),
+            "learning_rate": learning_rate(self.step - 1, self.config.optimizer, self.config.steps),
+            "gradient_norm": self.engine.gradient_norm(),
+            "images_per_second": interval.steps * self.config.global_batch / interval.seconds,
+            "step_seconds": interval.seconds / interval.steps,
+            "data_wait_seconds": interval.wait_seconds / interval.steps,
+            "epoch": samples / self.manifest.samples("train"),
+            "samples_seen": samples,
+            "skipped_steps": self.skipped,
+            "resident_memory_bytes": psutil.Process().memory_info().rss,
+        }
+        self.metrics.log(self.step, values)
+        self.metrics.set("step", self.step)
+        self.metrics.set("last_step_timestamp_seconds", time.time())
+        return f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+
+    def _introduce(self) -> None:
+        config, network = self.config, self.model
+        unet_size, text_size = (sum(p.numel() for p in part.parameters()) for part in (network.unet, network.text))
+        self.metrics.set("world_size", self.ranks.world_size)
+        self.metrics.set("target_steps", config.steps)
+        self.metrics.set("step", self.step)
+        facts = {
+            "parameters": f"UNet {unet_size / 1e6:.2f} M, text tower {text_size / 1e6:.2f} M",
+            "samples": f"{self.manifest.samples('train'):,} of "
+            f"{self.manifest.latent_channels}x{self.manifest.latent_side}x{self.manifest.latent_side}",
+            "steps": f"{self.step} to {config.steps} of {config.global_batch} samples, "
+            f"{config.steps * config.global_batch / self.manifest.samples('train'):.1f} epochs",
+            "ranks": f"{self.ranks.world_size} on {self.ranks.device.type}, {torch.get_num_threads()} threads each",
+            "engine": f"{self.engine} (checked)",
+            "metrics": self.metrics.address or "not served",
+            "output": self.store.url,
+        }
+        self._tell("\n".join(f"  {name:<12}{value}" for name, value in facts.items()))
+
+    def _conclude(self, stopped_by: int) -> None:
+        where = f"{self.store.url}/{checkpoint.step_name(self.step)}"
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
+            self._tell(f"stopped by {name} after step {self.step}; the same command goes on from {where}")
+        else:
+            self._tell(f"finished: {where}")
+
+    def _tell(self, text: str) -> None:
+        if self.ranks.is_main:
+            _say(text)
+
+
+def _empty_tokens(manifest_url: str) -> Tensor:
+    """Token ids of the empty prompt, int64 [L], from beside the manifest."""
+    data = read_file(f"{split(manifest_url)[0]}/{EMPTY_TOKENS}")
+    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.int64))
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)  # noqa: T201

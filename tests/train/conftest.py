@@ -1,0 +1,96 @@
+"""Hand-made latents: made-up moments, real shards, receipts and manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.manifest import (
+    EMPTY_TOKENS,
+    MANIFEST,
+    RECEIPT_SUFFIX,
+    Block,
+    BucketRange,
+    Fingerprint,
+    Receipt,
+    Statistics,
+    fold,
+)
+from pipeline.data.tar import TarBuilder, npy_bytes
+
+CHANNELS, SIDE, LENGTH, SAMPLES, BLOCK = 4, 4, 8, 40, 8
+FINGERPRINT = Fingerprint(
+    autoencoder_weights="w",
+    autoencoder_config="c",
+    normalisation="[-1,1]",
+    resize_filter="lanczos",
+    crop_rule="centre",
+    resolution=SIDE * 8,
+    background=(255, 255, 255),
+    text_mode="joint",
+    tokenizer="t",
+    context_length=LENGTH,
+    text_padding="full",
+    caption_field="caption",
+    dtype="float16",
+    holdout=0.0,
+)
+
+
+def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: int = 0) -> str:
+    """One shard and its manifest; returns the manifest's address."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, tar, offsets = np.random.default_rng(seed), TarBuilder(), []
+    for i in range(SAMPLES):
+        moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE)).astype(np.float16)
+        offsets.append(tar.add(f"{i:04d}.latent.npy", npy_bytes(moments)))
+        tar.add(f"{i:04d}.tokens0.clip.npy", npy_bytes(rng.integers(1, 49408, LENGTH).astype(np.uint16)))
+        tar.add(f"{i:04d}.size.npy", npy_bytes(np.zeros(6, np.int32)))
+        tar.add(f"{i:04d}.json", json.dumps({"captions": [str(i)]}).encode())
+    data = tar.finish()
+    ends = [*offsets[BLOCK::BLOCK], tar.size]
+    blocks = [
+        Block(first_sample=i * BLOCK, samples=BLOCK, offset=start, length=end - start, crc32=zlib.crc32(data[start:end]))
+        for i, (start, end) in enumerate(zip(offsets[::BLOCK], ends, strict=True))
+    ]
+    ones = (1.0,) * CHANNELS
+    receipt = Receipt(
+        shard="00000.tar",
+        source="00000.tar",
+        source_bytes=0,
+        source_sha256="",
+        fingerprint=fingerprint.digest(),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        buckets=(BucketRange(bucket=(SIDE * 8, SIDE * 8), train=(0, SAMPLES), holdout=(SAMPLES, SAMPLES)),),
+        blocks=tuple(blocks),
+        statistics=Statistics(count=1, sum=(0.0,) * CHANNELS, sum_squares=ones, sum_variance=ones),
+        rejects=(),
+        environment={},
+    )
+    manifest = fold([receipt], fingerprint, autoencoder="ae", latent_channels=CHANNELS, downsampling_factor=8)
+    (folder / receipt.shard).write_bytes(data)
+    (folder / (receipt.shard + RECEIPT_SUFFIX)).write_bytes(receipt.to_bytes())
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    empty = io.BytesIO()
+    np.save(empty, np.zeros(LENGTH, np.uint16))
+    (folder / EMPTY_TOKENS).write_bytes(empty.getvalue())
+    return str(folder / MANIFEST)
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> str:
+    """Address of a manifest over 40 samples."""
+    return write_latents(tmp_path / "latents")
+
+
+@pytest.fixture
+def make_latents():
+    """`write_latents`, for other ones."""
+    return write_latents
