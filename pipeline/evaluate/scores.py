@@ -5,7 +5,6 @@ Legend: N pictures of H x W pixels in sRGB, uint8 in 0 to 255 or floats in 0 to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,28 +51,26 @@ def non_white(pictures: Pictures) -> Mask:
     return np.asarray((_unit(pictures) < WHITE_FROM).any(-1))
 
 
-def retrieval(
-    queries: NDArray[np.floating[Any]],
-    targets: NDArray[np.floating[Any]],
-    own_index: NDArray[np.integer[Any]],
-    ks: Sequence[int] = (1, 5),
-) -> dict[str, float]:
-    """How often a query's own target is among the k nearest of all, by Euclidean distance.
+def retrieval_ranks(
+    queries: NDArray[np.floating[Any]], targets: NDArray[np.floating[Any]], own_index: NDArray[np.integer[Any]]
+) -> NDArray[np.int64]:
+    """Each query's own target's place among all targets by Euclidean distance, [N]; 1 = nearest.
 
-    Targets exactly as near as a query's own (doubles of it) do not count against it. A query or own target that is
-    not finite is a miss.
+    Targets exactly as near as a query's own (doubles of it) do not count against it. Where query or own target is not
+    finite, the place is M + 1.
 
     Args:
-        queries: [N, D], such as generated latents, flattened; N is 1 or more.
+        queries: [N, D], such as generated latents, flattened.
         targets: [M, D], such as the latents of all training pictures.
         own_index: [N], each query's own target.
-        ks: how many nearest.
-
-    Returns:
-        {"top1": share, "top5": share} for each k, 0 to 1; chance is k / M.
     """
-    ranks = np.array([_rank(q.astype(np.float64), targets, int(i)) for q, i in zip(queries, own_index, strict=True)])
-    return {f"top{k}": float((ranks < k).mean()) for k in ks}
+    nearer = [_nearer(q.astype(np.float64), targets, int(i)) for q, i in zip(queries, own_index, strict=True)]
+    return np.array(nearer, np.int64) + 1
+
+
+def share_within(ranks: NDArray[np.int64], k: int) -> float:
+    """Top-k retrieval: the share of ranks up to k, 0 to 1. By chance it is k / M."""
+    return float((ranks <= k).mean())
 
 
 def colour_score(pictures: Pictures, truths: Pictures) -> Scores:
@@ -104,8 +101,8 @@ def srgb_to_lab(colours: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
-def _rank(query: NDArray[np.float64], targets: NDArray[np.floating[Any]], own: int) -> int:
-    """Number of targets strictly nearer than the query's own."""
+def _nearer(query: NDArray[np.float64], targets: NDArray[np.floating[Any]], own: int) -> int:
+    """Number of targets strictly nearer to the query than its own; all, where that distance is not finite."""
     own_distance = np.square(targets[own].astype(np.float64) - query).sum()
     if not np.isfinite(own_distance):
         return len(targets)

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluate import scores
-from pipeline.evaluate.scores import colour_score, non_white, psnr, psnr_where, retrieval, shape_score, srgb_to_lab
+from pipeline.evaluate.scores import (
+    colour_score,
+    non_white,
+    psnr,
+    psnr_where,
+    retrieval_ranks,
+    shape_score,
+    share_within,
+    srgb_to_lab,
+)
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 
@@ -58,27 +67,29 @@ def test_almost_white_is_white() -> None:
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
-def test_retrieval_agrees_with_a_full_sort(n, m, d, chunk, seed) -> None:
+def test_ranks_agree_with_a_full_sort(n, m, d, chunk, seed) -> None:
     rng = np.random.default_rng(seed)
     queries, targets = rng.standard_normal((n, d)).astype(np.float32), rng.standard_normal((m, d)).astype(np.float32)
     own = rng.integers(0, m, n)
     distances = np.linalg.norm(queries[:, None].astype(float) - targets[None].astype(float), axis=-1)
-    ranks = [list(np.argsort(row, kind="stable")).index(i) for row, i in zip(distances, own, strict=True)]
+    expected = [1 + list(np.argsort(row, kind="stable")).index(i) for row, i in zip(distances, own, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "_CHUNK_ELEMENTS", chunk)
-        found = retrieval(queries, targets, own, ks=(1, 3, m))
-    assert found == {"top1": np.mean([r < 1 for r in ranks]), "top3": np.mean([r < 3 for r in ranks]), f"top{m}": 1.0}
+        assert retrieval_ranks(queries, targets, own).tolist() == expected
 
 
 def test_doubles_of_a_target_do_not_count_against_it() -> None:
-    targets = np.array([[0.0, 1.0], [0.0, 1.0], [5.0, 5.0]])
-    assert retrieval(np.array([[0.3, 0.7]]), targets, np.array([1])) == {"top1": 1.0, "top5": 1.0}
+    targets = np.array([[0.0, 1.0], [0.0, 1.0], [5.0, 5.0], [0.3, 0.7]])
+    assert retrieval_ranks(np.array([[0.3, 0.7]]), targets, np.array([1])).tolist() == [2]
 
 
-def test_what_is_not_finite_is_a_miss() -> None:
+def test_what_is_not_finite_comes_behind_all() -> None:
     targets = np.eye(8)
     queries = np.stack([targets[0], np.full(8, np.nan), np.full(8, np.inf)])
-    assert retrieval(queries, targets, np.array([0, 1, 2])) == {"top1": 1 / 3, "top5": 1 / 3}
+    found = retrieval_ranks(queries, targets, np.array([0, 1, 2]))
+    assert found.tolist() == [1, 9, 9]
+    assert share_within(found, 1) == share_within(found, 8) == 1 / 3
+    assert share_within(found, 9) == 1.0
 
 
 @pytest.mark.parametrize(
