@@ -135,9 +135,14 @@ def _pictures(figures: Iterable[Html]) -> Html:
 
 
 def _generated(pictures: Sequence[GeneratedPicture]) -> Html:
-    paired = any(picture.training_picture is not None for picture in pictures)
-    said = "On the left the generated picture, on the right the training picture of that caption."
-    return join(tag("p", said) if paired else tag("p", "Each from its prompt."), _pictures(map(_prompted, pictures)))
+    paired = sum(picture.training_picture is not None for picture in pictures)
+    if paired == 0:
+        said = "Each made from its prompt alone."
+    elif paired == len(pictures):
+        said = "On the left the generated picture, on the right the training picture of that caption."
+    else:
+        said = "Each made from its prompt; of two together, the right one is the training picture of that caption."
+    return join(tag("p", said), _pictures(map(_prompted, pictures)))
 
 
 def _prompted(picture: GeneratedPicture) -> Html:
