@@ -63,8 +63,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         text = (
-            f"step {self.step}: of {len(self.prompts)} prompts, {self.prompt_retrieval_top1:.3f} gave their own picture "
-            f"out of {self.prompt_retrieval_candidates}, {self.prompt_retrieval_top5:.3f} had it in the nearest 5"
+            f"step {self.step}: of {len(self.prompts)} prompts, {self.prompt_retrieval_top1:.1%} gave their own picture "
+            f"out of {self.prompt_retrieval_candidates}, {self.prompt_retrieval_top5:.1%} had it in the nearest 5"
         )
         if self.reconstruction_psnr_db is not None:
             text += f"; held-out reconstruction {self.reconstruction_psnr_db:.2f} dB PSNR"
@@ -104,7 +104,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
     )
     originals = _originals(config.images, {*(train.keys[i] for i in drawn), *holdout.keys})
     ranks = _ranks(latents[: len(drawn)].numpy(), train, drawn, trained)
-    prompts = tuple(PromptScore(train.keys[i], train.captions[i], rank) for i, rank in zip(drawn, ranks, strict=True))
+    placed = zip(drawn, ranks.tolist(), strict=True)
+    prompts = tuple(PromptScore(train.keys[i], train.captions[i], rank) for i, rank in placed)
     arrays = {
         "prompts_generated": pictures[: len(drawn)],
         "prompts_training": _stack([originals[train.keys[i]] for i in drawn], pictures),
@@ -115,8 +116,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
     rows = _holdout_scores(holdout, arrays)
     result = Evaluation(
         step=trained.step,
-        prompt_retrieval_top1=float(np.mean([rank == 1 for rank in ranks])),
-        prompt_retrieval_top5=float(np.mean([rank <= 5 for rank in ranks])),
+        prompt_retrieval_top1=scores.share_within(ranks, 1),
+        prompt_retrieval_top5=scores.share_within(ranks, 5),
         prompt_retrieval_candidates=len(train.keys),
         reconstruction_psnr_db=float(np.mean([r.psnr_db for r in rows])) if rows else None,
         reconstruction_psnr_nonwhite_db=float(np.mean([r.psnr_nonwhite_db for r in rows])) if rows else None,
@@ -142,12 +143,12 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, dict[str, Pixels]]:
 
 def _ranks(
     queries: NDArray[np.float32], train: SplitArrays, own: NDArray[np.int64], trained: TrainedModel
-) -> Sequence[int]:
+) -> NDArray[np.int64]:
     """Place of each query's own training picture among all, by L2 distance in whitened latent space; 1 = nearest."""
     channels = trained.manifest.latent_channels
     mean, std = (t.numpy()[None, :, None, None] for t in (trained.mean, trained.std))
     targets = (train.moments[:, :channels].astype(np.float32) - mean) / std
-    return scores.ranks(queries.reshape(len(queries), -1), targets.reshape(len(targets), -1), own)
+    return scores.retrieval_ranks(queries.reshape(len(queries), -1), targets.reshape(len(targets), -1), own)
 
 
 def _originals(config: ImagesConfig, wanted: Collection[str]) -> Mapping[str, Pixels]:
@@ -175,12 +176,12 @@ def _reconstructions(holdout: SplitArrays, autoencoder: AutoencoderKL, batch: in
 
 def _holdout_scores(holdout: SplitArrays, arrays: Mapping[str, Pixels]) -> tuple[HoldoutScore, ...]:
     original, restored, generated = (arrays[f"holdout_{n}"] for n in ("original", "reconstruction", "generated"))
-    inked = scores.nonwhite(original)
+    inked = scores.non_white(original)
     columns = (
         scores.psnr(original, restored),
         scores.psnr_where(original, restored, inked),
-        scores.colour_delta_e(generated, original),
-        scores.shape_iou(generated, original),
+        scores.colour_score(generated, original),
+        scores.shape_score(generated, original),
     )
     rows = zip(holdout.keys, holdout.captions, *(column.tolist() for column in columns), strict=True)
     return tuple(HoldoutScore(*row) for row in rows)
