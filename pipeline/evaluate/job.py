@@ -62,10 +62,13 @@ class Evaluation:
     holdout: tuple[HoldoutScore, ...]
 
     def __str__(self) -> str:
-        text = (
-            f"step {self.step}: of {len(self.prompts)} prompts, {self.prompt_retrieval_top1:.1%} gave their own picture "
-            f"out of {self.prompt_retrieval_candidates}, {self.prompt_retrieval_top5:.1%} had it in the nearest 5"
+        top1, top5, candidates = (
+            self.prompt_retrieval_top1,
+            self.prompt_retrieval_top5,
+            self.prompt_retrieval_candidates,
         )
+        text = f"step {self.step}, {len(self.prompts)} prompts: {top1:.1%} gave their own picture out of {candidates}"
+        text += f", {top5:.1%} had it among the nearest 5"
         if self.reconstruction_psnr_db is not None:
             text += f"; held-out reconstruction {self.reconstruction_psnr_db:.2f} dB PSNR"
         return text
