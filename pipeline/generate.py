@@ -18,7 +18,7 @@ from pipeline.randomness import Purpose, normal
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0917  (the first five go together and are passed on as they are)
     model: TextToImage,
     autoencoder: AutoencoderKL,
     mean: Tensor,

@@ -7,12 +7,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL as AutoencoderKL  # its type, for rooms that do not import diffusers
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pipeline.config import AutoencoderModelConfig
 from pipeline.errors import DataError
 from pipeline.storage import Store, fetch_folder
+
+# AutoencoderKL too: its type, for rooms that may not import diffusers
+__all__ = ["AutoencoderKL", "build", "decode", "downscale", "encode_moments", "load", "save", "weights_hash"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from open_clip.transformer import TextTransformer
+from tokenizers import normalizers
 from torch import Tensor, nn
 
 from pipeline.config import TextConfig
@@ -20,7 +20,8 @@ from pipeline.config import TextConfig
 PAD = 0
 """open_clip pads with token 0, which is also the first letter of its table, `!`."""
 
-# transformers' CLIPTokenizer cuts lower-cased text in these pieces; so do we, and the export needs no code of ours.
+# What transformers' CLIPTokenizer does to text. Its own normaliser, since Python's Unicode tables are of another year.
+_NORMALISER = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
 _PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
@@ -85,4 +86,5 @@ class TextTower(nn.Module):
 
 
 def _normalise(text: str) -> str:
-    return "".join(letter.lower() for letter in unicodedata.normalize("NFC", text))
+    normalised: str = _NORMALISER.normalize_str(text)
+    return normalised

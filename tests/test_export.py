@@ -1,0 +1,284 @@
+"""The export against Lathe's own forward, in a process that has nothing of Lathe."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import AutoencoderModelConfig, ExportConfig, TextConfig, TrainConfig, UNetConfig
+from pipeline.data.manifest import Fingerprint, Manifest
+from pipeline.errors import DataError
+from pipeline.export import clip_tokenizer, export, fold_whitening, model_card, write_pipeline
+from pipeline.generate import generate
+from pipeline.models import autoencoder, unet
+from pipeline.models.autoencoder import AutoencoderKL
+from pipeline.models.text import TextTower, Tokenizer
+from pipeline.models.unet import TextToImage
+from pipeline.storage import open_store
+from pipeline.train.trained_model import TrainedModel
+
+LENGTH = 12
+PROMPTS = [
+    "a red apple",
+    "Wow! It's 3 o'clock!!",
+    "",
+    "ΑΒΣ ÉCOLE 日本 👩‍🚒",
+    "word " * 40,
+    "! ! <|endoftext|> &amp; \u2019",
+]
+MEAN, STD = torch.tensor([1.3, -0.7, 0.2, 0.0]), torch.tensor([2.5, 0.4, 1.0, 0.9])
+
+# Runs by itself, as a stranger would use the folder; argv: folder, inputs, outputs.
+STRANGER = """
+import sys, torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+folder, inputs, outputs = sys.argv[1:]
+given, prompts = load_file(inputs), PROMPTS
+pipe = DiffusionPipeline.from_pretrained(folder)
+assert type(pipe).__name__ == "StableDiffusionPipeline"
+pipe.set_progress_bar_config(disable=True)
+picture = pipe("a red apple!", num_inference_steps=3, guidance_scale=2.0).images[0]
+assert picture.size == (16, 16), picture.size
+pipe(["a", "b"], num_inference_steps=2)
+variant = AutoPipelineForImage2Image.from_pretrained(folder)
+variant.set_progress_bar_config(disable=True)
+picture = variant("a", image=picture, strength=0.5, num_inference_steps=4, guidance_scale=2.0).images[0]
+assert picture.size == (16, 16), picture.size
+with torch.no_grad():
+    ids = pipe.tokenizer(
+        prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    velocity = pipe.unet(given["noisy"], given["timestep"], pipe.text_encoder(ids)[0]).sample
+    images = pipe.vae.decode(given["whitened"] / pipe.vae.config.scaling_factor).sample
+    latents = pipe.vae.encode(given["images"]).latent_dist.mean * pipe.vae.config.scaling_factor
+    sampled = pipe(
+        prompts[:2], latents=given["noise"], num_inference_steps=60, guidance_scale=2.0, output_type="latent"
+    ).images
+assert not [name for name in sys.modules if name == "pipeline" or name.startswith("pipeline.")]
+found = {"ids": ids, "velocity": velocity, "images": images, "latents": latents, "sampled": sampled}
+save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> TextToImage:
+    torch.manual_seed(0)
+    net = unet.build(UNetConfig(block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8), 4, 4, 16)
+    tower = TextTower(TextConfig(width=16, layers=2, heads=2, context_length=LENGTH))
+    for parameter in tower.parameters():  # biases and norms start at 0 and 1, which would hide a mix-up
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return TextToImage(net, tower).eval()
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    config = AutoencoderModelConfig(latent_channels=4, block_out_channels=(8, 8, 16), norm_num_groups=4)
+    return autoencoder.build(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(LENGTH)
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    return {
+        "noisy": torch.randn(len(PROMPTS), 4, 4, 4),
+        "timestep": torch.linspace(0, 1000, len(PROMPTS)),
+        "whitened": torch.randn(3, 4, 4, 4),
+        "images": torch.rand(3, 3, 16, 16) * 2 - 1,
+        "noise": torch.randn(2, 4, 4, 4),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(
+    model: TextToImage, vae: AutoencoderKL, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    place = tmp_path_factory.mktemp("export") / "pipeline"
+    card = model_card(
+        resolution=16,
+        context_length=LENGTH,
+        guidance=2.0,
+        steps=25,
+        attribution="Ann Example, CC-BY 4.0",
+        trained_on="x",
+    )
+    write_pipeline(place, model=model, autoencoder=vae, mean=MEAN, std=STD, tokenizer=tokenizer, card=card)
+    return place
+
+
+@pytest.fixture(scope="module")
+def stranger(folder: Path, given: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+    """What the stock pipeline computed, and all it said on stderr."""
+    save_file(given, folder.parent / "in.safetensors")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DS_ACCELERATOR": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, "-c", STRANGER.replace("PROMPTS", repr(PROMPTS)), folder, "in.safetensors", "out.safetensors"],
+        cwd=folder.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return load_file(folder.parent / "out.safetensors"), ran.stderr
+
+
+def test_stock_pipeline_makes_pictures_without_a_warning(stranger: tuple[dict[str, torch.Tensor], str]) -> None:
+    lines = stranger[1].replace("\r", "\n").splitlines()
+    said = [line for line in lines if line.strip() and "it/s]" not in line and "?it" not in line]
+    truncation = [line for line in said if "maximum sequence length" in line or "was truncated" in line]
+    assert [line for line in said if line not in truncation] == []
+
+
+def test_ids_are_the_same(stranger: tuple[dict[str, torch.Tensor], str], tokenizer: Tokenizer) -> None:
+    np.testing.assert_array_equal(stranger[0]["ids"].numpy(), tokenizer(PROMPTS))
+
+
+def test_unet_gives_the_trainers_velocity(
+    stranger: tuple[dict[str, torch.Tensor], str],
+    model: TextToImage,
+    tokenizer: Tokenizer,
+    given: dict[str, torch.Tensor],
+) -> None:
+    tokens = torch.from_numpy(tokenizer(PROMPTS).astype(np.int64))
+    with torch.no_grad():
+        expected = model(given["noisy"], given["timestep"], tokens)
+    torch.testing.assert_close(stranger[0]["velocity"], expected, atol=1e-5, rtol=0)
+
+
+def test_decoder_takes_whitened_latents(
+    stranger: tuple[dict[str, torch.Tensor], str], vae: AutoencoderKL, given: dict[str, torch.Tensor]
+) -> None:
+    raw = given["whitened"] * STD.view(1, -1, 1, 1) + MEAN.view(1, -1, 1, 1)
+    with torch.no_grad():
+        expected = autoencoder.decode(vae, raw)
+    torch.testing.assert_close(stranger[0]["images"], expected, atol=1e-4, rtol=0)
+
+
+def test_encoder_gives_whitened_latents(
+    stranger: tuple[dict[str, torch.Tensor], str], vae: AutoencoderKL, given: dict[str, torch.Tensor]
+) -> None:
+    with torch.no_grad():
+        raw = autoencoder.encode_moments(vae, given["images"])[:, :4]
+    expected = (raw - MEAN.view(1, -1, 1, 1)) / STD.view(1, -1, 1, 1)
+    torch.testing.assert_close(stranger[0]["latents"], expected, atol=1e-4, rtol=0)
+
+
+def test_stock_sampler_follows_the_same_flow(
+    stranger: tuple[dict[str, torch.Tensor], str],
+    model: TextToImage,
+    vae: AutoencoderKL,
+    tokenizer: Tokenizer,
+    given: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two solvers of one equation, with many steps and from the same noise, end at nearly the same latents."""
+    monkeypatch.setattr("pipeline.generate.normal", lambda *_: given["noise"])
+    ours, _ = generate(model, vae, MEAN, STD, tokenizer, PROMPTS[:2], guidance=2.0, steps=60, seed=0, batch_size=2)
+    moved = (ours - given["noise"]).norm()
+    assert (stranger[0]["sampled"] - ours).norm() < 0.05 * moved
+
+
+def test_folded_posterior_has_the_whitened_variance(vae: AutoencoderKL, given: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        raw = vae.encode(given["images"]).latent_dist
+        folded = fold_whitening(vae, MEAN, STD).encode(given["images"]).latent_dist
+    torch.testing.assert_close(folded.std, raw.std / STD.view(1, -1, 1, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_every_letter_gets_the_same_ids(tokenizer: Tokenizer) -> None:
+    """Every assigned character, then random texts in many scripts, through both tokenizers."""
+    stock = clip_tokenizer(tokenizer)
+    letters = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
+    draw = random.Random(0)
+    texts = [f"a{''.join(letters[i : i + 3])}B" for i in range(0, len(letters), 3)]
+    texts += ["".join(draw.choices([*"aZ '!.&;,s\t", *draw.choices(letters, k=4)], k=12)) for _ in range(2000)]
+    for first in range(0, len(texts), 5000):
+        some = texts[first : first + 5000]
+        ids = stock(some, padding="max_length", max_length=LENGTH, truncation=True)["input_ids"]
+        np.testing.assert_array_equal(np.array(ids), tokenizer(some))
+
+
+def test_weights_are_safetensors_and_the_card_names_the_source(folder: Path) -> None:
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".md", ".safetensors", ".txt"}
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Ann Example, CC-BY" in card
+    assert "guidance_scale=2" in card
+
+
+def test_autoencoder_without_quant_conv_is_refused(model: TextToImage, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    bare = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), use_quant_conv=False)
+    with pytest.raises(DataError, match="quant_conv"):
+        write_pipeline(tmp_path / "x", model=model, autoencoder=bare, mean=MEAN, std=STD, tokenizer=tokenizer, card="")
+    assert not (tmp_path / "x").exists()
+
+
+def trained(model: TextToImage, tokenizer: Tokenizer, weights: str) -> TrainedModel:
+    fingerprint = Fingerprint(
+        autoencoder_weights=weights,
+        autoencoder_config="",
+        normalisation="",
+        resize_filter="",
+        crop_rule="",
+        resolution=16,
+        background=(255, 255, 255),
+        text_mode="joint",
+        tokenizer="",
+        context_length=LENGTH,
+        text_padding="full",
+        caption_field="caption",
+        dtype="float16",
+        holdout=0.0,
+    )
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        content_hash="",
+        autoencoder="the/right/one",
+        latent_channels=4,
+        latent_side=4,
+        downsampling_factor=4,
+        context_length=LENGTH,
+        shards=(),
+        mean=tuple(MEAN.tolist()),
+        std=tuple(STD.tolist()),
+        rejects={},
+        attribution="Ann Example, CC-BY",
+        environments=(),
+    )
+    return TrainedModel(7, TrainConfig(manifest="m", output="o"), manifest, model, tokenizer)
+
+
+def test_export_writes_index_last_and_only_for_the_right_autoencoder(
+    model: TextToImage, vae: AutoencoderKL, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoencoder.save(vae, open_store(str(tmp_path / "vae")))
+    config = ExportConfig(run="run", autoencoder=str(tmp_path / "vae"), output=str(tmp_path / "out"))
+    # a checkpoint needs a training run with its engine: the demo's test goes that way
+    monkeypatch.setattr("pipeline.export.load_trained", lambda _: trained(model, tokenizer, "of another"))
+    with pytest.raises(DataError, match="the/right/one"):
+        export(config)
+    assert not (tmp_path / "out").exists()
+
+    right = autoencoder.weights_hash(vae)
+    monkeypatch.setattr("pipeline.export.load_trained", lambda _: trained(model, tokenizer, right))
+    assert str(tmp_path / "out") in export(config)
+    files = sorted((tmp_path / "out").rglob("*.*"), key=lambda path: path.stat().st_mtime_ns)
+    assert files[-1].name == "model_index.json"
+    assert "7 steps of 64 on 0 pictures" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
