@@ -27,7 +27,7 @@ CROP_RULE = "short side to resolution, centre crop"
 _WANTED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
 Image.init()
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses these itself
+warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no news, and `_open` bounds the size itself
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -151,7 +151,7 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("empty_file")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_many_pixels") from error
     except Exception as error:  # a broken header throws struct.error, ValueError, MemoryError and more
         raise ImageError("not_an_image") from error

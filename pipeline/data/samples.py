@@ -15,6 +15,9 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from pipeline.data.tar import members
+from pipeline.errors import DataError
+
 IMAGE_EXTENSIONS = frozenset(
     (
         "jpg",
@@ -85,7 +88,7 @@ def read_image_shard(data: bytes, caption_field: str = "caption") -> Iterator[Im
         else:
             yield _sample(key, group, caption_field)
         seen.add(key)
-    if damage:
+    if damage or not _is_whole(data):
         yield Rejected("", "shard_damaged")
 
 
@@ -93,6 +96,18 @@ def is_holdout(key: str, fraction: float) -> bool:
     """Whether a sample is held out of training: by its key alone, so that adding data moves no other sample."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _is_whole(data: bytes) -> bool:
+    """tarfile takes a damaged header in the middle, or a file cut between members, for the end."""
+    if data[257:262] != b"ustar":  # compressed (its own checksums tell), or no tar at all
+        return True
+    try:
+        for _ in members(data, whole=True):
+            pass
+    except DataError:
+        return False
+    return True
 
 
 def _wanted(name: str) -> bool:

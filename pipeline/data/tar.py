@@ -38,12 +38,16 @@ class TarBuilder:
         """Append a regular file.
 
         Args:
-            name: path within the archive, UTF-8.
+            name: path within the archive.
             data: its content.
 
         Returns:
             The offset of the member's first header, in bytes.
+
+        Raises:
+            UnicodeEncodeError: UTF-8 cannot say the name.
         """
+        name.encode("utf-8")
         offset = len(self._buffer)
         info = tarfile.TarInfo(name)
         info.size = len(data)
@@ -62,11 +66,12 @@ class TarBuilder:
         return bytes(self._buffer) + bytes(2 * BLOCK)
 
 
-def members(data: bytes | memoryview) -> Iterator[tuple[str, int, int]]:
+def members(data: bytes | memoryview, *, whole: bool = False) -> Iterator[tuple[str, int, int]]:
     """The regular files of an archive, or of any run of whole members cut out of one.
 
     Args:
-        data: bytes that begin at a header. The end mark may be absent.
+        data: bytes that begin at a header.
+        whole: the end mark must be there.
 
     Yields:
         (name, offset of the content in `data`, size in bytes), in file order.
@@ -97,6 +102,8 @@ def members(data: bytes | memoryview) -> Iterator[tuple[str, int, int]]:
             if kind in _REGULAR:
                 yield pax.get("path") or name or _header_name(header), start, size
             name, pax = "", {}
+    if whole:
+        raise DataError("the tar has no end mark", "the file is cut short: fetch it again")
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:

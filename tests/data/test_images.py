@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, features
+
+from pipeline.data import images
+from pipeline.data.images import ImageError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def file(image: Image.Image, format_: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format_, **options)
+    return stream.getvalue()
+
+
+def quarters() -> Image.Image:
+    """Left half red over green, right half blue over white; wider than high."""
+    image = Image.new("RGB", (8, 4))
+    for box, colour in (((0, 0, 4, 2), RED), ((0, 2, 4, 4), GREEN), ((4, 0, 8, 2), BLUE), ((4, 2, 8, 4), WHITE)):
+        image.paste(colour, box)
+    return image
+
+
+def test_rgb_is_kept():
+    pixels = images.decode(file(quarters()))
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (4, 8, 3))
+    np.testing.assert_array_equal(pixels, np.asarray(quarters()))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+def test_modes_without_transparency(mode):
+    image = quarters().convert("L").point(lambda v: 255 * (v > 100)).convert(mode)
+    np.testing.assert_array_equal(images.decode(file(image)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation(orientation, format_):
+    # The stored picture is the upright one, transformed by the inverse of what EXIF says.
+    inverse = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+    upright = quarters().resize((64, 32), Image.Resampling.NEAREST)
+    stored = upright if inverse is None else upright.transpose(Image.Transpose(inverse))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = (
+        {"quality": 95, "subsampling": 0} if format_ == "JPEG" else {"lossless": True} if format_ == "WEBP" else {}
+    )
+    pixels = images.decode(file(stored, format_, exif=exif, **options))
+    assert pixels.shape == (32, 64, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(upright)).max() < 12
+
+
+def test_unreadable_exif_does_not_matter():
+    data = file(quarters(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=100)
+    assert images.decode(data).shape == (4, 8, 3)
+
+
+def test_alpha_is_laid_on_the_background():
+    image = Image.new("RGBA", (3, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    image.putpixel((2, 0), (0, 0, 0, 128))
+    assert images.decode(file(image)).tolist() == [[[255, 255, 255], [255, 0, 0], [127, 127, 127]]]
+    assert images.decode(file(image), (0, 0, 255)).tolist()[0][0] == [0, 0, 255]
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour(mode):
+    image = Image.new(mode, (2, 1), 0)
+    if mode == "P":
+        image.putpalette([9, 9, 9, 255, 0, 0])
+    image.putpixel((1, 0), 1 if mode == "P" else 255 if mode == "L" else (255, 0, 0))
+    transparent = (0, 0, 0) if mode == "RGB" else 0
+    pixels = images.decode(file(image, transparency=transparent), GREEN)
+    assert pixels[0, 0].tolist() == list(GREEN)
+    assert pixels[0, 1].tolist() in ([255, 0, 0], [255, 255, 255])
+
+
+def test_a_transparent_colour_survives_the_turn():
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([9, 9, 9, 255, 0, 0])
+    image.putpixel((1, 0), 1)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = images.decode(file(image, transparency=0, exif=exif), GREEN)
+    assert pixels.tolist() == [[list(RED), list(GREEN)]]
+
+
+@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled(format_):
+    values = np.array([[0, 255, 257, 32768, 65535]], dtype=np.uint16)
+    assert images.decode(file(Image.fromarray(values), format_))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def test_16_bit_rgb():
+    row = struct.pack(">6H", 65535, 0, 0, 0, 32896, 65535)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    )
+    assert images.decode(data).tolist() == [[[255, 0, 0], [0, 128, 255]]]
+
+
+@pytest.mark.parametrize("values", [np.array([[0.1, 200.0]], np.float32), np.array([[-4, 1 << 20]], np.int32)])
+def test_samples_without_a_known_range_are_refused(values):
+    with pytest.raises(ImageError, match="unsupported_mode"):
+        images.decode(file(Image.fromarray(values), "TIFF"))
+
+
+def test_cmyk_goes_through_its_profile():
+    image = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    plain = images.decode(file(image, "TIFF"))
+    assert plain[0, 0].tolist() == [255, 0, 0]
+    assert images.decode(file(image, "JPEG", quality=100))[0, 0, 0] > 250
+
+    # A profile for which C, M, Y, K mean something else shows: here an RGB one, which does not fit, is passed over.
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(images.decode(file(image, "TIFF", icc_profile=srgb)), plain)
+    np.testing.assert_array_equal(images.decode(file(image, "TIFF", icc_profile=b"junk" * 40)), plain)
+
+
+def cmyk_profile() -> bytes:
+    """A small ICC v2 CMYK profile: no ink is white, black ink is black, every other full ink is mid grey (Lab 50)."""
+    corners = [0 if i & 1 else 255 if i == 0 else 128 for i in range(16)]  # C, M, Y, K from none to full; K fastest
+    colours = b"".join(bytes([lightness, 128, 128]) for lightness in corners)
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    lut += bytes(range(256)) * 4 + colours + bytes(range(256)) * 3
+    text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(78)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    tags, offset, table = [(b"A2B0", lut), (b"desc", text), (b"wtpt", white)], 132 + 36, b""
+    body = b""
+    for name, data in tags:
+        data += bytes(-len(data) % 4)
+        table += name + struct.pack(">2I", offset + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", 168 + len(body), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    return head.ljust(128, b"\0") + struct.pack(">I", 3) + table + body
+
+
+def test_an_embedded_cmyk_profile_decides_the_colours():
+    image = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    pixels = images.decode(file(image, "TIFF", icc_profile=cmyk_profile()))
+    assert np.abs(pixels[0, 0].astype(int) - 119).max() <= 3  # Lab 50 in sRGB
+
+
+@pytest.mark.parametrize("format_", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_of_an_animation_the_first_frame_counts(format_):
+    if format_ == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow is built without AVIF")
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
+    pixels = images.decode(file(frames[0], format_, save_all=True, append_images=frames[1:]))
+    assert np.abs(pixels.astype(int) - RED).max() < 8
+
+
+def bomb(side: int) -> bytes:
+    data = file(Image.new("1", (1, 1)))
+    header = struct.pack(">2I", side, side) + data[24:29]
+    return data[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty_file"),
+        (b"<html><body>404</body></html>", "not_an_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not_an_image"),
+        (bomb(30_000), "too_many_pixels"),
+        (bomb(10_000), "too_many_pixels"),
+        (file(quarters().resize((99, 99)), "JPEG")[:-300], "damaged_image"),
+        (file(quarters().resize((99, 99)), "PNG")[:-100], "damaged_image"),
+    ],
+)
+def test_reasons(data, reason):
+    with pytest.raises(ImageError) as caught:
+        images.decode(data)
+    assert caught.value.reason == reason
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_damage_is_either_harmless_or_an_image_error(data):
+    good = bytearray(
+        file(quarters().resize((40, 30)), data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF"])))
+    )
+    for _ in range(data.draw(st.integers(1, 8))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        pixels = images.decode(bytes(good))
+    except ImageError:
+        return
+    assert pixels.ndim == 3
+
+
+def test_probe_reads_the_header_alone():
+    data = file(quarters().resize((99, 50)), "PNG")
+    assert images.probe(data[:-40]) == (50, 99)
+    with pytest.raises(ImageError, match="not_an_image"):
+        images.probe(b"text")
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
+@settings(deadline=None)
+def test_square_is_resize_then_centre_crop(height, width, side):
+    # Mid tones: Pillow rounds and clips between its two passes, whose order may differ.
+    pixels = np.random.default_rng(height * 100 + width).integers(100, 156, (height, width, 3), dtype=np.uint8)
+    record = images.size_record(height, width, side)
+    top, left = int(record[2]), int(record[3])
+    scaled = (max(side, round(width * side / min(height, width))), max(side, round(height * side / min(height, width))))
+    whole = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.LANCZOS))
+    expected = whole[top : top + side, left : left + side]
+    result = images.square(pixels, side)
+    assert (result.dtype, result.shape) == (np.uint8, (side, side, 3))
+    assert np.abs(result.astype(int) - expected).max() <= 1
+    assert record.dtype == np.int32
+    assert record.tolist() == [height, width, top, left, side, side]
+
+
+def test_slivers_and_single_pixels():
+    assert images.square(np.full((1, 80_000, 3), 7, np.uint8), 64).tolist() == np.full((64, 64, 3), 7).tolist()
+    assert images.square(np.full((1, 1, 3), 9, np.uint8), 32).tolist() == np.full((32, 32, 3), 9).tolist()
+
+
+def test_normalise_and_back():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(2, 16, 8, 3)
+    tensor = images.normalise(pixels)
+    assert (tensor.dtype, tuple(tensor.shape)) == (torch.float32, (2, 3, 16, 8))
+    assert (tensor.min().item(), tensor.max().item()) == (-1.0, 1.0)
+    np.testing.assert_array_equal(images.to_uint8(tensor), pixels)
+    assert images.to_uint8(torch.tensor([-9.0, 9.0, 0.0]).reshape(1, 3, 1, 1)).tolist() == [[[[0, 255, 128]]]]
+
+
+def test_png_and_contact_sheet():
+    pixels = np.asarray(quarters())
+    np.testing.assert_array_equal(images.decode(images.png(pixels)), pixels)
+    big = np.full((20, 30, 3), 100, np.uint8)
+    plain = images.decode(images.contact_sheet([big] * 5, columns=2, gap=4))
+    assert plain.shape == (3 * 24 + 4, 2 * 34 + 4, 3)
+    assert (plain == 100).all(axis=2).sum() == 5 * 20 * 30
+    labelled = images.decode(
+        images.contact_sheet([big] * 5, 2, ["a word that is far too long", "b", "", "ü", "e"], gap=4)
+    )
+    assert labelled.shape == (3 * 38 + 4, 72, 3)
+    assert (labelled[24:38, 34:38] == 255).all()  # nothing runs into the gap
+    assert (labelled[24:38, 4:34] < 255).any()
