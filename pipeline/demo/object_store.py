@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import http.client
 import json
 import os
 import random
@@ -123,6 +124,13 @@ class EmbeddedObjectStore:
             port = 0
         raise SetupError(f"the S3 server finds no free ports on {_HOST}", "stop some other servers, then try again")
 
+    def check(self) -> None:
+        """Nothing, while the server runs. Raises SetupError with its last words where it has ended."""
+        if self.pid is None:
+            raise SetupError(
+                f"the S3 server has ended: {self._last_words()}", f"see its log, {self.log}; then run again"
+            )
+
     def stop(self) -> None:
         """Stop the server; the context stays open."""
         if self._server is None:
@@ -164,6 +172,7 @@ class EmbeddedObjectStore:
             f"-ip={_HOST}",
             f"-ip.bind={_HOST}",
             *(f"-{name}={port}" for name, port in _ports(self._port).items()),
+            "-master.resumeState=false",  # an old election's state can make the first write wait 20 s
             *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
             f"-s3.config={self._keys_file}",
             "-s3.iam=false",
@@ -180,13 +189,13 @@ class EmbeddedObjectStore:
         said = "it does not answer"
         while time.monotonic() < deadline:
             if server.poll() is not None:
-                text = self.log.read_text(encoding="utf-8", errors="replace")
-                if "address already in use" in text or "Port allocation failed" in text:
+                said = self._last_words()
+                if "address already in use" in said or "Port allocation failed" in said:
                     return False
-                raise SetupError(f"the S3 server ended at once: {_last_words(text)}", f"see its log, {self.log}")
-            if not _is_free(self._port):
+                raise SetupError(f"the S3 server ended at once: {said}", f"see its log, {self.log}")
+            if self._has_volumes():
                 try:
-                    probe.write(".lathe-started", b"")
+                    probe.write(".lathe-started", b"data")
                     probe.delete([".lathe-started"])
                 except StorageError as error:
                     said = error.message
@@ -196,6 +205,17 @@ class EmbeddedObjectStore:
         self.stop()
         raise SetupError(f"the S3 server is not ready after {_START_SECONDS:.0f} s: {said}", f"see its log, {self.log}")
 
+    def _has_volumes(self) -> bool:
+        """Whether the part that holds the data has joined; a file sent before that may wait for 20 s."""
+        master = http.client.HTTPConnection(_HOST, _ports(self._port)["master.port"], timeout=2)
+        try:
+            master.request("GET", "/dir/status")
+            return b'"DataNodes":[{' in master.getresponse().read().replace(b" ", b"").replace(b"\n", b"")
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            master.close()
+
     def _check_space(self) -> None:
         disk = shutil.disk_usage(self.folder)
         least = max(self._min_free_bytes, int(disk.total * _LEAST_SHARE))
@@ -204,6 +224,11 @@ class EmbeddedObjectStore:
                 f"no disk space in {self.folder}: {disk.free / 2**30:.1f} GiB free, {least / 2**30:.1f} GiB needed",
                 "free some, or choose a folder on another disk",
             )
+
+    def _last_words(self) -> str:
+        """The end of the server's log, on one line."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return " | ".join(line.strip() for line in lines[-3:] if line.strip())[-600:] or "its log is empty"
 
     def _last_state(self) -> dict[str, int]:
         try:
@@ -307,8 +332,3 @@ def _remove_sockets(first: int) -> None:
         for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - its choice of folder
             with suppress(OSError):
                 path.unlink()
-
-
-def _last_words(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return " | ".join(lines[-3:])[-600:] or "its log is empty"
