@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline import runfile
 from pipeline.config import PackConfig, RunConfig, SampleConfig
 from pipeline.data import images
+from pipeline.demo.state import DemoState
 from pipeline.demo.twemoji import unseen_combinations
 from pipeline.evaluate.job import Evaluation, HoldoutScore, read_evaluation
 from pipeline.metrics import read_log
@@ -32,9 +33,6 @@ from pipeline.operate.report import (
     UnseenPicture,
 )
 from pipeline.storage import open_store
-
-if TYPE_CHECKING:
-    from pipeline.demo.guided_run import DemoState
 
 Pixels = NDArray[np.uint8]
 Log = list[dict[str, Any]]
@@ -110,7 +108,7 @@ def _reconstruction_scores(rows: list[HoldoutScore]) -> ReconstructionScores | N
         return None
     return ReconstructionScores(
         psnr_db=float(np.mean([row.psnr_db for row in rows])),
-        psnr_nonwhite_db=float(np.mean([row.psnr_nonwhite_db for row in rows])),
+        psnr_nonwhite_db=float(np.nanmean([row.psnr_nonwhite_db for row in rows])),
         pictures=len(rows),
     )
 

@@ -12,10 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
@@ -24,10 +23,12 @@ from pipeline import runfile
 from pipeline.config import RunConfig
 from pipeline.demo.object_store import EmbeddedObjectStore
 from pipeline.demo.processes import MemoryPeak, run_together
+from pipeline.demo.state import DemoState
 from pipeline.errors import ConfigError, SetupError
 from pipeline.storage import open_store
 
 BUCKET = "lathe-demo"
+STATE = "state.json"
 DISK_BYTES_NEEDED = 2 * 2**30
 WORKERS = 2
 
@@ -42,23 +43,6 @@ TITLES = {
     "export": "a folder that diffusers opens",
     "report": "the report page",
 }
-
-
-@dataclass
-class DemoState:
-    """What is finished, kept in `state.json` so that a stopped demo goes on."""
-
-    preset: str
-    root: str
-    finished: dict[str, str] = field(default_factory=dict)  # stage -> its resolved settings
-    wall_seconds: dict[str, float] = field(default_factory=dict)  # stage -> seconds, over all attempts
-    peak_rss_bytes: int = 0
-
-    def save(self, file: Path) -> None:
-        """Write the file whole or not at all."""
-        temporary = file.with_suffix(".part")
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        temporary.replace(file)
 
 
 def run_demo(folder: Path, *, preset: str, s3: str | None, fresh: bool) -> None:
@@ -85,7 +69,7 @@ def run_demo(folder: Path, *, preset: str, s3: str | None, fresh: bool) -> None:
         root, environment, alive = _connect(stack, folder, s3)
         if fresh and s3:
             _forget_remote(root)
-        state = _load_state(folder, preset, root)
+        state = DemoState.load(folder / STATE, preset, root)
         peak = stack.enter_context(MemoryPeak())
         run = _GuidedRun(folder, root, changes, environment, alive, state, peak)
         for number, (stage, title) in enumerate(TITLES.items(), start=1):
@@ -122,7 +106,7 @@ class _GuidedRun:
             spent = time.monotonic() - started
             self.state.wall_seconds[name] = self.state.wall_seconds.get(name, 0.0) + spent
             self.state.peak_rss_bytes = max(self.state.peak_rss_bytes, self.peak.bytes)
-            self.state.save(self.folder / "state.json")
+            self.state.save(self.folder / STATE)
 
     def _run(self, name: str) -> None:
         if name == "data":
@@ -245,27 +229,10 @@ def _nothing() -> None:
     """A server of the user's is not ours to watch."""
 
 
-def _load_state(folder: Path, preset: str, root: str) -> DemoState:
-    file = folder / "state.json"
-    if not file.is_file():
-        return DemoState(preset, root)
-    try:
-        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        state = DemoState(**saved)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file} cannot be read", "start over with --fresh") from error
-    if (state.preset, state.root) != (preset, root):
-        raise ConfigError(
-            f"{folder} holds a demo of preset {state.preset} on {state.root}",
-            "start over with --fresh, or use another --dir",
-        )
-    return state
-
-
 def _forget(folder: Path) -> None:
     for name in ("s3", "twemoji", "pictures", "evaluation", "export", "logs"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("state.json", "report.html", "report.json"):
+    for name in (STATE, "report.html", "report.json"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -123,7 +123,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
         prompt_retrieval_top5=scores.share_within(ranks, 5),
         prompt_retrieval_candidates=len(train.keys),
         reconstruction_psnr_db=float(np.mean([r.psnr_db for r in rows])) if rows else None,
-        reconstruction_psnr_nonwhite_db=float(np.mean([r.psnr_nonwhite_db for r in rows])) if rows else None,
+        reconstruction_psnr_nonwhite_db=float(np.nanmean([r.psnr_nonwhite_db for r in rows])) if rows else None,
         prompts=prompts,
         holdout=rows,
     )

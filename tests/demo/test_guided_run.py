@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.demo import guided_run
 from pipeline.demo.processes import MemoryPeak, run_together
+from pipeline.demo.state import DemoState
 from pipeline.errors import ConfigError, LatheError, SetupError
 
 
@@ -64,13 +65,13 @@ with _only_one(Path({str(tmp_path)!r})):
 
 
 def test_a_folder_with_another_demo_is_refused(tmp_path: Path) -> None:
-    guided_run.DemoState("demo", "s3://a").save(tmp_path / "state.json")
-    assert guided_run._load_state(tmp_path, "demo", "s3://a").finished == {}
+    DemoState("demo", "s3://a").save(tmp_path / "state.json")
+    assert DemoState.load(tmp_path / "state.json", "demo", "s3://a").finished == {}
     with pytest.raises(ConfigError, match="preset demo on s3://a"):
-        guided_run._load_state(tmp_path, "smoke", "s3://a")
+        DemoState.load(tmp_path / "state.json", "smoke", "s3://a")
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be read"):
-        guided_run._load_state(tmp_path, "demo", "s3://a")
+        DemoState.load(tmp_path / "state.json", "demo", "s3://a")
 
 
 def test_too_little_disk_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +125,7 @@ def test_every_preset_names_stages_and_gives_valid_settings(tmp_path: Path) -> N
     for preset in ("demo", "smoke", "showcase"):
         changes = guided_run._preset(preset)
         assert set(changes) <= set(guided_run.TITLES)
-        state = guided_run.DemoState(preset, "s3://x")
+        state = DemoState(preset, "s3://x")
         run = guided_run._GuidedRun(tmp_path, "s3://x", changes, {}, lambda: None, state, MemoryPeak())
         configs = run.configs()
         assert set(configs) == set(guided_run.TITLES) - {"data", "report"}
@@ -132,7 +133,7 @@ def test_every_preset_names_stages_and_gives_valid_settings(tmp_path: Path) -> N
 
 
 def test_the_state_survives_a_round_trip(tmp_path: Path) -> None:
-    state = guided_run.DemoState("smoke", "s3://x", {"pack": "a: 1"}, {"pack": 1.5}, 12)
+    state = DemoState("smoke", "s3://x", {"pack": "a: 1"}, {"pack": 1.5}, 12)
     state.save(tmp_path / "state.json")
-    assert guided_run._load_state(tmp_path, "smoke", "s3://x") == state
+    assert DemoState.load(tmp_path / "state.json", "smoke", "s3://x") == state
     assert json.loads((tmp_path / "state.json").read_text())["peak_rss_bytes"] == 12
