@@ -71,8 +71,8 @@ class LatentShard:
         self._write(sample)
 
     def reject(self, key: str, reason: str) -> None:
-        """Note a sample that could not be used."""
-        self._rejects.append(Reject(key=key, reason=reason))
+        """Note a sample that could not be used. Of its key, bytes that are not UTF-8 are written as escapes."""
+        self._rejects.append(Reject(key=key.encode("utf-8", "backslashreplace").decode(), reason=reason))
 
     def finish(
         self, name: str, source: SourceIdentity, fingerprint: str, environment: Environment
