@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from diffusers import AutoencoderKL
+
+from pipeline.config import EncodeConfig
+from pipeline.data import images
+from pipeline.data.manifest import load_manifest, load_receipt
+from pipeline.data.samples import is_holdout
+from pipeline.data.tar import TarBuilder, read_npy
+from pipeline.encode.job import encode, finalize
+from pipeline.errors import ConfigError, DataError
+from pipeline.models.text import Tokenizer
+from pipeline.storage import open_store
+
+SIDE, SHARDS, PER_SHARD = 32, 5, 13
+EXTRAS = {"manifest.json", "fingerprint.json", "rejects.jsonl", "empty.tokens.clip.npy"}
+
+
+def picture(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return images.png(small.repeat(8, 0).repeat(8 + seed % 3, 1))
+
+
+def image_shard(number: int, extra: tuple[tuple[str, bytes], ...] = ()) -> bytes:
+    tar = TarBuilder()
+    for i in range(PER_SHARD):
+        key = f"{number:03d}{i:04d}"
+        tar.add(f"{key}.png", picture(number * 100 + i))
+        tar.add(f"{key}.txt", f"picture {i} of {number}".encode())
+    for name, data in extra:
+        tar.add(name, data)
+    return tar.finish()
+
+
+def save_autoencoder(folder: Path, seed: int = 0) -> str:
+    torch.manual_seed(seed)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Image shards, an autoencoder, and the output of one undisturbed worker."""
+    place = tmp_path_factory.mktemp("encode")
+    (place / "images").mkdir()
+    for i in range(SHARDS):
+        (place / "images" / f"{i:05d}.tar").write_bytes(image_shard(i))
+    caption = json.dumps({"caption": ["a list", "of two"]}).encode()
+    bad = (("zz1.png", b"<html>"), ("zz1.txt", b"x"), ("zz2.txt", b"y"), ("zz3.png", picture(5)), ("zz3.json", caption))
+    (place / "images" / "00001.tar").write_bytes(image_shard(1, bad))
+    (place / "images" / "ATTRIBUTION.txt").write_text("by A\n")
+    save_autoencoder(place / "vae")
+    encode(settings(place, "undisturbed"))
+    return place
+
+
+def settings(place: Path, output: str, **fields) -> EncodeConfig:
+    tree = {
+        "images": {"shards": str(place / "images"), "resolution": SIDE, "holdout": 0.2},
+        "autoencoder": str(place / "vae"),
+        "output": str(place / output),
+        "batch_size": 4,
+        "block_samples": 5,
+        "max_reject_rate": 0.5,
+        "threads": 1,
+        "text": {"context_length": 16},
+    }
+    return EncodeConfig(**{**tree, **fields})
+
+
+def content(place: Path, output: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((place / output).iterdir())}
+
+
+def test_nothing_but_shards_receipts_and_the_manifest_is_there(place):
+    names = {f"{i:05d}.tar" for i in range(SHARDS)}
+    assert set(content(place, "undisturbed")) == names | {f"{name}.receipt.json" for name in names} | EXTRAS
+
+
+def test_plain_webdataset_reads_the_latents_of_diffusers(place):
+    """The contract of design section 4, with stock decoders, against diffusers alone."""
+    reference = AutoencoderKL.from_pretrained(place / "vae").eval()
+    tokenizer = Tokenizer(16)
+    urls = [str(place / "undisturbed" / f"{i:05d}.tar") for i in range(SHARDS)]
+    seen = 0
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        about, latent = sample["json"], sample["latent.npy"]
+        assert (about["source_key"], about["bucket"]) == (sample["__key__"], [SIDE, SIDE])
+        if sample["__key__"] == "zz3":
+            assert about["captions"] == ["a list", "of two"]
+            np.testing.assert_array_equal(sample["tokens1.clip.npy"], tokenizer(["of two"])[0])
+            continue
+        number, i = int(sample["__key__"][:3]), int(sample["__key__"][3:])
+        assert about["source_shard"] == f"{number:05d}.tar"
+        assert about["captions"] == [f"picture {i} of {number}"]
+        assert (latent.dtype, latent.shape) == (np.float16, (8, 8, 8))
+        assert (sample["tokens0.clip.npy"].dtype, sample["size.npy"].dtype) == (np.uint16, np.int32)
+        np.testing.assert_array_equal(sample["tokens0.clip.npy"], tokenizer(about["captions"])[0])
+        width = 6 * (8 + (number * 100 + i) % 3)
+        left = (round(width * SIDE / 48) - SIDE) // 2
+        assert sample["size.npy"].tolist() == [48, width, 0, left, SIDE, SIDE]
+        pixels = images.square(images.decode(picture(number * 100 + i)), SIDE)
+        with torch.no_grad():
+            tensor = torch.from_numpy(pixels / 255.0).float().permute(2, 0, 1)[None] * 2 - 1
+            expected = reference.encode(tensor).latent_dist.parameters[0]
+        np.testing.assert_allclose(latent.astype(np.float32), expected.numpy(), rtol=2e-3, atol=2e-3)
+        seen += 1
+    assert seen == SHARDS * PER_SHARD
+
+
+def test_the_manifest_tells_what_is_there(place):
+    manifest = load_manifest(str(place / "undisturbed" / "manifest.json"))
+    assert (manifest.latent_channels, manifest.latent_side, manifest.downsampling_factor) == (4, 8, 4)
+    assert manifest.samples("train") + manifest.samples("holdout") == SHARDS * PER_SHARD + 1
+    assert manifest.rejects == {"no_image": 1, "not_an_image": 1}
+    assert manifest.attribution == "by A"
+    assert manifest.environments[0]["threads"] == 1
+    lines = (place / "undisturbed" / "rejects.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["key"] for line in lines) == ["zz1", "zz2"]
+    np.testing.assert_array_equal(read_npy(content(place, "undisturbed")["empty.tokens.clip.npy"]), Tokenizer(16).empty)
+    store = open_store(str(place / "undisturbed"))
+    for entry in manifest.shards:
+        receipt = load_receipt(store, entry.receipt)
+        names = [
+            s["__key__"] for s in webdataset.WebDataset(str(place / "undisturbed" / entry.name), shardshuffle=False)
+        ]
+        held = [is_holdout(name, 0.2) for name in names]
+        assert held == sorted(held)  # hold-out last
+        assert sum(held) == entry.samples("holdout") == sum(end - first for first, end in receipt.ranges("holdout"))
+
+
+def test_two_workers_write_the_same_bytes(place):
+    first = encode(settings(place, "two"), (0, 2))
+    assert (first.shards, first.waiting, first.manifest) == (3, 2, None)
+    assert "2 shards of other workers" in str(first)
+    second = encode(settings(place, "two"), (1, 2))
+    assert second.manifest is not None
+    assert content(place, "two") == content(place, "undisturbed")
+
+
+def test_a_rerun_encodes_nothing_anew(place):
+    seen = []
+    before = content(place, "undisturbed")
+    summary = encode(settings(place, "undisturbed"), progress=lambda *counts: seen.append(counts))
+    assert (summary.encoded, summary.shards, summary.samples, summary.rejects) == (0, 5, 66, 2)
+    assert seen == [(5, 5, 2)]
+    assert content(place, "undisturbed") == before
+
+
+def test_a_killed_worker_leaves_nothing_that_a_rerun_would_trust(place):
+    code = (
+        "import os, signal, sys\n"
+        "from pipeline.config import EncodeConfig\n"
+        "from pipeline.encode.job import encode\n"
+        "def progress(done, total, rejects):\n"
+        "    if done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "encode(EncodeConfig.model_validate_json(sys.stdin.read()), progress=progress)\n"
+    )
+    config = settings(place, "killed")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=config.model_dump_json(), text=True, check=False, env=environment
+    )
+    assert done.returncode == -signal.SIGKILL
+    left = content(place, "killed")
+    assert "manifest.json" not in left
+    assert 2 <= sum(name.endswith(".receipt.json") for name in left) < SHARDS
+    for i in range(2):
+        encode(config, (i, 2))
+    after = content(place, "killed")
+    partial = [name for name in after if name.endswith(".partial")]  # the store's own leftovers, which it never lists
+    assert {name: data for name, data in after.items() if name not in partial} == content(place, "undisturbed")
+
+
+def test_half_written_and_replaced_shards_are_encoded_again(place):
+    shutil.copytree(place / "undisturbed", place / "half")
+    out = place / "half"
+    (out / "00000.tar.receipt.json").unlink()  # killed between shard and receipt
+    (out / "00000.tar").write_bytes(b"torn")
+    (out / "00002.tar").write_bytes(b"cut short")
+    receipt = json.loads((out / "00003.tar.receipt.json").read_text())
+    (out / "00003.tar.receipt.json").write_text(json.dumps({**receipt, "source_bytes": 1}))  # the source was replaced
+    (out / "manifest.json").unlink()
+    assert encode(settings(place, "half")).encoded == 3
+    assert content(place, "half") == content(place, "undisturbed")
+
+
+def test_finalize_names_what_is_missing_and_is_idempotent(place):
+    shutil.copytree(place / "undisturbed", place / "final")
+    (place / "final" / "manifest.json").unlink()
+    finalize(settings(place, "final"))
+    assert content(place, "final") == content(place, "undisturbed")
+    finalize(settings(place, "final"))
+    assert content(place, "final") == content(place, "undisturbed")
+    (place / "final" / "00003.tar.receipt.json").unlink()
+    with pytest.raises(DataError, match=r"1 of 5 latent shards are missing: 00003\.tar"):
+        finalize(settings(place, "final"))
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        ("images", {"resolution": 16}),
+        ("images", {"background": (0, 0, 0)}),
+        ("images", {"holdout": 0.0}),
+        ("images", {"caption_field": "alt"}),
+        ("text", {"context_length": 24}),
+    ],
+)
+def test_another_meaning_is_refused_by_name(place, section, fields):
+    config = settings(place, "undisturbed")
+    other = config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
+    with pytest.raises(DataError, match=f"these differ: .*{next(iter(fields))}"):
+        encode(other)
+
+
+def test_another_autoencoder_is_refused_by_name(place, tmp_path):
+    other = save_autoencoder(tmp_path / "other", seed=1)
+    with pytest.raises(DataError, match=r"these differ: autoencoder_weights\n"):
+        encode(settings(place, "undisturbed", autoencoder=other))
+
+
+def test_too_many_rejects_end_the_job_and_no_manifest_is_written(place, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.tar").write_bytes(image_shard(0, (("bad.png", b"<html>"), ("bad.txt", b"x"))))
+    tree = {"shards": str(tmp_path / "images"), "resolution": SIDE}
+    strict = settings(place, "strict", images=tree, max_reject_rate=0.05)
+    for _ in range(2):  # a rerun must not pass because the shard is there already
+        with pytest.raises(DataError, match=r"1 of 14 pictures were rejected \(not_an_image: 1\)"):
+            encode(strict)
+    assert not (place / "strict" / "manifest.json").exists()
+    assert encode(strict.model_copy(update={"max_reject_rate": 0.1})).encoded == 0
+
+
+def test_non_finite_latents_never_reach_a_shard(place, tmp_path):
+    model = AutoencoderKL.from_pretrained(place / "vae")
+    with torch.no_grad():  # the means of bright pictures pass float16's range
+        model.quant_conv.weight.mul_(3e5)
+    model.save_pretrained(tmp_path / "vae")
+    config = settings(place, "hot", autoencoder=str(tmp_path / "vae"), max_reject_rate=0.99)
+    with pytest.raises(DataError, match="non_finite_latent"):
+        encode(config)
+    for sample in webdataset.WebDataset(
+        str(place / "hot" / "00000.tar"), shardshuffle=False, empty_check=False
+    ).decode():
+        assert np.isfinite(sample["latent.npy"]).all()
+
+
+def test_added_shards_extend_the_data(place, tmp_path):
+    (tmp_path / "images").mkdir()
+    config = settings(tmp_path, "out", autoencoder=str(place / "vae"))
+    hashes = []
+    for i in range(2):
+        (tmp_path / "images" / f"{i}.tar").write_bytes(image_shard(i))
+        summary = encode(config)
+        assert summary.encoded == 1
+        hashes.append(summary.manifest.content_hash)
+    assert hashes[0] != hashes[1]
+
+
+def test_an_empty_shard_and_a_damaged_one_do_not_stop_the_job(place, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, data in (("a", TarBuilder().finish()), ("b", b"<html>" * 200), ("c", image_shard(0)[:-5000])):
+        (tmp_path / "images" / f"{name}.tar").write_bytes(data)
+    summary = encode(settings(tmp_path, "out", autoencoder=str(place / "vae")))
+    assert summary.manifest.rejects["shard_damaged"] == 2
+    assert [shard.samples("train") > 0 for shard in summary.manifest.shards] == [False, False, True]
+
+
+def test_settings_that_cannot_be(place, tmp_path):
+    with pytest.raises(ConfigError, match="task 2/2"):
+        encode(settings(place, "none"), (2, 2))
+    with pytest.raises(ConfigError, match=r"images\.resolution: 30 is not a multiple of 4"):
+        encode(settings(place, "none", images={"shards": str(place / "images"), "resolution": 30}))
+    with pytest.raises(ConfigError, match="is where the image shards are"):
+        encode(settings(place, "images"))
+    shutil.copytree(place / "images", tmp_path / "again")
+    both = {"shards": f"{{{place}/images,{tmp_path}/again}}/00000.tar", "resolution": SIDE}
+    with pytest.raises(DataError, match=r"several image shards are named 00000\.tar"):
+        encode(settings(place, "none", images=both))
+
+
+def test_an_error_in_a_stage_ends_the_job(place, tmp_path):
+    """The fetching thread's error arrives here, and no thread keeps the process alive."""
+    shutil.copytree(place / "images", tmp_path / "images")
+    config = settings(tmp_path, "out", autoencoder=str(place / "vae"))
+
+    def lose(done: int, total: int, rejects: int) -> None:
+        if done == 0:
+            (tmp_path / "images" / "00004.tar").unlink()
+
+    with pytest.raises(Exception, match=r"00004\.tar"):
+        encode(config, progress=lose)
+    assert "manifest.json" not in content(tmp_path, "out")
