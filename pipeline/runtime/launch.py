@@ -1,37 +1,81 @@
-"""`accelerate launch`, with its ranks' exit code kept and one line where it would print its own traceback.
+"""`accelerate launch`, telling each error once and keeping the ranks' exit code.
 
-The launcher's agent answers every rank that fails with exit code 1 and the stack of the agent, below the rank's own
-message. Lathe's exit codes mean something (`pipeline.errors`, 128 + signal), so they are passed on.
+The launcher's own agent ends a failed run with exit code 1 and the stack of the agent, and a mistake that all ranks
+meet would be told by each. Here ranks leave their user errors in a folder (`report`), the launcher tells each once, and
+its exit code is that of the error (`pipeline.errors`), or 128 + signal.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import LatheError
+
+_FOLDER = "LATHE_ERROR_FOLDER"
+
+
+class OtherRankError(LatheError):
+    """Another rank has failed, or is gone; of interest only where nobody tells the reason."""
+
+
+def report(error: LatheError) -> bool:
+    """Leave an error to the launcher. False where there is none that would tell it."""
+    folder = os.environ.get(_FOLDER)
+    if not folder or not Path(folder).is_dir():
+        return False
+    told = {
+        "message": error.message,
+        "remedy": error.remedy,
+        "exit_code": error.exit_code,
+        "secondary": isinstance(error, OtherRankError),
+    }
+    file = Path(folder) / f"{int(os.environ['RANK']):06d}.json"
+    file.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
+    file.with_suffix(".partial").replace(file)
+    return True
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `accelerate launch ARGUMENTS` and return the exit code of the rank that failed first, or 0."""
+    """Run `accelerate launch ARGUMENTS`; returns 0, the first error's exit code, or 128 + signal."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        launch_command(launch_command_parser().parse_args(list(arguments)))
-    except ChildFailedError as failure:
-        rank, first = failure.get_first_failure()
-        if first.exitcode < 0:
-            _say(f"rank {rank} was ended by {signal.Signals(-first.exitcode).name}, and the other ranks with it")
-            return 128 - int(first.exitcode)
-        if first.exitcode == 1:
-            _say(f"rank {rank} failed, and the other ranks were ended; its message is above")
-        return int(first.exitcode)
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
+    with tempfile.TemporaryDirectory(prefix="lathe-") as folder:
+        os.environ[_FOLDER] = folder
+        try:
+            launch_command(launch_command_parser().parse_args(list(arguments)))
+        except ChildFailedError as failure:
+            rank, first = failure.get_first_failure()
+            return _tell(Path(folder), rank, first.exitcode)
+        except SignalException as stop:
+            return 128 + int(stop.sigval)
     return 0
+
+
+def _tell(folder: Path, rank: int, exit_code: int) -> int:
+    """Print the ranks' errors, or how the first one ended; returns the exit code."""
+    errors: list[dict[str, Any]] = [
+        json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))
+    ]
+    causes = [error for error in errors if not error["secondary"]]
+    if not causes and exit_code < 0:
+        _say(f"error: rank {rank} was ended by {signal.Signals(-exit_code).name}, and the other ranks with it")
+        return 128 - exit_code
+    for message, remedy in dict.fromkeys((error["message"], error["remedy"]) for error in causes or errors):
+        _say(f"error: {message}")
+        if remedy:
+            _say(f"  {remedy}")
+    return int(causes[0]["exit_code"]) if causes else exit_code
 
 
 def _say(line: str) -> None:

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import EngineConfig
-from pipeline.errors import LatheError, SetupError
+from pipeline.errors import SetupError
+from pipeline.runtime.launch import OtherRankError
 
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
@@ -68,14 +69,14 @@ class Process:
         return earlier
 
     def agree(self, problem: Exception | None = None) -> None:
-        """Wait for all ranks, and raise on all of them if one has a problem: its own there, LatheError elsewhere."""
+        """Wait for all ranks, and raise if one has a problem: its own there, OtherRankError on the others."""
         code = 0 if problem is None else getattr(problem, "exit_code", 1)
         worst = self._reduce(torch.tensor(code * self.world_size + self.rank if code else 0), dist.ReduceOp.MAX)
         if problem is not None:
             raise problem
         if int(worst):
             code, rank = divmod(int(worst), self.world_size)
-            error = LatheError(f"rank {rank} failed", "its own message says why")
+            error = OtherRankError(f"rank {rank} failed", "its own message says why")
             error.exit_code = code
             raise error
 
@@ -134,6 +135,16 @@ def start(config: EngineConfig) -> Process:
         process.finish()
         raise problem
     return process
+
+
+def lost_rank(error: RuntimeError) -> OtherRankError | None:
+    """What a failed collective means: another rank is gone, or was silent for too long. None for other errors."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+        return OtherRankError(
+            f"lost another rank: {str(error).strip().splitlines()[0]}",
+            "the rank that ended first says why; the same command goes on from the last checkpoint",
+        )
+    return None
 
 
 def _wrong_world(world: int, announced: int, wanted: int | None) -> SetupError | None:

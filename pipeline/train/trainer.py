@@ -33,7 +33,7 @@ from pipeline.models import unet
 from pipeline.models.text import TextTower
 from pipeline.models.unet import TextToImage
 from pipeline.randomness import Purpose
-from pipeline.runtime import engine, process
+from pipeline.runtime import engine, launch, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store, read_file, split
 from pipeline.train import checkpoint, sharded
@@ -59,21 +59,34 @@ def fit(config: TrainConfig) -> None:
         LatheError: the loss is not finite any more.
         SystemExit: asked to stop by a signal, with 128 + its number, after a checkpoint.
     """
+    try:
+        stopped_by = _fit(config)
+    except LatheError as error:
+        if launch.report(error):
+            raise SystemExit(error.exit_code) from error
+        raise
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
+
+
+def _fit(config: TrainConfig) -> int:
     store = open_store(config.output)
     finished = [c for c in checkpoint.find(store) if c.step >= config.steps]
     if finished:
         _say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
-        return
+        return 0
     manifest = load_manifest(config.manifest)
     check_data(config, manifest)
     ranks = process.start(config.engine)
     try:
-        with Trainer(config, ranks, manifest, store) as trainer:
-            stopped_by = trainer.run()
+        return Trainer(config, ranks, manifest, store).run()
+    except RuntimeError as error:
+        lost = process.lost_rank(error)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
         ranks.finish()
-    if stopped_by:
-        raise SystemExit(128 + stopped_by)
 
 
 class Example(NamedTuple):
@@ -137,12 +150,6 @@ class Trainer:
         self.empty_tokens = _empty_tokens(config.manifest).to(ranks.device)
         self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
 
-    def __enter__(self) -> Trainer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.metrics.close()
-
     def run(self) -> int:
         """Resume, then train to the last step. Returns the signal that asked to stop, or 0."""
         config = self.config
@@ -169,6 +176,7 @@ class Trainer:
                     self._save()
                 if stop:
                     break
+        self.metrics.close()
         self._conclude(stop)
         return stop
 
