@@ -162,7 +162,13 @@ class FirstStageConfig(RunConfig):
     steps: Count = 2000
     batch_size: Count = 16
     optimizer: OptimizerConfig = OptimizerConfig()
+    kernel_learning_rate: Positive = Field(
+        0.01, description="peak rate of Muon, which trains the inner kernels; `optimizer` trains the rest with AdamW"
+    )
+    l1_weight: float = Field(1.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
+    l2_weight: float = Field(4.0, ge=0, description="weight of their mean squared error")
     kl_weight: float = Field(1e-5, ge=0, description="weight of the KL term, per latent element")
+    flip: bool = Field(True, description="mirror every second picture at random")
     ema_decay: Fraction = 0.995
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0

@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     CAPTION_DROPOUT = 4
     CAPTION_CHOICE = 5
     INITIAL_NOISE = 6
+    ORDER = 7
+    FLIP = 8
 
 
 def uniform(seed: int, purpose: Purpose, step: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -75,6 +75,8 @@ def test_purposes_keep_their_numbers() -> None:
         "CAPTION_DROPOUT": 4,
         "CAPTION_CHOICE": 5,
         "INITIAL_NOISE": 6,
+        "ORDER": 7,
+        "FLIP": 8,
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pipeline.config import AutoencoderModelConfig
@@ -15,7 +16,17 @@ from pipeline.errors import DataError
 from pipeline.storage import Store, fetch_folder
 
 # AutoencoderKL too: its type, for rooms that may not import diffusers
-__all__ = ["AutoencoderKL", "build", "decode", "downscale", "encode_moments", "load", "save", "weights_hash"]
+__all__ = [
+    "AutoencoderKL",
+    "build",
+    "decode",
+    "downscale",
+    "encode_moments",
+    "initialise",
+    "load",
+    "save",
+    "weights_hash",
+]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
@@ -42,6 +53,27 @@ def build(config: AutoencoderModelConfig) -> AutoencoderKL:
         use_quant_conv=True,
         use_post_quant_conv=True,
     )
+
+
+@torch.no_grad()
+def initialise(model: AutoencoderKL, colour: Tensor) -> None:
+    """Start a new autoencoder near a sensible picture: it saves the first few hundred steps.
+
+    Residual branches begin at zero (Goyal et al. 2017, section 5.1), the posterior nearly without noise, and the
+    decoder with the mean colour.
+
+    Args:
+        model: from `build`.
+        colour: mean of the training pictures by channel, [3] in [-1, 1].
+    """
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+            module.conv2.bias.zero_()
+    model.decoder.conv_out.bias.copy_(colour)
+    channels = model.config.latent_channels
+    model.quant_conv.weight[channels:] *= 0.1
+    model.quant_conv.bias[channels:] = -6.0
 
 
 def downscale(model: AutoencoderKL) -> int:

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import FirstStageConfig
+from pipeline.data.images import png
+from pipeline.errors import ConfigError, DataError
+from pipeline.models import autoencoder
+from pipeline.storage import open_store
+from pipeline.train.first_stage import fit_first_stage
+from pipeline.train.first_stage_checkpoint import restore
+from pipeline.train.first_stage_step import batch_indices
+
+
+def write_shard(path: Path, count: int = 24) -> None:
+    """Coloured rectangles on white."""
+    draw = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            pixels = np.full((16, 16, 3), 255, np.uint8)
+            top, left = draw.integers(0, 8, 2)
+            pixels[top : top + 8, left : left + 8] = draw.integers(0, 256, 3)
+            for suffix, content in ((".png", png(pixels)), (".txt", b"a box")):
+                member = tarfile.TarInfo(f"{number:03d}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "0.tar")
+    return {
+        "images": {"shards": str(tmp_path / "shards"), "resolution": 16, "holdout": 0.25},
+        "output": str(tmp_path / "vae"),
+        "model": {"latent_channels": 4, "block_out_channels": [8, 16], "norm_num_groups": 4},
+        "steps": 8,
+        "batch_size": 4,
+        "optimizer": {"warmup_steps": 2},
+        "threads": 1,
+        "checkpoint": {"every": 3, "keep": 1},
+        "metrics": {"prometheus": False},
+        "log_every": 2,
+    }
+
+
+def fit(tree: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    config = FirstStageConfig.model_validate({**tree, **changed})
+    fit_first_stage(config)
+    return json.loads((Path(config.output) / "first_stage.json").read_text())
+
+
+class Killed(Exception):  # noqa: N818  (no error, an event)
+    pass
+
+
+def killed_at(step: int) -> Any:
+    def progress(done: int, _total: int, _note: str) -> None:
+        if done == step:
+            raise Killed
+
+    return progress
+
+
+def losses(output: str) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
+
+
+def test_it_learns_and_leaves_a_loadable_autoencoder(tree: dict[str, Any]) -> None:
+    short = fit(tree, steps=1, output=tree["output"] + "-short")
+    facts = fit(tree, steps=150, checkpoint={"every": 1000}, ema_decay=0.9)
+    assert facts["psnr_on"] == "held-out pictures"
+    assert facts["pictures"] + facts["holdout_pictures"] == 24
+    assert facts["psnr_db"] > short["psnr_db"] + 3
+    loaded = autoencoder.load(tree["output"])
+    assert autoencoder.weights_hash(loaded) == facts["weights_hash"]
+    assert not (Path(tree["output"]) / "checkpoints").exists() or restore(open_store(tree["output"])) is None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_killed_and_resumed_is_bit_equal_to_undisturbed(tree: dict[str, Any], precision: str) -> None:
+    tree["precision"] = precision
+    undisturbed = fit(tree, output=tree["output"] + "-whole")
+    with pytest.raises(Killed):
+        fit_first_stage(FirstStageConfig.model_validate(tree), killed_at(5))
+    saved = restore(open_store(tree["output"]))
+    assert saved is not None
+    assert saved.name == "checkpoints/step-00000003"
+    resumed = fit(tree)
+    assert resumed["weights_hash"] == undisturbed["weights_hash"]
+    assert losses(tree["output"]) == losses(tree["output"] + "-whole")
+
+
+def test_killed_before_the_marker_only_finishes(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder, "save", die)
+        with pytest.raises(Killed):
+            fit(tree)
+    assert not (Path(tree["output"]) / "first_stage.json").exists()
+    assert fit(tree)["steps"] == 8
+
+
+def test_finished_output_is_not_redone(tree: dict[str, Any]) -> None:
+    fit(tree)
+    (Path(tree["images"]["shards"]) / "0.tar").unlink()  # would be missed if it were
+    message = fit_first_stage(FirstStageConfig.model_validate({**tree, "threads": 2, "log_every": 5}))
+    assert "8 steps" in message
+
+
+def test_finished_output_of_other_settings_is_refused(tree: dict[str, Any]) -> None:
+    fit(tree)
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps=2, and the run file says 1"):
+        fit(tree, optimizer={"warmup_steps": 1})
+
+
+def test_checkpoints_of_other_settings_or_pictures_are_refused(tree: dict[str, Any]) -> None:
+    with pytest.raises(Killed):
+        fit_first_stage(FirstStageConfig.model_validate(tree), killed_at(5))
+    with pytest.raises(ConfigError, match="checkpoints of a run with steps=8"):
+        fit(tree, steps=9)
+    write_shard(Path(tree["images"]["shards"]) / "0.tar", 20)
+    with pytest.raises(DataError, match="not those that"):
+        fit(tree)
+
+
+def test_damaged_checkpoint_is_passed_over(tree: dict[str, Any]) -> None:
+    tree["checkpoint"] = {"every": 2, "keep": 2}
+    undisturbed = fit(tree, output=tree["output"] + "-whole")
+    with pytest.raises(Killed):
+        fit_first_stage(FirstStageConfig.model_validate(tree), killed_at(5))
+    newest = Path(tree["output"]) / "checkpoints" / "step-00000004" / "state.safetensors"
+    damaged = bytearray(newest.read_bytes())
+    damaged[-1] ^= 1
+    newest.write_bytes(damaged)
+    saved = restore(open_store(tree["output"]))
+    assert saved is not None
+    assert saved.facts["step"] == 2
+    assert fit(tree)["weights_hash"] == undisturbed["weights_hash"]
+
+
+def test_broken_loss_stops_the_run(tree: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="not finite at step"):
+        fit(tree, kernel_learning_rate=1e30)
+
+
+def test_average_is_the_weights_average(tree: dict[str, Any]) -> None:
+    """With decay 0 the average is the last weights; with a decay it is not."""
+    last, averaged = (
+        fit(tree, ema_decay=decay, output=f"{tree['output']}-{decay}")["weights_hash"] for decay in (0.0, 0.9)
+    )
+    assert last != averaged
+
+
+def test_global_random_state_neither_matters_nor_changes(tree: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = fit(tree, output=tree["output"] + "-1")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert fit(tree, output=tree["output"] + "-2")["weights_hash"] == one["weights_hash"]
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**40))
+def test_every_epoch_holds_each_picture_once(size: int, batch: int, seed: int) -> None:
+    steps = -(-3 * size // batch)
+    seen = np.concatenate([batch_indices(size, batch, seed, step) for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(seen[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
