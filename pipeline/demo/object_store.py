@@ -95,11 +95,20 @@ class EmbeddedObjectStore:
         self._undo.close()
 
     def environment(self) -> dict[str, str]:
-        """The variables by which any S3 client finds this server. They hold its keys: do not log them."""
+        """The variables by which any S3 client finds this server. They hold its keys: do not log them.
+
+        They also undo what the user's own environment may say of another server, or of a proxy.
+        """
+        endpoint = f"http://{_HOST}:{self._port}"
+        direct = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), _HOST)))
         return {
             "AWS_ACCESS_KEY_ID": self._access_key,
             "AWS_SECRET_ACCESS_KEY": self._secret_key,
-            "AWS_ENDPOINT_URL": f"http://{_HOST}:{self._port}",
+            "AWS_SESSION_TOKEN": "",
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ENDPOINT_URL_S3": endpoint,
+            "NO_PROXY": direct,
+            "no_proxy": direct,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }

@@ -50,6 +50,7 @@ class S3Client:
             secret=given.get("AWS_SECRET_ACCESS_KEY"),
             client_kwargs={"region_name": given["AWS_DEFAULT_REGION"]} if "AWS_DEFAULT_REGION" in given else {},
             config_kwargs={
+                **({"proxies": {}} if given else {}),
                 "connect_timeout": 5,
                 "read_timeout": min(60.0, max(5.0, retry_seconds)),
                 "max_pool_connections": _MAX_CONNECTIONS,

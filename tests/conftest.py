@@ -1,0 +1,39 @@
+"""A real S3 server for the tests that ask for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.demo.object_store import EmbeddedObjectStore
+
+_numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"s3_server", "s3_url"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.s3)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
+    """An S3 server on loopback; its address and keys are in the environment while it runs."""
+    with (
+        EmbeddedObjectStore(tmp_path_factory.mktemp("s3"), "lathe-tests") as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_CONFIG_FILE", "/dev/null")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        patch.delenv("AWS_PROFILE", raising=False)
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: EmbeddedObjectStore) -> str:
+    """A prefix on the S3 server that no other test uses."""
+    return f"{s3_server.url}/test-{next(_numbers)}"
