@@ -1,0 +1,126 @@
+"""Two real ranks with a real DeepSpeed engine, started once; each test looks at one of the things they did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+LAUNCH = ["-m", "pipeline.runtime.launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+pytestmark = pytest.mark.ranks
+
+
+def run(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "output.txt").write_text(run(*LAUNCH, str(SCRIPT), str(folder), "write"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> list[dict]:
+    return [json.loads((folder / f"write-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_the_ranks_are_real(results):
+    assert [result["world_size"] for result in results] == [2, 2]
+    assert results[0]["2 float32"]["engine"] == "DeepSpeedEngine, ZeRO stage 2, float32"
+    assert results[0]["2 bfloat16"]["engine"] == "DeepSpeedEngine, ZeRO stage 2, bfloat16"
+
+
+def test_nothing_a_newcomer_would_stumble_over_is_printed(folder):
+    said = (folder / "output.txt").read_text().splitlines()
+    assert [line for line in said if "SHA-256" not in line] == []
+
+
+@pytest.mark.parametrize("case", ["1 float32", "2 float32"])
+def test_average_and_weights_equal_a_float32_reference(results, case):
+    for result in results:
+        assert result[case]["ema"] == 0.0
+        assert result[case]["weight"] == 0.0
+
+
+def test_average_is_float32_where_the_working_weights_are_not(results):
+    for result in results:
+        assert result["2 bfloat16"]["ema_dtypes"] == ["torch.float32"]
+        assert 0 < result["2 bfloat16"]["ema"] < 0.05
+
+
+def test_fragments_cover_each_trained_parameter_once(results):
+    covered = defaultdict(list)
+    for result in results:
+        for name, offset, length in result["2 float32"]["fragments"]:
+            covered[name] += range(offset, offset + length)
+    assert "table.weight" not in covered
+    assert {name: len(elements) for name, elements in covered.items()} == {
+        "inner.0.weight": 231,
+        "inner.0.bias": 33,
+        "inner.1.weight": 33,
+        "inner.1.bias": 33,
+        "inner.3.weight": 231,
+        "inner.3.bias": 7,
+    }
+    assert all(sorted(elements) == list(range(len(elements))) for elements in covered.values())
+    assert any(offset for _, offset, _ in results[1]["2 float32"]["fragments"]), "no parameter crosses the border"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(results, precision):
+    for result in results:
+        found = result["non_finite"][precision]
+        assert found["skipped"]
+        assert found["norm"] == float("inf")
+        assert found["kept"], "the skipped step changed the state"
+        assert not found["then"]
+        assert found["steps"] == 3
+
+
+def test_restored_state_is_bit_equal_in_another_stage_and_goes_on_so(results):
+    for result in results:
+        found = result["saving"]
+        assert found["counters"] == {"skipped": 2, "step": 3, "optimizer_step": 3}
+        assert found["restored"]
+        assert found["losses"][0] == found["losses"][1]
+        assert found["after"]
+
+
+def test_a_save_that_fails_on_one_rank_is_told_on_all_and_loses_nothing(results):
+    assert results[1]["failing_save"] == {"error": "no space left", "exit_code": 3, "latest": "step-00000003"}
+    assert results[0]["failing_save"] == {"error": "rank 1 failed", "exit_code": 3, "latest": "step-00000003"}
+
+
+def test_a_damaged_file_is_noticed_by_all_ranks(results, folder):
+    assert [result["damaged"]["restored"] for result in results] == [False, False]
+    assert "rank-00001-of-00002.safetensors is damaged" in (folder / "output.txt").read_text()
+
+
+def test_a_stop_flag_reaches_all_ranks_one_step_later(results):
+    assert [result["flags"] for result in results] == [[0, 0, 15, 0]] * 2
+
+
+def test_one_rank_without_a_launcher_takes_over_from_two(results, folder):
+    run(str(SCRIPT), str(folder), "read")
+    result = json.loads((folder / "read-0.json").read_text())
+    assert result["world_size"] == 1
+    assert result["elsewhere"]["counters"] == results[0]["saving"]["counters"]
+    assert result["elsewhere"]["ema"] == 0.0
+    assert result["elsewhere"]["losses"] == pytest.approx(json.loads((folder / "losses.json").read_text()), rel=1e-5)
