@@ -87,7 +87,7 @@ def square(pixels: Pixels, side: int) -> Pixels:
     y, x = height / scaled_height, width / scaled_width  # source pixels per scaled pixel
     box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
     # Resizing the crop alone, not the whole: a sliver of 1 x 80,000 would become 64 x 5,120,000 first.
-    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS, box=box))
+    return np.array(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS, box=box))
 
 
 def size_record(height: int, width: int, side: int) -> npt.NDArray[np.int32]:

@@ -224,7 +224,7 @@ def test_square_is_resize_then_centre_crop(height, width, side):
     expected = whole[top : top + side, left : left + side]
     result = images.square(pixels, side)
     assert (result.dtype, result.shape) == (np.uint8, (side, side, 3))
-    assert np.abs(result.astype(int) - expected).max() <= 1
+    assert np.abs(result.astype(int) - expected).max() <= 3
     assert record.dtype == np.int32
     assert record.tolist() == [height, width, top, left, side, side]
 

@@ -299,6 +299,18 @@ def test_settings_that_cannot_be(place, tmp_path):
         encode(settings(place, "none", images=both))
 
 
+def test_on_s3_the_objects_are_the_same_bytes(place, s3_url):
+    images_url, output = f"{s3_url}/images", f"{s3_url}/latents"
+    for name, data in content(place, "images").items():
+        open_store(images_url).write(name, data)
+    section = {"shards": f"{images_url}/{{00000..{SHARDS - 1:05d}}}.tar", "resolution": SIDE, "holdout": 0.2}
+    for i in range(2):
+        summary = encode(settings(place, "", images=section).model_copy(update={"output": output}), (i, 2))
+    assert load_manifest(f"{output}/manifest.json") == summary.manifest
+    store = open_store(output)
+    assert {entry.name: store.read(entry.name) for entry in store.list()} == content(place, "undisturbed")
+
+
 def test_an_error_in_a_stage_ends_the_job(place, tmp_path):
     """The fetching thread's error arrives here, and no thread keeps the process alive."""
     shutil.copytree(place / "images", tmp_path / "images")
