@@ -36,7 +36,7 @@ COMPLETE, RUN, FROZEN = "complete.json", "run.json", "frozen.safetensors"
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 DONE = ".done.json"
 WEIGHT, EMA = "weight", "ema"
-_NAME = re.compile(r"step-\d{8,}")
+_NAME = re.compile(r"step-\d{8,}(?=/|$)")
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +55,7 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Steps that the run had done."""
-        return int(self.name.removeprefix("step-"))
+        return _step(self.name)
 
     @property
     def size(self) -> int:
@@ -101,10 +101,10 @@ def find(store: Store) -> list[Checkpoint]:
     One with a marker and a file missing is left out with a warning.
     """
     sizes = {entry.name: entry.size for entry in store.list("step-")}
-    names = sorted({name.split("/")[0] for name in sizes}, key=lambda n: (len(n), n), reverse=True)
+    names = {name.split("/")[0] for name in sizes if _NAME.match(name)}
     found = []
-    for name in names:
-        if not _NAME.fullmatch(name) or f"{name}/{COMPLETE}" not in sizes:
+    for name in sorted(names, key=_step, reverse=True):
+        if f"{name}/{COMPLETE}" not in sizes:
             continue
         try:
             files = json.loads(store.read(f"{name}/{COMPLETE}"))["files"]
@@ -167,12 +167,16 @@ def keep_newest(store: Store, keep: int) -> list[str]:
     The marker goes first, so that a deletion that is cut short leaves nothing that looks whole. Returns their names.
     """
     kept = {checkpoint.name for checkpoint in find(store)[:keep]}
-    oldest = min(kept, default="")
-    names = {entry.name.split("/")[0] for entry in store.list("step-")} - kept
-    gone = sorted(name for name in names if _NAME.fullmatch(name) and name < oldest)
+    oldest = min(map(_step, kept), default=0)
+    names = {entry.name.split("/")[0] for entry in store.list("step-")}
+    gone = sorted(name for name in names if _NAME.fullmatch(name) and _step(name) < oldest)
     for name in gone:
         clear(store, name)
     return gone
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def clear(store: Store, name: str) -> None:

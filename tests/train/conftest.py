@@ -56,7 +56,9 @@ def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: in
     data = tar.finish()
     ends = [*offsets[BLOCK::BLOCK], tar.size]
     blocks = [
-        Block(first_sample=i * BLOCK, samples=BLOCK, offset=start, length=end - start, crc32=zlib.crc32(data[start:end]))
+        Block(
+            first_sample=i * BLOCK, samples=BLOCK, offset=start, length=end - start, crc32=zlib.crc32(data[start:end])
+        )
         for i, (start, end) in enumerate(zip(offsets[::BLOCK], ends, strict=True))
     ]
     ones = (1.0,) * CHANNELS

@@ -1,0 +1,131 @@
+"""What counts as a checkpoint, what is kept, and whole tensors out of fragments. No engine, no ranks."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save as tensor_bytes
+
+from pipeline.errors import DataError
+from pipeline.storage import Store, open_store
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import COMPLETE, DONE, FORMAT_VERSION, FROZEN, RUN, DamagedError, noted
+
+WEIGHTS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.arange(5.0) - 9, "c": torch.tensor(7.0)}
+
+
+def write(store: Store, step: int, cuts: list[int] | None = None) -> str:
+    """A checkpoint as several ranks write it: the parameters end to end, cut at `cuts` into one file a rank."""
+    name = checkpoint.step_name(step)
+    order = [(n, i) for n, w in WEIGHTS.items() for i in range(w.numel())]
+    bounds = [0, *sorted(cuts or []), len(order)]
+    contents = {
+        RUN: json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "counters": {"step": step},
+                "parameters": {n: list(w.shape) for n, w in WEIGHTS.items()},
+            }
+        ).encode(),
+        FROZEN: tensor_bytes({"table": torch.ones(2, dtype=torch.bfloat16), "ids": torch.arange(3)}),
+    }
+    for rank, (start, end) in enumerate(pairwise(bounds)):
+        index, tensors = [], {}
+        for parameter, weight in WEIGHTS.items():
+            owned = [i for n, i in order[start:end] if n == parameter]
+            if owned:
+                index.append((parameter, owned[0], len(owned)))
+                for key, factor in (("weight", 1.0), ("ema", 2.0)):
+                    tensors[f"{parameter}:{owned[0]}:{key}"] = factor * weight.flatten()[owned[0] : owned[-1] + 1]
+        stem = f"rank-{rank:05d}-of-{len(bounds) - 1:05d}"
+        contents[f"{stem}.safetensors"] = tensor_bytes(tensors)
+        contents[f"{stem}{DONE}"] = json.dumps({"file": f"{stem}.safetensors", "fragments": index}).encode()
+    for file, data in contents.items():
+        store.write(f"{name}/{file}", data)
+    store.write(f"{name}/{COMPLETE}", json.dumps({"files": {f: noted(d) for f, d in contents.items()}}).encode())
+    return name
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def test_nothing_yet(store):
+    assert checkpoint.latest(store) is None
+    with pytest.raises(DataError, match="not a complete checkpoint"):
+        checkpoint.open_checkpoint(store, "step-00000001")
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 18), max_size=4))
+def test_whole_tensors_from_any_cut(tmp_path_factory, cuts):
+    store = open_store(str(tmp_path_factory.mktemp("cut")))
+    name = write(store, 3, cuts)
+    for which, factor in (("raw", 1.0), ("ema", 2.0)):
+        loaded = checkpoint.load_weights(store, name, which)
+        assert loaded.keys() == {*WEIGHTS, "table", "ids"}
+        for parameter, weight in WEIGHTS.items():
+            assert torch.equal(loaded[parameter], factor * weight)
+        assert loaded["table"].dtype == torch.float32
+        assert loaded["ids"].dtype == torch.int64
+
+
+def test_the_newest_by_number_wins(store):
+    for step in (99_999_999, 100_000_000, 5):
+        write(store, step)
+    assert checkpoint.latest(store) == "step-100000000"
+
+
+def test_without_its_marker_it_does_not_count(store):
+    write(store, 1)
+    store.delete([f"{write(store, 2)}/{COMPLETE}"])
+    assert checkpoint.latest(store) == "step-00000001"
+
+
+@pytest.mark.parametrize("damage", ["missing file", "cut file", "cut marker"])
+def test_a_newer_one_that_is_not_whole_is_passed_over_and_said(store, tmp_path, caplog, damage):
+    write(store, 1)
+    folder = tmp_path / write(store, 2)
+    if damage == "missing file":
+        (folder / FROZEN).unlink()
+    else:
+        file = folder / (FROZEN if damage == "cut file" else COMPLETE)
+        file.write_bytes(file.read_bytes()[:-3])
+    assert checkpoint.latest(store) == "step-00000001"
+    assert "step-00000002" in caplog.text
+
+
+def test_a_changed_byte_is_named(store, tmp_path):
+    name = write(store, 2)
+    file = tmp_path / name / "rank-00000-of-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"rank-00000-of-00001\.safetensors is damaged"):
+        checkpoint.load_weights(store, name)
+
+
+def test_a_newer_format_is_refused(store, monkeypatch):
+    name = write(store, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", FORMAT_VERSION - 1)
+    with pytest.raises(DataError, match="format version"):
+        checkpoint.load_weights(store, name)
+
+
+def test_the_newest_are_kept_with_what_is_unfinished_after_them(store, tmp_path):
+    for step in (1, 2, 3, 4, 5, 6):
+        write(store, step)
+    for step in (2, 6):
+        (tmp_path / checkpoint.step_name(step) / COMPLETE).unlink()
+    store.write("step-notes/keep.txt", b"not ours")
+    gone = checkpoint.keep_newest(store, 2)
+    assert gone == [checkpoint.step_name(step) for step in (1, 2, 3)]
+    left = sorted(p.name for p in Path(tmp_path).iterdir() if any(p.rglob("*.*")))
+    assert left == [*(checkpoint.step_name(step) for step in (4, 5, 6)), "step-notes"]
