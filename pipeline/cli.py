@@ -75,7 +75,8 @@ def pack(config: Config, overrides: Overrides = None) -> None:
     from pipeline.data.pack import pack as run
 
     with ProgressLine("pack", "pictures") as line:
-        _say(run(settings, line.update))
+        result = run(settings, line.update)
+    _say(result)
 
 
 @app.command("train-vae")
@@ -85,7 +86,8 @@ def train_vae(config: Config, overrides: Overrides = None) -> None:
     from pipeline.train.first_stage import fit_first_stage
 
     with ProgressLine("train-vae", "steps") as line:
-        _say(fit_first_stage(settings, line.update))
+        result = fit_first_stage(settings, line.update)
+    _say(result)
 
 
 @app.command()
@@ -101,7 +103,8 @@ def encode(
     from pipeline.encode.job import encode as run
 
     with ProgressLine("encode", "shards") as line:
-        _say(run(settings, share, lambda done, total, rejects: line.update(done, total, f"{rejects} rejected")))
+        result = run(settings, share, lambda done, total, rejects: line.update(done, total, f"{rejects} rejected"))
+    _say(result)
 
 
 @app.command()
@@ -120,7 +123,8 @@ def sample(config: Config, overrides: Overrides = None) -> None:
     from pipeline.sample import sample as run
 
     with ProgressLine("sample", "pictures") as line:
-        _say(run(settings, line.update))
+        result = run(settings, line.update)
+    _say(result)
 
 
 @app.command()
@@ -130,7 +134,8 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
     from pipeline.evaluate.job import evaluate as run
 
     with ProgressLine("evaluate", "pictures") as line:
-        _say(run(settings, line.update))
+        result = run(settings, line.update)
+    _say(result)
 
 
 @app.command()
