@@ -54,6 +54,19 @@ def test_hash_sees_one_bit_and_dtype(model: AutoencoderKL) -> None:
     assert autoencoder.weights_hash(model.half()) != after
 
 
+def test_new_autoencoder_starts_with_little_noise_around_the_mean_colour(model: AutoencoderKL) -> None:
+    colour = torch.tensor([0.5, -0.25, 0.0])
+    autoencoder.initialise(model, colour)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        moments = autoencoder.encode_moments(model, images)
+        block = model.decoder.mid_block.resnets[0]
+        features = torch.randn(1, 16, 4, 4)
+        torch.testing.assert_close(block(features, None), features)
+    assert (moments[:, 4:] + 6).abs().max() < 1
+    torch.testing.assert_close(model.decoder.conv_out.bias.detach(), colour)
+
+
 def test_folder_of_a_whole_pipeline_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no config\.json"):
         autoencoder.load(str(tmp_path))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pipeline.config import FirstStageConfig
 from pipeline.data.images import png
 from pipeline.errors import ConfigError, DataError
+from pipeline.metrics import read_log
 from pipeline.models import autoencoder
 from pipeline.storage import open_store
 from pipeline.train.first_stage import fit_first_stage
@@ -57,7 +58,8 @@ def tree(tmp_path: Path) -> dict[str, Any]:
 def fit(tree: dict[str, Any], **changed: Any) -> dict[str, Any]:
     config = FirstStageConfig.model_validate({**tree, **changed})
     fit_first_stage(config)
-    return json.loads((Path(config.output) / "first_stage.json").read_text())
+    found: dict[str, Any] = json.loads(open_store(config.output).read("first_stage.json"))
+    return found
 
 
 class Killed(Exception):  # noqa: N818  (no error, an event)
@@ -73,8 +75,7 @@ def killed_at(step: int) -> Any:
 
 
 def losses(output: str) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in read_log(open_store(output))]
 
 
 def test_it_learns_and_leaves_a_loadable_autoencoder(tree: dict[str, Any]) -> None:
@@ -100,6 +101,18 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tree: dict[str, Any], pr
     resumed = fit(tree)
     assert resumed["weights_hash"] == undisturbed["weights_hash"]
     assert losses(tree["output"]) == losses(tree["output"] + "-whole")
+
+
+def test_on_s3_it_resumes_too_and_the_result_loads_from_there(tree: dict[str, Any], s3_url: str) -> None:
+    whole = tree["output"] + "-whole"
+    undisturbed = fit(tree, output=whole)
+    tree["output"] = f"{s3_url}/vae"
+    with pytest.raises(Killed):
+        fit_first_stage(FirstStageConfig.model_validate(tree), killed_at(5))
+    assert fit(tree)["weights_hash"] == undisturbed["weights_hash"]
+    assert losses(tree["output"]) == losses(whole)
+    assert [entry.name for entry in open_store(tree["output"]).list("checkpoints/")] == []
+    assert autoencoder.weights_hash(autoencoder.load(tree["output"])) == undisturbed["weights_hash"]
 
 
 def test_killed_before_the_marker_only_finishes(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
