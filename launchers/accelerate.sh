@@ -20,7 +20,10 @@ python=${PYTHON:-python}
 # A mistake in the run file is told once, before any rank starts.
 "$python" -m pipeline config "$@" >/dev/null
 
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+gpus=0
+if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd ]]; then
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+fi
 ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
 if ((gpus == 0)); then
   export DS_ACCELERATOR=cpu

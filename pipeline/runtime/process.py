@@ -155,7 +155,7 @@ def _wrong_world(world: int, announced: int, wanted: int | None) -> SetupError |
         )
     if wanted is not None and world != wanted:
         return SetupError(
-            f"engine.world_size={wanted}, but {world} ranks were started",
+            f"engine.world_size={wanted}, but {world} {'rank was' if world == 1 else 'ranks were'} started",
             f"start {wanted} ranks (NPROC={wanted} launchers/accelerate.sh CONFIG), or set engine.world_size={world}",
         )
     return None

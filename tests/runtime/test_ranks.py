@@ -117,10 +117,18 @@ def test_a_stop_flag_reaches_all_ranks_one_step_later(results):
     assert [result["flags"] for result in results] == [[0, 0, 15, 0]] * 2
 
 
-def test_one_rank_without_a_launcher_takes_over_from_two(results, folder):
+@pytest.fixture(scope="module")
+def alone(folder, results) -> dict:
     run(str(SCRIPT), str(folder), "read")
-    result = json.loads((folder / "read-0.json").read_text())
-    assert result["world_size"] == 1
-    assert result["elsewhere"]["counters"] == results[0]["saving"]["counters"]
-    assert result["elsewhere"]["ema"] == 0.0
-    assert result["elsewhere"]["losses"] == pytest.approx(json.loads((folder / "losses.json").read_text()), rel=1e-5)
+    return json.loads((folder / "read-0.json").read_text())
+
+
+def test_one_rank_without_a_launcher_takes_over_from_two(alone, results, folder):
+    assert alone["world_size"] == 1
+    assert alone["elsewhere"]["counters"] == results[0]["saving"]["counters"]
+    assert alone["elsewhere"]["ema"] == 0.0
+    assert alone["elsewhere"]["losses"] == pytest.approx(json.loads((folder / "losses.json").read_text()), rel=1e-5)
+
+
+def test_another_world_size_than_the_run_file_asks_for_is_refused(alone):
+    assert alone["wrong_world"].startswith("engine.world_size=3, but 1 rank was started\n  start 3 ranks")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import EngineConfig, OptimizerConfig
-from pipeline.errors import LatheError, StorageError
+from pipeline.errors import LatheError, SetupError, StorageError
 from pipeline.runtime import engine, process, state
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
@@ -193,7 +193,19 @@ def elsewhere(ranks: Process, folder: Path) -> dict[str, Any]:
     return {"counters": counters, "ema": worst(built, averages, "ema"), "losses": train(built, inputs()[3:])}
 
 
+def wrong_world() -> str:
+    from accelerate.state import PartialState
+
+    try:
+        process.start(EngineConfig(world_size=3))
+    except SetupError as error:
+        PartialState._reset_state()  # a second try in one process; users start a new one
+        return str(error)
+    return ""
+
+
 def main(folder: Path, what: str) -> None:
+    refused = wrong_world() if what == "read" else ""
     ranks = process.start(EngineConfig(threads_per_rank=1, timeout_seconds=60))
     result: dict[str, Any] = {"world_size": ranks.world_size}
     if what == "write":
@@ -205,6 +217,7 @@ def main(folder: Path, what: str) -> None:
         result["damaged"] = damaged(ranks, folder)
         result["flags"] = flags(ranks)
     else:
+        result["wrong_world"] = refused
         result["elsewhere"] = elsewhere(ranks, folder)
     (folder / f"{what}-{ranks.rank}.json").write_text(json.dumps(result))
     ranks.finish()

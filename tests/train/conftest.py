@@ -92,7 +92,7 @@ def latents(tmp_path: Path) -> str:
     return write_latents(tmp_path / "latents")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_latents():
     """`write_latents`, for other ones."""
     return write_latents

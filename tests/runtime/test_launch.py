@@ -1,0 +1,70 @@
+"""What the launcher tells of its ranks' errors, and its exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.runtime import launch
+from pipeline.runtime.launch import OtherRankError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LATHE_ERROR_FOLDER", str(tmp_path))
+    return tmp_path
+
+
+def report(monkeypatch, rank, error):
+    monkeypatch.setenv("RANK", str(rank))
+    assert launch.report(error)
+
+
+def test_the_same_error_of_all_ranks_is_told_once(folder, monkeypatch, capsys):
+    for rank in (0, 1):
+        report(monkeypatch, rank, ConfigError("seed: 5", "set seed=0"))
+    assert launch._tell(folder, 1, 2) == 2
+    assert capsys.readouterr().err == "error: seed: 5\n  set seed=0\n"
+
+
+def test_the_cause_is_told_and_not_what_followed_from_it(folder, monkeypatch, capsys):
+    report(monkeypatch, 0, OtherRankError("rank 1 failed", "see there"))
+    report(monkeypatch, 1, StorageError("disk full"))
+    assert launch._tell(folder, 0, 1) == 3
+    assert capsys.readouterr().err == "error: disk full\n"
+
+
+def test_a_killed_rank_is_named_where_nothing_else_is_known(folder, monkeypatch, capsys):
+    report(monkeypatch, 0, OtherRankError("lost another rank", ""))
+    assert launch._tell(folder, 1, -9) == 137
+    assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL, and the other ranks with it\n"
+
+
+def test_without_this_launcher_a_rank_tells_its_error_itself(monkeypatch):
+    monkeypatch.delenv("LATHE_ERROR_FOLDER", raising=False)
+    assert not launch.report(ConfigError("x", "y"))
+
+
+@pytest.mark.ranks
+def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_launcher(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import sys; print('said'); sys.exit(7)")
+    options = "--use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.runtime.launch", *options.split(), "--main_process_port", "0", str(script)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "said\n", "")

@@ -1,0 +1,175 @@
+"""`lathe train` as a user starts it, on two real ranks: killed, stopped, resumed, refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import runfile
+from pipeline.config import TrainConfig
+from pipeline.metrics import read_log
+from pipeline.storage import open_store
+from pipeline.train import checkpoint
+from pipeline.train.trainer import fit
+
+ROOT = Path(__file__).parents[2]
+STEPS = 30
+SMALL = {
+    "unet": {
+        "block_out_channels": [32],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "norm_num_groups": 8,
+    },
+    "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 8, "train_token_embedding": False},
+    "engine": {"threads_per_rank": 1, "timeout_seconds": 60},
+    "optimizer": {"warmup_steps": 3},
+    "steps": STEPS,
+    "global_batch": 8,
+    "shuffle_window": 4,
+    "checkpoint": {"every": 4, "keep": 2},
+    "log_every": 1,
+}
+
+pytestmark = pytest.mark.ranks
+
+
+class Run:
+    """One output folder, and the commands started on it."""
+
+    def __init__(self, folder: Path, latents: str) -> None:
+        self.output = folder / "run"
+        self.file = folder / "train.yaml"
+        config = TrainConfig.model_validate({"manifest": latents, "output": str(self.output), **SMALL})
+        self.file.write_text(runfile.dump(config))
+        self.store = open_store(str(self.output))
+
+    def start(self, *overrides: str, ranks: int = 2) -> subprocess.Popen[str]:
+        launcher = ["bash", str(ROOT / "launchers/accelerate.sh")]
+        command = launcher if ranks > 1 else [sys.executable, "-m", "pipeline", "train"]
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
+        environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": str(ranks)}
+        return subprocess.Popen(
+            [*command, str(self.file), *overrides],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.file.parent,
+        )
+
+    def wait_for_step(self, step: int, child: subprocess.Popen[str]) -> None:
+        started = psutil.Process(child.pid).create_time()
+        deadline = time.monotonic() + 120
+        while not any(line["step"] >= step and line["time"] > started for line in read_log(self.store)):
+            assert child.poll() is None, child.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def losses(self) -> list[float]:
+        lines = read_log(self.store)
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [line["loss"] for line in lines]
+
+    def steps(self) -> list[int]:
+        return [found.step for found in checkpoint.find(self.store)]
+
+    def state(self, step: int) -> dict[str, bytes]:
+        """Everything that is trained, as the ranks wrote it at a step: bytes by file."""
+        folder = self.output / checkpoint.step_name(step)
+        return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def ranks_of(child: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [p for p in psutil.Process(child.pid).children(recursive=True) if "RANK" in p.environ()]
+
+
+def finish(child: subprocess.Popen[str], code: int = 0) -> str:
+    said = child.communicate(timeout=180)[0]
+    assert child.returncode == code, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, make_latents) -> Run:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = Run(folder, make_latents(folder / "latents"))
+    run.said = finish(run.start("checkpoint.every=1", "checkpoint.keep=100"))
+    return run
+
+
+def test_what_a_newcomer_sees(undisturbed):
+    assert re.fullmatch(
+        r"  parameters  UNet [\d.]+ M, text tower [\d.]+ M\n"
+        r"  samples     40 of 4x4x4\n"
+        r"  steps       0 to 30 of 8 samples, 6.0 epochs\n"
+        r"  ranks       2 on \w+, 1 threads each\n"
+        r"  engine      DeepSpeedEngine, ZeRO stage 2, float32 \(checked\)\n"
+        r"  metrics     http://127\.0\.0\.1:\d+/metrics\n"
+        r"  output      .*/run\n"
+        r"train: 30/30 steps after \d+ s  loss \d\.\d+  \d+ images/s\n"
+        r"finished: .*/run/step-00000030\n",
+        undisturbed.said,
+    )
+
+
+def test_log_and_checkpoints_of_a_run(undisturbed):
+    assert undisturbed.steps() == list(range(STEPS, 0, -1))
+    last = read_log(undisturbed.store)[-1]
+    assert {"loss", "learning_rate", "gradient_norm", "images_per_second", "data_wait_seconds", "epoch"} <= last.keys()
+    assert last["samples_seen"] == STEPS * 8
+    assert last["epoch"] == pytest.approx(STEPS * 8 / 40)
+    assert sum(undisturbed.losses()[-3:]) < sum(undisturbed.losses()[:3])
+
+
+def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(undisturbed, tmp_path, latents):
+    run = Run(tmp_path, latents)
+    killed = run.start()
+    run.wait_for_step(6, killed)
+    ranks_of(killed)[1].kill()
+    assert finish(killed, 128 + signal.SIGKILL).endswith("was ended by SIGKILL, and the other ranks with it\n")
+    last = run.steps()[0]
+    assert last in (4, 8, 12)  # every fourth is saved
+
+    resumed = run.start("checkpoint.keep=1")
+    run.wait_for_step(last + 2, resumed)
+    ranks_of(resumed)[0].send_signal(signal.SIGTERM)
+    said = finish(resumed, 128 + signal.SIGTERM)
+    assert f"going on from {run.output}/{checkpoint.step_name(last)}\n" in said
+    stopped = re.search(r"stopped by SIGTERM after step (\d+); .*/step-0+\1\n", said)
+    assert stopped is not None
+    step = int(stopped[1])
+    assert run.steps() == [step]
+    assert run.losses() == undisturbed.losses()[:step]
+    assert run.state(step) == undisturbed.state(step)
+
+
+def test_one_rank_goes_on_where_two_were(undisturbed, tmp_path, latents):
+    run = Run(tmp_path, latents)
+    shutil.copytree(undisturbed.output, run.output)
+    for step in (STEPS - 1, STEPS):
+        shutil.rmtree(run.output / checkpoint.step_name(step))
+    assert "going on from" in finish(run.start("engine.zero_stage=1", ranks=1))
+    assert run.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)
+    assert run.losses()[: STEPS - 2] == undisturbed.losses()[: STEPS - 2]
+
+
+def test_a_finished_run_says_so(undisturbed, capfd):
+    fit(runfile.load(TrainConfig, str(undisturbed.file)))
+    assert capfd.readouterr().err == f"finished already: {undisturbed.output}/step-00000030 has all 30 steps\n"
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_field(undisturbed):
+    assert finish(undisturbed.start("text.layers=2", "steps=40", ranks=1), 2) == (
+        f"error: text.layers: 2, but the checkpoint {undisturbed.output}/step-00000030 has 1\n"
+        "  set text.layers=1, or train into another output\n"
+    )
