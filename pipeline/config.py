@@ -55,6 +55,7 @@ class TextConfig(Section):
     heads: Count = 4
     context_length: int = Field(24, ge=8, le=77, description="tokens a caption is padded or cut to")
     train_token_embedding: bool = Field(True, description="off: the table of token codes keeps its random start")
+    token_embedding_std: Positive = Field(0.02, description="spread of that random start; positions get half of it")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TextConfig:

@@ -77,6 +77,8 @@ class TextTower(nn.Module):
             pool_type="none",
             proj_type="none",
         )
+        nn.init.normal_(self.transformer.token_embedding.weight, std=config.token_embedding_std)
+        nn.init.normal_(self.transformer.positional_embedding, std=config.token_embedding_std / 2)
         self.transformer.token_embedding.weight.requires_grad_(config.train_token_embedding)
 
     def forward(self, tokens: Tensor) -> Tensor:

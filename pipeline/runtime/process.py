@@ -113,6 +113,8 @@ def start(config: EngineConfig) -> Process:
     threads = config.threads_per_rank or max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+    if not on_gpu:
+        torch.backends.cuda.enable_flash_sdp(False)  # on a CPU too: its bfloat16 backward is ten times the plain one's
     announced = int(os.environ["WORLD_SIZE"])
 
     import deepspeed.ops
