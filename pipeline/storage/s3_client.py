@@ -34,8 +34,8 @@ class S3Client:
 
     def __init__(self, retry_seconds: float, given: Mapping[str, str]) -> None:
         """`given`: AWS_* variables that stand in for the process's own; empty = the standard chain."""
-        for name in ("botocore.credentials", "aiobotocore.credentials"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they announce where keys were found
+        for name in ("botocore", "aiobotocore"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they announce where they found keys and endpoint
         self._retry_seconds = retry_seconds
         self._outage = _Outage()
         self._loop = asyncio.new_event_loop()
