@@ -7,6 +7,7 @@ its exit code is that of the error (`pipeline.errors`), or 128 + signal.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any
 from pipeline.errors import LatheError
 
 _FOLDER = "LATHE_ERROR_FOLDER"
+_PR_SET_PDEATHSIG = 1
 
 
 class OtherRankError(LatheError):
@@ -41,6 +43,12 @@ def report(error: LatheError) -> bool:
     file.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
     file.with_suffix(".partial").replace(file)
     return True
+
+
+def end_with_launcher() -> None:
+    """Called by a rank: it is killed when its launcher is (Linux), rather than train on beside the run's next start."""
+    if _FOLDER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: Sequence[str]) -> int:

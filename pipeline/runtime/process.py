@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
-from pipeline.runtime.launch import OtherRankError
+from pipeline.runtime.launch import OtherRankError, end_with_launcher
 
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
@@ -108,11 +108,14 @@ def start(config: EngineConfig) -> Process:
     Raises:
         SetupError: the ranks are not those that the launcher or `engine.world_size` announced.
     """
+    end_with_launcher()
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
     threads = config.threads_per_rank or max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+    if not on_gpu and config.precision == "bfloat16":
+        torch.backends.cuda.enable_flash_sdp(False)  # its backward on CPUs took eight times the plain one's time
     if not on_gpu:
         torch.backends.cuda.enable_flash_sdp(False)  # on a CPU too: its bfloat16 backward is ten times the plain one's
     announced = int(os.environ["WORLD_SIZE"])

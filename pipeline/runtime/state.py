@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipeline.runtime.engine import Engine
@@ -56,14 +55,10 @@ def _fragments(engine: Engine, keys: tuple[str, ...]) -> Iterator[Fragment]:
 
 def optimizer_step(engine: Engine) -> int:
     """Updates that the optimizer has made; skipped steps do not count."""
-    inner = engine.zero_optimizer.optimizer
-    inner.create_state()
-    return int(next(iter(inner.state.values()))["step"])
+    return int(engine.zero_optimizer.optimizer.updates)
 
 
 def restore(engine: Engine, step: int) -> None:
     """After fragments were written to: set the optimizer's counter, and refresh the working weights on all ranks."""
-    zero = engine.zero_optimizer
-    for state in zero.optimizer.state.values():
-        state["step"] = torch.tensor(float(step))
-    zero.update_lp_params()
+    engine.zero_optimizer.optimizer.updates = step
+    engine.zero_optimizer.update_lp_params()

@@ -26,11 +26,18 @@ class AdamWithEMA(torch.optim.AdamW):
         groups: parameter groups, as for `torch.optim.AdamW`.
         config: learning rate, betas, epsilon; the decay is in the groups.
         ema_decay: decay per step of the average, once warmed up (`ema_decay_at`).
+        fused: one pass over the state instead of a dozen; where the shards of a tensor begin may change a last bit.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, ema_decay: float) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, ema_decay: float, *, fused: bool = True
+    ) -> None:
         self.ema_decay = ema_decay
-        super().__init__(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=0.0)
+        super().__init__(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=0.0, fused=fused
+        )
+        for group in self.param_groups:
+            group["updates"] = 0  # on the host: the state's own counter is on the device
 
     def create_state(self) -> None:
         """Make the state that `step` would make: zero moments, and the weights themselves as their average."""
@@ -38,7 +45,7 @@ class AdamWithEMA(torch.optim.AdamW):
             for weight in group["params"]:
                 if not self.state[weight]:
                     self.state[weight].update(
-                        step=torch.tensor(0.0),
+                        step=torch.zeros((), dtype=torch.float32, device=weight.device),
                         exp_avg=torch.zeros_like(weight, memory_format=torch.preserve_format),
                         exp_avg_sq=torch.zeros_like(weight, memory_format=torch.preserve_format),
                         ema=weight.detach().clone(),
@@ -50,17 +57,33 @@ class AdamWithEMA(torch.optim.AdamW):
         self.create_state()
         loss = super().step(closure)  # type: ignore[arg-type]
         for group in self.param_groups:
+            group["updates"] += 1
+            share = 1.0 - ema_decay_at(group["updates"], self.ema_decay)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    state = self.state[weight]
-                    state["ema"].lerp_(weight, 1.0 - ema_decay_at(int(state["step"]), self.ema_decay))
+                    self.state[weight]["ema"].lerp_(weight, share)
         return loss
+
+    @property
+    def updates(self) -> int:
+        """Steps made."""
+        return int(self.param_groups[0]["updates"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.create_state()
+        for group in self.param_groups:
+            group["updates"] = count
+            for weight in group["params"]:
+                self.state[weight]["step"].fill_(count)
 
 
 def ema_decay_at(step: int, decay: float) -> float:
     """The average's decay at optimizer step `step` (from 1): min(decay, (1 + step) / (10 + step)).
 
-    The warm-up of TensorFlow's ExponentialMovingAverage, which lets go of the random start in short runs.
+    The warm-up of TensorFlow's ExponentialMovingAverage, by which short runs forget their start: until `decay` is
+    reached, about the power function average of Karras et al. 2024 (https://arxiv.org/abs/2312.02696, section 3.1)
+    with gamma = 8.
     """
     return min(decay, (1.0 + step) / (10.0 + step))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
@@ -50,12 +51,9 @@ def test_without_this_launcher_a_rank_tells_its_error_itself(monkeypatch):
     assert not launch.report(ConfigError("x", "y"))
 
 
-@pytest.mark.ranks
-def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_launcher(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text("import sys; print('said'); sys.exit(7)")
+def start(script: Path) -> subprocess.Popen[str]:
     options = "--use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "pipeline.runtime.launch", *options.split(), "--main_process_port", "0", str(script)],
         env={
             **os.environ,
@@ -63,8 +61,35 @@ def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (7, "said\n", "")
+
+
+@pytest.mark.ranks
+def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_launcher(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import sys; print('said'); sys.exit(7)")
+    launcher = start(script)
+    assert launcher.communicate(timeout=60)[0] == "said\n"
+    assert launcher.returncode == 7
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death is Linux's")
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, time\n"
+        "from pipeline.runtime.launch import end_with_launcher\n"
+        "end_with_launcher()\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(120)\n"
+    )
+    launcher = start(script)
+    assert launcher.stdout is not None
+    rank = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    launcher.wait(10)
+    assert psutil.wait_procs([rank], timeout=10)[1] == []

@@ -47,12 +47,13 @@ def inputs() -> Tensor:
     return torch.randn(STEPS, 4, 7, generator=torch.Generator().manual_seed(5))
 
 
-def build(ranks: Process, stage: int, precision: str) -> Engine:
+def build(ranks: Process, stage: int, precision: str, *, fused: bool = True) -> Engine:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one engine a process is the rule; here several are tried
     module = net()
-    optimizer = AdamWithEMA(parameter_groups(module, WEIGHT_DECAY), OptimizerConfig(learning_rate=RATE), DECAY)
+    rates = OptimizerConfig(learning_rate=RATE)
+    optimizer = AdamWithEMA(parameter_groups(module, WEIGHT_DECAY), rates, DECAY, fused=fused)
     config = EngineConfig.model_validate({"zero_stage": stage, "precision": precision})
     return engine.build(ranks, module, optimizer, config, micro_batch=4)
 
@@ -98,7 +99,7 @@ def same(first: Engine, second: Engine) -> bool:
 
 
 def against_reference(ranks: Process, stage: int, precision: str) -> dict[str, Any]:
-    built = build(ranks, stage, precision)
+    built = build(ranks, stage, precision, fused=False)
     train(built, inputs())
     module, average = reference()
     return {

@@ -33,7 +33,9 @@ def test_weights_are_torch_adamw_and_the_average_is_an_average_of_them():
     ours, theirs = net(), net()
     optimizer = AdamWithEMA(parameter_groups(ours, 0.1), CONFIG, ema_decay=0.9)
     steps(ours, optimizer)
-    plain = torch.optim.AdamW(parameter_groups(theirs, 0.1), lr=1e-2, betas=CONFIG.betas, eps=CONFIG.epsilon)
+    plain = torch.optim.AdamW(
+        parameter_groups(theirs, 0.1), lr=1e-2, betas=CONFIG.betas, eps=CONFIG.epsilon, fused=True
+    )
     average = [p.detach().clone() for p in theirs.parameters()]
     for step in range(1, 6):
         steps(theirs, plain, 1)
