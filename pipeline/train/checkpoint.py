@@ -20,7 +20,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load as read_tensors
 from torch import Tensor
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.storage import Store
 
 FORMAT_VERSION = 1
@@ -102,21 +102,8 @@ def find(store: Store) -> list[Checkpoint]:
     """
     sizes = {entry.name: entry.size for entry in store.list("step-")}
     names = {name.split("/")[0] for name in sizes if _NAME.match(name)}
-    found = []
-    for name in sorted(names, key=_step, reverse=True):
-        if f"{name}/{COMPLETE}" not in sizes:
-            continue
-        try:
-            files = json.loads(store.read(f"{name}/{COMPLETE}"))["files"]
-        except (ValueError, KeyError, TypeError):
-            _log.warning("%s/%s: its completion marker cannot be read; it is passed over", store.url, name)
-            continue
-        wrong = [file for file, noted in files.items() if sizes.get(f"{name}/{file}") != noted["size"]]
-        if wrong:
-            _log.warning("%s/%s: %s is missing or cut; the checkpoint is passed over", store.url, name, wrong[0])
-        else:
-            found.append(Checkpoint(store, name, files))
-    return found
+    found = (_read_marker(store, name, sizes) for name in sorted(names, key=_step, reverse=True))
+    return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def latest(store: Store) -> str | None:
@@ -126,10 +113,34 @@ def latest(store: Store) -> str | None:
 
 def open_checkpoint(store: Store, name: str) -> Checkpoint:
     """A complete checkpoint by name. Raises DataError when it is not complete, or not there."""
-    for checkpoint in find(store):
-        if checkpoint.name == name:
-            return checkpoint
-    raise DataError(f"{store.url}/{name} is not a complete checkpoint", "give the run's folder to take its newest one")
+    sizes = {entry.name: entry.size for entry in store.list(f"{name}/")}
+    checkpoint = _read_marker(store, name, sizes)
+    if checkpoint is None:
+        raise DataError(
+            f"{store.url}/{name} is not a complete checkpoint", "give the run's folder to take its newest one"
+        )
+    return checkpoint
+
+
+def _read_marker(store: Store, name: str, sizes: Mapping[str, int]) -> Checkpoint | None:
+    """The checkpoint, if its marker and every file that the marker names are there."""
+    marker = f"{name}/{COMPLETE}"
+    if marker not in sizes:
+        return None
+    try:
+        files = json.loads(store.read(marker))["files"]
+    except StorageError:
+        if store.exists(marker):
+            raise
+        return None  # retired by the run that owns it, after it was listed
+    except (ValueError, KeyError, TypeError):
+        _log.warning("%s/%s: its completion marker cannot be read; it is passed over", store.url, name)
+        return None
+    wrong = [file for file, noted in files.items() if sizes.get(f"{name}/{file}") != noted["size"]]
+    if wrong:
+        _log.warning("%s/%s: %s is missing or cut; the checkpoint is passed over", store.url, name, wrong[0])
+        return None
+    return Checkpoint(store, name, files)
 
 
 def load_weights(store: Store, name: str, which: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
