@@ -57,11 +57,6 @@ class Checkpoint:
         """Steps that the run had done."""
         return _step(self.name)
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(int(f["size"]) for f in self.files.values())
-
     def read(self, file: str) -> bytes:
         """One file, checked against the marker. Raises DamagedError."""
         where = f"{self.store.url}/{self.name}/{file}"

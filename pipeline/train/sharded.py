@@ -31,7 +31,6 @@ from pipeline.train.checkpoint import (
     DamagedError,
     clear,
     noted,
-    open_checkpoint,
     step_name,
 )
 from pipeline.train.optimizer import STATE_KEYS
@@ -47,7 +46,7 @@ def save(
     step: int,
     texts: Mapping[str, bytes],
     counters: Mapping[str, int],
-) -> Checkpoint:
+) -> int:
     """Write a checkpoint; all ranks call it at the same step. Earlier checkpoints are not touched.
 
     Args:
@@ -58,23 +57,27 @@ def save(
         texts: files that are written as they are, such as config.yaml.
         counters: numbers that `restore` gives back, with `step` and `optimizer_step`.
 
+    Returns:
+        bytes of all files on rank 0, and 0 elsewhere.
+
     Raises:
         StorageError: on the rank that could not write; LatheError on the others.
     """
     name = step_name(step)
     _together(process, lambda: clear(store, name) if process.is_main else None)
     _together(process, lambda: _write_fragments(store, name, process, engine))
+    files: dict[str, dict[str, Any]] = {}
 
     def conclude() -> None:
         if process.is_main:
             everything = {**counters, "step": step, "optimizer_step": state.optimizer_step(engine)}
             run = {"format_version": FORMAT_VERSION, "counters": everything, "parameters": _parameters(engine)}
-            files = _write_once(store, name, {**texts, RUN: _json(run), FROZEN: tensor_bytes(_frozen(engine))})
-            files |= _collect(store, name, process.world_size)
+            files.update(_write_once(store, name, {**texts, RUN: _json(run), FROZEN: tensor_bytes(_frozen(engine))}))
+            files.update(_collect(store, name, process.world_size))
             store.write(f"{name}/{COMPLETE}", _json({"files": files}))
 
     _together(process, conclude)
-    return open_checkpoint(store, name)
+    return sum(int(file["size"]) for file in files.values())
 
 
 def restore(

@@ -253,7 +253,7 @@ class Trainer:
             return
         started = time.perf_counter()
         self.metrics.flush()
-        saved = sharded.save(
+        size = sharded.save(
             self.store,
             self.ranks,
             self.engine,
@@ -268,7 +268,7 @@ class Trainer:
         if self.ranks.is_main:
             checkpoint.keep_newest(self.store, self.config.checkpoint.keep)
         self.metrics.set("checkpoint_seconds", time.perf_counter() - started)
-        self.metrics.set("checkpoint_bytes", saved.size)
+        self.metrics.set("checkpoint_bytes", size)
         self.metrics.set("checkpoint_step", self.step)
         self.metrics.set("checkpoint_timestamp_seconds", time.time())
 

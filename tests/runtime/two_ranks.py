@@ -131,8 +131,10 @@ def saving(ranks: Process, folder: Path) -> dict[str, Any]:
     store = open_store(str(folder / "run"))
     first = build(ranks, 2, "float32")
     train(first, inputs()[:3])
-    saved = sharded.save(store, ranks, first, step=3, texts={"note.txt": b"x"}, counters={"skipped": 2})
+    size = sharded.save(store, ranks, first, step=3, texts={"note.txt": b"x"}, counters={"skipped": 2})
     second = build(ranks, 1, "float32")
+    (saved,) = checkpoint.find(store)
+    assert size == (sum(f["size"] for f in saved.files.values()) if ranks.is_main else 0)
     counters = sharded.restore(saved, ranks, second, lambda _: None)
     restored = same(first, second)
     losses = [train(built, inputs()[3:]) for built in (first, second)]

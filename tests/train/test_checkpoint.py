@@ -102,6 +102,23 @@ def test_a_newer_one_that_is_not_whole_is_passed_over_and_said(store, tmp_path, 
     assert "step-00000002" in caplog.text
 
 
+def test_one_that_a_training_deletes_meanwhile_is_passed_over(store):
+    write(store, 1)
+    name = write(store, 2)
+
+    class Deleting:
+        url = store.url
+
+        def __getattr__(self, attribute):
+            return getattr(store, attribute)
+
+        def read(self, file):
+            checkpoint.clear(store, name)
+            return store.read(file)
+
+    assert checkpoint.latest(Deleting()) == "step-00000001"
+
+
 def test_a_changed_byte_is_named(store, tmp_path):
     name = write(store, 2)
     file = tmp_path / name / "rank-00000-of-00001.safetensors"
