@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ def export(config: ExportConfig) -> str:
         DataError: no checkpoint, another autoencoder than the training's, or one that cannot be exported.
         StorageError: run, autoencoder or output cannot be read or written.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed to save, which would wonder aloud
     trained = load_trained(config.run)
     autoencoder = trained.load_autoencoder(config.autoencoder)
     manifest = trained.manifest

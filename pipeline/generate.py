@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.data.images import to_uint8
 from pipeline.diffusion.sampler import euler, guided
+from pipeline.diffusion.schedule import unwhiten
 from pipeline.models.autoencoder import AutoencoderKL, decode
 from pipeline.models.text import Tokenizer
 from pipeline.models.unet import TextToImage
@@ -54,7 +55,7 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     """
     device = next(model.parameters()).device
     shape = (model.unet.config.in_channels, model.unet.config.sample_size, model.unet.config.sample_size)
-    scale, shift = std.to(device).view(1, -1, 1, 1), mean.to(device).view(1, -1, 1, 1)
+    mean, std = mean.to(device), std.to(device)
     empty = torch.from_numpy(tokenizer.empty.astype(np.int64)).to(device)
     latents, pictures = [], []
     for first in range(0, len(prompts), batch_size):
@@ -63,7 +64,7 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
         noise = normal(seed, Purpose.INITIAL_NOISE, 0, places, shape)
         whitened = euler(guided(model, tokens, empty, guidance), noise, steps).float()
         latents.append(whitened.cpu())
-        pictures.append(to_uint8(decode(autoencoder, whitened * scale + shift)))
+        pictures.append(to_uint8(decode(autoencoder, unwhiten(whitened, mean, std))))
         if progress:
             progress(first + len(tokens), len(prompts))
     return torch.cat(latents), np.concatenate(pictures)
