@@ -53,11 +53,14 @@ def end_with_launcher() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `accelerate launch ARGUMENTS`; returns 0, the first error's exit code, or 128 + signal."""
+    import torch.distributed.run  # noqa: F401  for its loggers
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
+        if logger.name.startswith("torch.distributed"):  # each of them sets a level of its own
+            logger.setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="lathe-") as folder:
         os.environ[_FOLDER] = folder
         try:

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +37,7 @@ from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store, read_file, split
 from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_data, check_resume
+from pipeline.train.interval import Interval
 from pipeline.train.optimizer import AdamWithEMA, learning_rate, parameter_groups
 from pipeline.train.preemption import StopRequest
 
@@ -98,24 +98,6 @@ class Example(NamedTuple):
     target: Tensor  # float32 [b, C, h, w]
 
 
-@dataclass
-class Interval:
-    """Sums since the last line of the log. Those of the loss stay on the device."""
-
-    loss: Tensor  # float64 [2]: sum of the finite losses, and their count
-    steps: int = 0
-    wait_seconds: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, loss: Tensor, wait_seconds: float, seconds: float) -> None:
-        """One step's loss on this rank, and its times."""
-        finite = torch.isfinite(loss)
-        self.loss += torch.stack([torch.where(finite, loss, 0.0), finite])
-        self.steps += 1
-        self.wait_seconds += wait_seconds
-        self.seconds += seconds
-
-
 class Trainer:
     """One rank's part of a run: all of its state, and one step.
 
@@ -155,7 +137,7 @@ class Trainer:
         config = self.config
         self._resume()
         self._introduce()
-        interval, stop = self._new_interval(), 0
+        interval, stop = Interval.start(self.ranks.device), 0
         with (
             StopRequest() as request,
             ProgressLine("train", "steps", visible=self.ranks.is_main) as line,
@@ -171,7 +153,7 @@ class Trainer:
                 last = stop != 0 or self.step == config.steps
                 if self.step % config.log_every == 0 or last:
                     line.update(self.step, config.steps, self._report(interval))
-                    interval = self._new_interval()
+                    interval = Interval.start(self.ranks.device)
                 if self.step % config.checkpoint.every == 0 or last:
                     self._save()
                 if stop:
@@ -227,9 +209,6 @@ class Trainer:
             world_size=self.ranks.world_size,
             start_step=self.step,
         )
-
-    def _new_interval(self) -> Interval:
-        return Interval(torch.zeros(2, dtype=torch.float64, device=self.ranks.device))
 
     def _resume(self) -> None:
         """Load the newest checkpoint that is whole; a damaged one is passed over, and said so."""
