@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -10,10 +9,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +19,7 @@ import yaml
 
 from pipeline import runfile
 from pipeline.config import RunConfig
+from pipeline.demo.lock import only_one
 from pipeline.demo.object_store import EmbeddedObjectStore
 from pipeline.demo.processes import MemoryPeak, run_together
 from pipeline.demo.state import DemoState
@@ -63,7 +62,7 @@ def run_demo(folder: Path, *, preset: str, s3: str | None, fresh: bool) -> None:
     _check_machine(folder)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
-        stack.enter_context(_only_one(folder))
+        stack.enter_context(only_one(folder))
         if fresh:
             _forget(folder)
         root, environment, alive = _connect(stack, folder, s3)
@@ -174,30 +173,12 @@ def _check_machine(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; it is the kernel's, so a killed demo leaves none behind."""
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise SetupError(
-                f"another `lathe demo` is running in {folder} (process {owner})", "wait for it, or use another --dir"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 def _connect(stack: ExitStack, folder: Path, s3: str | None) -> tuple[str, dict[str, str], Callable[[], None]]:
     """Where the data goes, the environment that reaches it, and a check that the server is alive."""
     if s3 is None:
         server = stack.enter_context(EmbeddedObjectStore(folder / "s3", BUCKET))
         os.environ.update(server.environment())
-        root, alive = server.url, partial(_check_alive, server)
+        root, alive = server.url, server.check
     else:
         root, endpoint = _parse_s3(s3)
         if endpoint:
@@ -215,14 +196,6 @@ def _parse_s3(url: str) -> tuple[str, str | None]:
     if parts.scheme in ("http", "https") and parts.netloc:
         return f"s3://{path or BUCKET}", f"{parts.scheme}://{parts.netloc}"
     raise ConfigError(f"--s3 {url}: not an address", "write http://host:port/bucket or s3://bucket/prefix")
-
-
-def _check_alive(server: EmbeddedObjectStore) -> None:
-    if server.pid is None:
-        raise SetupError(
-            f"the embedded S3 server has ended; its log is {server.log}",
-            "what is finished is kept: start the same command again",
-        )
 
 
 def _nothing() -> None:

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import http.client
 import json
 import os
-import random
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
+from pipeline.demo import ports
+from pipeline.demo.lock import only_one
 from pipeline.errors import SetupError, StorageError
 from pipeline.storage import open_store
+from pipeline.tether import before_exec
 
-_HOST = "127.0.0.1"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0  # then kill -9, which it survives with its data whole
 _PORT_TRIES = 5
-_SERVICES = ("s3", "master", "volume", "filer", "admin")
 _VOLUME_MIB = 256  # data lie in files that grow up to this size; nothing is allocated ahead
 _LEAST_SHARE = 0.02  # of the disk: below 1 % the server refuses to write
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class EmbeddedObjectStore:
@@ -74,7 +68,7 @@ class EmbeddedObjectStore:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._data.mkdir(mode=0o700, exist_ok=True)
-                undo.callback(os.close, _lock(self.folder))
+                undo.enter_context(only_one(self.folder))
                 self._stop_leftover()
                 self._check_space()
                 _write_private(self._keys_file, json.dumps({"identities": [self._identity()]}))
@@ -99,8 +93,8 @@ class EmbeddedObjectStore:
 
         They also undo what the user's own environment may say of another server, or of a proxy.
         """
-        endpoint = f"http://{_HOST}:{self._port}"
-        direct = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), _HOST)))
+        endpoint = f"http://{ports.HOST}:{self._port}"
+        direct = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), ports.HOST)))
         return {
             "AWS_ACCESS_KEY_ID": self._access_key,
             "AWS_SECRET_ACCESS_KEY": self._secret_key,
@@ -126,18 +120,21 @@ class EmbeddedObjectStore:
         """
         port = self._port or self._last_state().get("port", 0)
         for _ in range(_PORT_TRIES):
-            if not port or not all(map(_is_free, _ports(port).values())):
-                port = _choose_ports()
+            if not port or not all(map(ports.is_free, ports.ports(port).values())):
+                port = ports.choose()
             if self._wait_until_usable(self._launch(port)):
                 return
             port = 0
-        raise SetupError(f"the S3 server finds no free ports on {_HOST}", "stop some other servers, then try again")
+        raise SetupError(
+            f"the S3 server finds no free ports on {ports.HOST}", "stop some other servers, then try again"
+        )
 
     def check(self) -> None:
         """Nothing, while the server runs. Raises SetupError with its last words where it has ended."""
         if self.pid is None:
             raise SetupError(
-                f"the S3 server has ended: {self._last_words()}", f"see its log, {self.log}; then run again"
+                f"the embedded S3 server has ended: {self._last_words()}",
+                f"what is finished is kept: start the same command again; its log is {self.log}",
             )
 
     def stop(self) -> None:
@@ -150,7 +147,7 @@ class EmbeddedObjectStore:
         except subprocess.TimeoutExpired:
             self._server.kill()
             self._server.wait()
-        _remove_sockets(self._port)
+        ports.remove_sockets(self._port)
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -171,16 +168,16 @@ class EmbeddedObjectStore:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us: what we still save needs the server
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509  (one prctl call, its library loaded before the fork)
+                preexec_fn=before_exec(),  # noqa: PLW1509
             )
         self._pid_file.write_text(json.dumps({"pid": self._server.pid, "port": port}), encoding="utf-8")
         return self._server
 
     def _options(self) -> list[str]:
         return [
-            f"-ip={_HOST}",
-            f"-ip.bind={_HOST}",
-            *(f"-{name}={port}" for name, port in _ports(self._port).items()),
+            f"-ip={ports.HOST}",
+            f"-ip.bind={ports.HOST}",
+            *(f"-{name}={port}" for name, port in ports.ports(self._port).items()),
             "-master.resumeState=false",  # an old election's state can make the first write wait 20 s
             *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
             f"-s3.config={self._keys_file}",
@@ -216,7 +213,7 @@ class EmbeddedObjectStore:
 
     def _has_volumes(self) -> bool:
         """Whether the part that holds the data has joined; a file sent before that may wait for 20 s."""
-        master = http.client.HTTPConnection(_HOST, _ports(self._port)["master.port"], timeout=2)
+        master = http.client.HTTPConnection(ports.HOST, ports.ports(self._port)["master.port"], timeout=2)
         try:
             master.request("GET", "/dir/status")
             return b'"DataNodes":[{' in master.getresponse().read().replace(b" ", b"").replace(b"\n", b"")
@@ -281,71 +278,7 @@ def _ends(process: psutil.Process, seconds: float) -> bool:
     return False
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor whose being open keeps other runs out of the folder."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 20, 0).decode() or "unknown"
-        os.close(descriptor)
-        raise SetupError(
-            f"another `lathe demo` is using {folder} (pid {holder})", "wait for it, stop it, or choose another folder"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return descriptor
-
-
 def _write_private(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """What the child runs before it becomes the server: the kernel then ends it when this thread ends."""
-    if sys.platform != "linux":
-        return None  # a server left by `kill -9` is stopped by the next start
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def tie() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return tie
-
-
-def _ports(first: int) -> dict[str, int]:
-    """Every port of a server whose S3 port is `first`, by option."""
-    http = {f"{service}.port": first + i for i, service in enumerate(_SERVICES)}
-    grpc = {f"{service}.port.grpc": first + 10 + i for i, service in enumerate(_SERVICES)}
-    grpc["admin.port.grpc"] = http["admin.port"] + 10_000  # where the server's own worker looks for it
-    return http | grpc
-
-
-def _choose_ports() -> int:
-    for _ in range(100):
-        first = random.randrange(15_000, 30_000, 20)  # noqa: S311 - below the ports that outgoing connections take
-        if all(map(_is_free, _ports(first).values())):
-            return first
-    raise SetupError(f"no 10 free ports on {_HOST} between 15000 and 40000", "stop some other servers, then try again")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: connections may linger
-        try:
-            probe.bind((_HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-def _remove_sockets(first: int) -> None:
-    """The server opens local sockets by the number of each port, and leaves some behind."""
-    for port in _ports(first).values():
-        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - its choice of folder
-            with suppress(OSError):
-                path.unlink()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +16,9 @@ from typing import Self
 import psutil
 
 from pipeline.errors import LatheError
+from pipeline.tether import before_exec
 
 STOP_GRACE_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded before any fork
-
-
-def end_with_parent() -> None:
-    """Called in a child before exec: it gets SIGTERM when its parent dies, however the parent died (Linux)."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class MemoryPeak:
@@ -107,7 +98,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | N
             env=dict(environment),
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            preexec_fn=end_with_parent,  # noqa: PLW1509  one system call of a library loaded before the fork
+            preexec_fn=before_exec(),  # noqa: PLW1509
         )
 
 

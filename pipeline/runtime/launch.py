@@ -7,7 +7,6 @@ its exit code is that of the error (`pipeline.errors`), or 128 + signal.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import LatheError
+from pipeline.tether import end_with_parent
 
 _FOLDER = "LATHE_ERROR_FOLDER"
-_PR_SET_PDEATHSIG = 1
 
 
 class OtherRankError(LatheError):
@@ -47,8 +46,8 @@ def report(error: LatheError) -> bool:
 
 def end_with_launcher() -> None:
     """Called by a rank: it is killed when its launcher is (Linux), rather than train on beside the run's next start."""
-    if _FOLDER in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _FOLDER in os.environ:
+        end_with_parent(signal.SIGKILL)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.demo import guided_run
+from pipeline.demo.lock import only_one
 from pipeline.demo.processes import MemoryPeak, run_together
 from pipeline.demo.state import DemoState
 from pipeline.errors import ConfigError, LatheError, SetupError
@@ -46,8 +47,8 @@ def test_two_demos_in_one_folder_are_told_and_a_killed_one_leaves_no_lock(tmp_pa
     code = f"""
 import time
 from pathlib import Path
-from pipeline.demo.guided_run import _only_one
-with _only_one(Path({str(tmp_path)!r})):
+from pipeline.demo.lock import only_one
+with only_one(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -55,12 +56,12 @@ with _only_one(Path({str(tmp_path)!r})):
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(SetupError, match=f"process {other.pid}"), guided_run._only_one(tmp_path):
+        with pytest.raises(SetupError, match=f"pid {other.pid}"), only_one(tmp_path):
             pass
     finally:
         other.kill()
         other.wait()
-    with guided_run._only_one(tmp_path):
+    with only_one(tmp_path):
         pass
 
 

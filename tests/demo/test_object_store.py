@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.demo import object_store
+from pipeline.demo import object_store, ports
 from pipeline.demo.object_store import EmbeddedObjectStore
 from pipeline.errors import SetupError
 from pipeline.storage import open_store
@@ -72,8 +72,8 @@ def test_data_stay_and_keys_change_and_a_taken_port_is_left(tmp_path: Path) -> N
 def test_a_port_taken_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        choices = iter([port - 1, object_store._choose_ports()])
-        monkeypatch.setattr(object_store, "_choose_ports", lambda: next(choices))
+        choices = iter([port - 1, ports.choose()])
+        monkeypatch.setattr(ports, "choose", lambda: next(choices))
         with EmbeddedObjectStore(tmp_path, "own") as server:
             assert server.environment()["AWS_ENDPOINT_URL"] != f"http://127.0.0.1:{port - 1}"
 
