@@ -3,6 +3,8 @@
 It is what `make install` runs. A second call with nothing to do takes a tenth of a second; two at once are told.
 """
 
+from __future__ import annotations  # an older Python must get as far as to be told that it is too old
+
 import fcntl
 import hashlib
 import shutil
