@@ -49,7 +49,7 @@ def _install(extras: list[str]) -> int:
         "-m",
         "pip",
         "install",
-        "--quiet",
+        "-qq",
         "--disable-pip-version-check",
         "-e",
         f"{ROOT}[{','.join(extras)}]",
