@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline import __version__, runfile
 from pipeline.config import (
@@ -22,8 +23,21 @@ from pipeline.config import (
 from pipeline.console import ProgressLine
 from pipeline.errors import ConfigError, LatheError
 
+
+class _Group(TyperGroup):
+    """Typer leaves without a word on Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print("stopped; the same command goes on where it was", file=sys.stderr)  # noqa: T201
+            raise typer.Exit(130) from stop
+
+
 app = typer.Typer(
     name="lathe",
+    cls=_Group,
     help="Image shards to latents, latents to text-to-image diffusion models.\n\n"
     "New here? `lathe demo` runs every stage on this machine and shows the pictures.",
     no_args_is_help=True,
@@ -191,6 +205,3 @@ def main() -> None:
         if error.remedy:
             print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
-        sys.exit(130)

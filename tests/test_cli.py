@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from pipeline import cli
+
 COMMANDS = ("demo", "pack", "train-vae", "encode", "train", "sample", "evaluate", "export", "config")
 
 
@@ -62,3 +64,15 @@ def test_config_prints_what_runs() -> None:
 
 def test_version() -> None:
     assert lathe("--version").stdout.strip().count(".") == 2
+
+
+def test_an_interrupt_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.runfile.load_any", interrupt)
+    monkeypatch.setattr("sys.argv", ["lathe", "config", "run.yaml"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on where it was\n"
