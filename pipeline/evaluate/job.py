@@ -174,7 +174,9 @@ def _reconstructions(holdout: SplitArrays, autoencoder: AutoencoderKL, batch: in
     """The held-out pictures as the autoencoder gives them back from the mean of their stored posterior."""
     means = torch.from_numpy(holdout.moments[:, : holdout.moments.shape[1] // 2].astype(np.float32))
     means = means.to(autoencoder.device)
-    return _stack([image for part in torch.split(means, batch) for image in images.to_uint8(decode(autoencoder, part))], like)
+    return _stack(
+        [image for part in torch.split(means, batch) for image in images.to_uint8(decode(autoencoder, part))], like
+    )
 
 
 def _holdout_scores(holdout: SplitArrays, arrays: Mapping[str, Pixels]) -> tuple[HoldoutScore, ...]:
