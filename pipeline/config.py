@@ -116,7 +116,9 @@ class EngineConfig(Section):
     zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage")
     precision: Literal["float32", "bfloat16"] = "float32"
     world_size: Count | None = Field(None, description="ranks that must be there at start; null = any")
-    threads_per_rank: Count | None = Field(None, description="CPU threads of each rank; null = cores / local ranks")
+    threads_per_rank: Count | None = Field(
+        None, description="CPU threads of each rank; null = OMP_NUM_THREADS, or cores / local ranks"
+    )
     timeout_seconds: Positive = Field(600.0, description="a rank that is silent this long ends the others")
 
 

@@ -111,11 +111,9 @@ def start(config: EngineConfig) -> Process:
     end_with_launcher()
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
-    threads = config.threads_per_rank or max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    threads = config.threads_per_rank or _threads()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    if not on_gpu and config.precision == "bfloat16":
-        torch.backends.cuda.enable_flash_sdp(False)  # its backward on CPUs took eight times the plain one's time
     if not on_gpu:
         torch.backends.cuda.enable_flash_sdp(False)  # on a CPU too: its bfloat16 backward is ten times the plain one's
     announced = int(os.environ["WORLD_SIZE"])
@@ -175,6 +173,13 @@ def _prepare_environment(on_gpu: bool) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+
+
+def _threads() -> int:
+    """CPU threads of this rank: what the environment says, or its share of the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    share = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return max(1, int(said) if said.isdecimal() else share)
 
 
 def _free_port() -> int:
