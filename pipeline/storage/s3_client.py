@@ -79,7 +79,7 @@ class S3Client:
                 fault.attempts = trial.attempts
                 cause = error
             else:
-                self._outage.end(trial.began, self.endpoint)
+                self._outage.end(self.endpoint)
                 return {**answer, "Attempts": trial.attempts}
             if not trial.again(fault):
                 if fault.kind in (Kind.NO_BUCKET, Kind.NO_OBJECT, Kind.CONDITION, Kind.RANGE):
@@ -135,7 +135,6 @@ class _Trial:
     """One request's attempts: how long to go on, and how long to wait in between."""
 
     def __init__(self, retry_seconds: float) -> None:
-        self.began = time.monotonic()
         self.attempts = 1
         self._retry_seconds = retry_seconds
         self._first_fault: float | None = None
@@ -178,8 +177,8 @@ class _Outage:
         said = f"answers {fault.said}" if fault.answered else "does not answer"
         log.warning("S3 at %s %s; trying for %.0f s more", endpoint, said, left)
 
-    def end(self, began: float, endpoint: str) -> None:
-        """A request that began at `began` has succeeded."""
+    def end(self, endpoint: str) -> None:
+        """A request has succeeded."""
         with self._lock:
             if self._since is None:
                 return
