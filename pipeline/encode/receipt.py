@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from pipeline.data.manifest import Block, BucketRange, Environment, Receipt, Reject, Statistics, canonical
 from pipeline.data.tar import TarBuilder, npy_bytes
-
-LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clips to it before exp
+from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class LatentShard:
             self._held_out.append(sample)
             return
         moments = sample.moments.astype(np.float64).reshape(2 * self._channels, -1)
-        mean, logvar = moments[: self._channels], moments[self._channels :].clip(*LOGVAR_RANGE)
+        mean, logvar = moments[: self._channels], moments[self._channels :].clip(*LOG_VARIANCE_RANGE)
         self._sums += np.stack([mean.sum(1), np.square(mean).sum(1), np.exp(logvar).sum(1)])
         self._count += mean.shape[1]
         self._write(sample)

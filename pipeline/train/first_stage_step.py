@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.config import FirstStageConfig
 from pipeline.data.images import normalise, to_uint8
+from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.models import autoencoder
 from pipeline.models.autoencoder import AutoencoderKL
 from pipeline.randomness import Purpose, normal, uniform
@@ -124,7 +125,7 @@ class Training:
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             mean, log_variance = autoencoder.encode_moments(self.model, images).float().chunk(2, 1)
-            log_variance = log_variance.clamp(-30.0, 20.0)
+            log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
             places = torch.arange(len(images), device=self.device)
             noise = normal(config.seed, Purpose.POSTERIOR, self.steps_done, places, tuple(mean.shape[1:]))
             restored = autoencoder.decode(self.model, mean + (0.5 * log_variance).exp() * noise)
