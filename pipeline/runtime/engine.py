@@ -28,7 +28,7 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, gradient_clip: floa
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": gradient_clip,
-        "bf16": {"enabled": config.precision == "bfloat16"},
+        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "zero_allow_untested_optimizer": True,  # ours carries the EMA
         "zero_force_ds_cpu_optimizer": False,
