@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pipeline.config import EvaluateConfig, ImagesConfig
 from pipeline.data import images
 from pipeline.data.loader import SplitArrays, read_split
+from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.samples import ImageSample, read_image_shard
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate import scores
 from pipeline.generate import generate
 from pipeline.models.autoencoder import AutoencoderKL, decode
@@ -78,12 +79,14 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
     """Score a run, and write `evaluation.json` and the pictures as `.npy` arrays to the output folder.
 
     Raises:
-        DataError: no complete checkpoint, another autoencoder, or no training sample.
+        ConfigError: `images` is not as the latents were encoded.
+        DataError: no complete checkpoint, another autoencoder or other latents than the run's, or no training sample.
         StorageError: a place cannot be read or written.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     trained = load_trained(config.run)
+    _check_data(config, trained.manifest, load_manifest(config.manifest))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = trained.load_autoencoder(config.autoencoder).to(device)
     train = read_split(config.manifest, "train")
@@ -142,6 +145,21 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, dict[str, Pixels]]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder} holds no evaluation that can be read", "run `lathe evaluate` again") from error
     return result, arrays
+
+
+def _check_data(config: EvaluateConfig, trained: Manifest, given: Manifest) -> None:
+    """Raises DataError where the run was trained on other latents, ConfigError where pictures would not be theirs."""
+    if fields := trained.fingerprint.difference(given.fingerprint):
+        raise DataError(
+            f"{config.manifest}: the run was trained on latents that differ in {', '.join(fields)}",
+            "give the manifest that it was trained on",
+        )
+    for field in ("resolution", "background", "caption_field"):
+        ours, theirs = getattr(config.images, field), getattr(given.fingerprint, field)
+        if ours != theirs:
+            raise ConfigError(
+                f"images.{field}: {ours}, but the latents were encoded with {theirs}", f"set images.{field}={theirs}"
+            )
 
 
 def _ranks(
