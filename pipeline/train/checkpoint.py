@@ -90,6 +90,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def find(store: Store) -> list[Checkpoint]:
     """The complete checkpoints of a run, newest first: those with a marker, and every file in its size.
 
@@ -175,7 +180,7 @@ def keep_newest(store: Store, keep: int) -> list[str]:
     kept = {checkpoint.name for checkpoint in find(store)[:keep]}
     oldest = min(map(_step, kept), default=0)
     names = {entry.name.split("/")[0] for entry in store.list("step-")}
-    gone = sorted(name for name in names if _NAME.fullmatch(name) and _step(name) < oldest)
+    gone = sorted(name for name in names if is_name(name) and _step(name) < oldest)
     for name in gone:
         clear(store, name)
     return gone

@@ -77,8 +77,8 @@ def load_trained(run: str, which: Literal["ema", "raw"] = "ema") -> TrainedModel
 
 
 def _find(run: str) -> tuple[Store, str]:
-    parent, name = split(run.rstrip("/"))
-    if name.startswith("step-"):
+    if checkpoint.is_name(run.rstrip("/").rpartition("/")[2]):
+        parent, name = split(run)
         return open_store(parent), name
     store = open_store(run)
     newest = checkpoint.latest(store)
