@@ -180,6 +180,16 @@ class FirstStageConfig(RunConfig):
     metrics: MetricsConfig = MetricsConfig()
     log_every: Count = 20
 
+    @model_validator(mode="after")
+    def _levels_halve(self) -> FirstStageConfig:
+        factor = 2 ** (len(self.model.block_out_channels) - 1)
+        if self.images.resolution % factor:
+            raise ValueError(
+                f"images.resolution: {self.images.resolution} is not a multiple of {factor}, by which the levels of"
+                " model.block_out_channels divide it"
+            )
+        return self
+
 
 class EncodeConfig(RunConfig):
     """`lathe encode`: image shards to latent shards and a manifest."""

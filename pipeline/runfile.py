@@ -96,6 +96,8 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not YAML{where}: {str(error).splitlines()[0]}", "mend the file's syntax"
         ) from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "mend the file's permissions") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no fields", "a run file is a YAML mapping that begins with `job: ...`")
     return tree
@@ -154,7 +156,7 @@ def _explain(kind: type[RunConfig], path: str, error: ValidationError) -> Config
     """The first problem as one line: dotted field, value, and the nearest right name."""
     first = error.errors(include_url=False)[0]
     place = [str(p) for p in first["loc"]]
-    field = ".".join(place) or "the file"
+    field = ".".join(place)
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, place[:-1])
         near = difflib.get_close_matches(place[-1], known, 1, 0.5)
@@ -166,7 +168,7 @@ def _explain(kind: type[RunConfig], path: str, error: ValidationError) -> Config
     value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     more = len(error.errors()) - 1
     remedy = f"mend this field; {more} more are wrong" if more else "mend this field"
-    return ConfigError(f"{path}: {field}: {said}{value}", remedy)
+    return ConfigError(": ".join(filter(None, (path, field, f"{said}{value}"))), remedy)
 
 
 def _fields_at(kind: type[BaseModel], place: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline import runfile
-from pipeline.config import JOBS, TrainConfig
+from pipeline.config import JOBS, FirstStageConfig, TrainConfig
 from pipeline.errors import ConfigError
 
 MINIMAL = {"job": "train", "manifest": "m.json", "output": "out"}
@@ -101,6 +101,11 @@ def test_the_file_of_another_command_is_told() -> None:
 @pytest.mark.parametrize("override", ["steps", "=3", "manifest.x=1", "steps=[", "steps.deep=1"])
 def test_an_override_that_cannot_be_is_told(tmp_path: Path, override: str) -> None:
     assert override.partition("=")[0].partition(".")[0] in problem(write(tmp_path), override).message
+
+
+def test_a_resolution_that_the_autoencoder_cannot_halve_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"train-vae\.yaml: images\.resolution: 50 is not a multiple of 8"):
+        runfile.load(FirstStageConfig, "configs/demo/train-vae.yaml", ["images.resolution=50"])
 
 
 def test_a_config_cannot_be_changed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipeline.config import UNetConfig
+from pipeline.errors import ConfigError
 from pipeline.models.text import TextTower
 
 
@@ -17,20 +18,28 @@ def build(config: UNetConfig, latent_channels: int, latent_side: int, text_width
         latent_channels: C of the latents.
         latent_side: h = w of the training latents; a stock pipeline takes its default picture size from it.
         text_width: width of the text tower's hidden state.
+
+    Raises:
+        ConfigError: blocks that diffusers does not have.
     """
-    return UNet2DConditionModel(
-        sample_size=latent_side,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=config.block_out_channels,
-        down_block_types=config.down_block_types,
-        up_block_types=config.up_block_types,
-        layers_per_block=config.layers_per_block,
-        transformer_layers_per_block=config.transformer_layers_per_block,
-        attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups,
-        cross_attention_dim=text_width,
-    )
+    try:
+        return UNet2DConditionModel(
+            sample_size=latent_side,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            block_out_channels=config.block_out_channels,
+            down_block_types=config.down_block_types,
+            up_block_types=config.up_block_types,
+            layers_per_block=config.layers_per_block,
+            transformer_layers_per_block=config.transformer_layers_per_block,
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=config.norm_num_groups,
+            cross_attention_dim=text_width,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"unet: {error}", "give block types of diffusers' UNet2DConditionModel, such as CrossAttnDownBlock2D"
+        ) from error
 
 
 class TextToImage(nn.Module):

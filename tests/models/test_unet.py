@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pipeline.config import TextConfig, UNetConfig
+from pipeline.errors import ConfigError
 from pipeline.models import unet
 from pipeline.models.text import TextTower
 from pipeline.models.unet import TextToImage
@@ -48,3 +50,9 @@ def test_sample_size_is_the_latents_side() -> None:
 def test_bfloat16_weights_take_float32_latents() -> None:
     velocity = model().bfloat16()(torch.randn(1, 8, 4, 4), torch.tensor([500.0]), torch.zeros(1, 8, dtype=torch.int64))
     assert velocity.dtype == torch.bfloat16
+
+
+def test_a_block_that_diffusers_does_not_have_is_told() -> None:
+    config = UNET.model_copy(update={"down_block_types": ("CrossAttnDown", "CrossAttnDownBlock2D")})
+    with pytest.raises(ConfigError, match="CrossAttnDown"):
+        unet.build(config, latent_channels=8, latent_side=4, text_width=16)
