@@ -5,7 +5,6 @@ Legend: b samples of this rank in a step, C latent channels, h and w sides of th
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from pipeline.console import ProgressLine
 from pipeline.data.loader import Batch, LatentLoader
 from pipeline.data.manifest import EMPTY_TOKENS, Manifest, load_manifest
 from pipeline.data.order import rank_positions
+from pipeline.data.tar import read_npy
 from pipeline.diffusion import schedule
 from pipeline.diffusion.loss import velocity_loss
 from pipeline.errors import LatheError
@@ -307,7 +307,7 @@ class Trainer:
 def _empty_tokens(manifest_url: str) -> Tensor:
     """Token ids of the empty prompt, int64 [L], from beside the manifest."""
     data = read_file(f"{split(manifest_url)[0]}/{EMPTY_TOKENS}")
-    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.int64))
+    return torch.from_numpy(read_npy(data).astype(np.int64))
 
 
 def _say(text: str) -> None:
