@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import psutil
 from numpy.typing import NDArray
 
 from pipeline import runfile
-from pipeline.config import PackConfig, RunConfig, SampleConfig
+from pipeline.config import EncodeConfig, PackConfig, RunConfig, SampleConfig
 from pipeline.data import images
+from pipeline.data.pack import safe_key
+from pipeline.data.samples import is_holdout
 from pipeline.demo.state import DemoState
 from pipeline.demo.twemoji import unseen_combinations
 from pipeline.evaluate.job import Evaluation, HoldoutScore, read_evaluation
@@ -36,6 +39,7 @@ from pipeline.storage import open_store
 
 Pixels = NDArray[np.uint8]
 Log = list[dict[str, Any]]
+Row = dict[str, str]  # a line of metadata.jsonl
 PACKAGES = (
     "lathe-ldm",
     "torch",
@@ -56,9 +60,12 @@ def gather(folder: Path, root: str, state: DemoState, configs: Mapping[str, RunC
     """Everything the report tells of a finished demo. Raises DataError or StorageError when a part is missing."""
     evaluation, arrays = read_evaluation(folder / "evaluation")
     first_stage, training = (read_log(open_store(f"{root}/{part}")) for part in ("autoencoder", "run"))
-    pack, sample = configs["pack"], configs["sample"]
+    pack, encode, sample = configs["pack"], configs["encode"], configs["sample"]
     assert isinstance(pack, PackConfig)  # noqa: S101  the stages' own run files
+    assert isinstance(encode, EncodeConfig)  # noqa: S101
     assert isinstance(sample, SampleConfig)  # noqa: S101
+    rows = _rows(folder)
+    trained = [row for key, row in rows.items() if not is_holdout(key, encode.images.holdout)]
     made = [images.decode(file.read_bytes()) for file in sorted((folder / "pictures").glob("[0-9]*.png"))]
     return ReportFacts(
         title="Lathe demo",
@@ -69,7 +76,7 @@ def gather(folder: Path, root: str, state: DemoState, configs: Mapping[str, RunC
             candidates=evaluation.prompt_retrieval_candidates,
             prompts=len(evaluation.prompts),
         ),
-        reconstruction=_reconstruction_scores(_strangers(folder, evaluation)),
+        reconstruction=_reconstruction_scores(_strangers(evaluation, rows, trained)),
         wall_seconds=state.wall_seconds,
         peak_rss_bytes=state.peak_rss_bytes,
         images_per_second={"train-vae": _mean_rate(first_stage), "train": _mean_rate(training)},
@@ -86,7 +93,7 @@ def gather(folder: Path, root: str, state: DemoState, configs: Mapping[str, RunC
             *(GeneratedPicture(prompt, pixels) for prompt, pixels in zip(sample.prompts, made, strict=True)),
             *_followed(evaluation, arrays),
         ],
-        unseen=_unseen(folder, evaluation, arrays),
+        unseen=_unseen(evaluation, arrays, trained),
         settings={name: runfile.dump(config) for name, config in configs.items()},
         versions={name: _version(name) for name in PACKAGES},
         hardware=_hardware(),
@@ -94,13 +101,16 @@ def gather(folder: Path, root: str, state: DemoState, configs: Mapping[str, RunC
     )
 
 
-def _strangers(folder: Path, evaluation: Evaluation) -> list[HoldoutScore]:
+def _rows(folder: Path) -> dict[str, Row]:
+    """What the demo's pictures are, by sample key."""
+    lines = (folder / "twemoji" / "metadata.jsonl").read_text("utf-8").splitlines()
+    return {safe_key(row["file_name"]): row for row in map(json.loads, lines)}
+
+
+def _strangers(evaluation: Evaluation, rows: Mapping[str, Row], trained: Sequence[Row]) -> list[HoldoutScore]:
     """The held-out pictures without a near relative (the same hand in another skin tone) in the training set."""
-    rows = [json.loads(line) for line in (folder / "twemoji" / "metadata.jsonl").read_text("utf-8").splitlines()]
-    held_out = {row.caption for row in evaluation.holdout}
-    trained = {row["group"] for row in rows if row["text"] not in held_out}
-    groups = {row["text"]: row["group"] for row in rows}
-    return [row for row in evaluation.holdout if groups[row.caption] not in trained]
+    groups = {row["group"] for row in trained}
+    return [score for score in evaluation.holdout if rows[score.key]["group"] not in groups]
 
 
 def _reconstruction_scores(rows: list[HoldoutScore]) -> ReconstructionScores | None:
@@ -110,6 +120,7 @@ def _reconstruction_scores(rows: list[HoldoutScore]) -> ReconstructionScores | N
         psnr_db=float(np.mean([row.psnr_db for row in rows])),
         psnr_nonwhite_db=float(np.nanmean([row.psnr_nonwhite_db for row in rows])),
         pictures=len(rows),
+        of="held-out pictures, none of them a trained one in another skin tone,",
     )
 
 
@@ -129,12 +140,10 @@ def _followed(evaluation: Evaluation, arrays: Mapping[str, Pixels]) -> list[Gene
     return [GeneratedPicture(row.caption, made, own, row.rank) for row, made, own in list(rows)[:SHOWN]]
 
 
-def _unseen(folder: Path, evaluation: Evaluation, arrays: Mapping[str, Pixels]) -> list[UnseenPicture]:
+def _unseen(evaluation: Evaluation, arrays: Mapping[str, Pixels], trained: Sequence[Row]) -> list[UnseenPicture]:
     held_out = {row.caption: number for number, row in enumerate(evaluation.holdout)}
-    lines = (folder / "twemoji" / "metadata.jsonl").read_text("utf-8").splitlines()
-    trained = [text for line in lines if (text := json.loads(line)["text"]) not in held_out]
     found = []
-    for combination in unseen_combinations(trained, held_out):
+    for combination in unseen_combinations([row["text"] for row in trained], held_out):
         number = held_out[combination.caption]
         row = evaluation.holdout[number]
         made, true = arrays["holdout_generated"][number], arrays["holdout_original"][number]
@@ -151,8 +160,9 @@ def _chart(title: str, unit: str, log: Log, keys: Mapping[str, str]) -> Chart:
 
 
 def _mean_rate(log: Log) -> float:
+    """Images of all intervals over their time: they are of one length, so this is the harmonic mean."""
     rates = [float(line["images_per_second"]) for line in log if line.get("images_per_second")]
-    return float(np.mean(rates)) if rates else 0.0
+    return harmonic_mean(rates) if rates else 0.0
 
 
 def _version(package: str) -> str:

@@ -28,6 +28,7 @@ class ReconstructionScores:
     psnr_db: float
     psnr_nonwhite_db: float  # over pixels that are not white in the original
     pictures: int
+    of: str = "held-out pictures"  # which they are
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _reconstruction_cards(facts: ReportFacts) -> list[Html]:
     scores = facts.reconstruction
     if scores is None:
         return []
-    whole = f"Mean PSNR of {scores.pictures:,} held-out pictures after the autoencoder and back; higher is better."
+    whole = f"Mean PSNR of {scores.pictures:,} {scores.of} after the autoencoder and back; higher is better."
     nonwhite = "The same over the pixels that are not white in the original: white background is easy."
     return [
         _card("Reconstruction", number(scores.psnr_db, 1), "dB", whole, "reconstruction_psnr_db"),
