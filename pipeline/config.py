@@ -203,7 +203,6 @@ class EncodeConfig(RunConfig):
     block_samples: Count = Field(64, description="samples per checksummed block, the unit the trainer reads")
     max_reject_rate: Fraction = Field(0.05, description="share of unusable samples past which the job fails")
     threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
-    metrics: MetricsConfig = MetricsConfig()
 
 
 class TrainConfig(RunConfig):

@@ -21,10 +21,8 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from pipeline.config import MetricsConfig
 from pipeline.errors import SetupError, StorageError
 
-Job = Literal["train", "first_stage", "encode"]
+Job = Literal["train", "first_stage"]
 TRAINING: tuple[Job, ...] = ("train", "first_stage")
-ENCODING: tuple[Job, ...] = ("encode",)
-EVERY: tuple[Job, ...] = ("train", "first_stage", "encode")
 
 LOG = "metrics.jsonl"
 """The log's name in a folder, which can be appended to."""
@@ -40,7 +38,6 @@ class Definition:
     unit: str
     help: str
     jobs: tuple[Job, ...]
-    labels: tuple[str, ...] = ()
 
     def name(self, job: Job) -> str:
         """The full name that Prometheus knows, such as `lathe_train_loss`."""
@@ -56,27 +53,22 @@ DEFINITIONS = (
     Definition("reconstruction_loss", "1", "Reconstruction term of the loss", ("first_stage",)),
     Definition("kl_loss", "nats", "KL divergence to the standard normal, per latent element", ("first_stage",)),
     Definition("psnr_db", "dB", "Reconstruction PSNR of the last training batch", ("first_stage",)),
-    Definition("holdout_loss", "1", "Loss on held-out samples at fixed noise and timesteps", TRAINING),
     Definition("holdout_psnr_db", "dB", "Reconstruction PSNR of held-out pictures", ("first_stage",)),
     Definition("learning_rate", "1", "Learning rate of the last step", TRAINING),
     Definition("gradient_norm", "1", "L2 norm of the last step's gradient before clipping", TRAINING),
-    Definition("skipped_steps", "steps", "Steps skipped because loss or gradient was not finite", TRAINING),
+    Definition("skipped_steps", "steps", "Steps skipped because loss or gradient was not finite", ("train",)),
     Definition("step_seconds", "s", "Wall time of a step, mean over the logging interval", TRAINING),
-    Definition("data_wait_seconds", "s", "Time a step waited for its batch, mean over the logging interval", TRAINING),
+    Definition(
+        "data_wait_seconds", "s", "Time a step waited for its batch, mean over the logging interval", ("train",)
+    ),
     Definition("checkpoint_seconds", "s", "Wall time of the last checkpoint", TRAINING),
     Definition("checkpoint_bytes", "bytes", "Size of the last checkpoint, all files", TRAINING),
     Definition("checkpoint_step", "steps", "Step of the last complete checkpoint", TRAINING),
     Definition("checkpoint_timestamp_seconds", "s", "Unix time of the last complete checkpoint", TRAINING),
     Definition("last_step_timestamp_seconds", "s", "Unix time of the last step that was logged", TRAINING),
     Definition("world_size", "ranks", "Training processes", ("train",)),
-    Definition("images_per_second", "images/s", "Images through the job, over all ranks or in this worker", EVERY),
-    Definition("resident_memory_bytes", "bytes", "Resident memory of this process", EVERY),
-    Definition("encoded_images", "images", "Images this worker has encoded", ENCODING),
-    Definition("rejected_images", "images", "Images this worker has rejected", ENCODING, ("reason",)),
-    Definition("written_bytes", "bytes", "Bytes of latent shards this worker has written", ENCODING),
-    Definition("shards", "shards", "Source shards of the job", ENCODING),
-    Definition("shards_done", "shards", "Source shards with a receipt, of all workers", ENCODING),
-    Definition("last_commit_timestamp_seconds", "s", "Unix time of this worker's last receipt", ENCODING),
+    Definition("images_per_second", "images/s", "Images trained on per second, over all ranks", TRAINING),
+    Definition("resident_memory_bytes", "bytes", "Resident memory of this process", TRAINING),
 )
 
 
@@ -107,7 +99,7 @@ class Metrics:
     def __init__(self, config: MetricsConfig, job: Job, rank: int = 0, log_store: LogStore | None = None) -> None:
         self.registry = CollectorRegistry()
         self._gauges = {
-            d.key: Gauge(d.name(job), f"{d.help} ({d.unit})", d.labels, registry=self.registry)
+            d.key: Gauge(d.name(job), f"{d.help} ({d.unit})", registry=self.registry)
             for d in DEFINITIONS
             if job in d.jobs
         }
@@ -118,11 +110,11 @@ class Metrics:
         if config.prometheus and self._active:
             self._server, self.address = _serve(config, self.registry)
 
-    def set(self, key: str, value: float, **labels: str) -> None:
+    def set(self, key: str, value: float) -> None:
         """Set one metric by its short key. Raises KeyError for a key that the table does not have for this job."""
         gauge = self._gauges[key]
         if self._active:
-            (gauge.labels(**labels) if labels else gauge).set(value)
+            gauge.set(value)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Set several metrics and write them as one line of the log: `{"step", "time", **values}`."""

@@ -49,7 +49,7 @@ def test_names_follow_prometheus_conventions():
     names = [d.name(job) for d in DEFINITIONS for job in d.jobs]
     assert len(names) == len(set(names))
     for name in names:
-        assert re.fullmatch(r"lathe_(train|first_stage|encode)_[a-z0-9_]+", name)
+        assert re.fullmatch(r"lathe_(train|first_stage)_[a-z0-9_]+", name)
         assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|percent|total)(_|$)", name), (
             f"{name}: base units, gauges"
         )
@@ -62,20 +62,14 @@ def test_endpoint_serves_what_was_set():
         text = _scrape(metrics.address)
         assert "lathe_train_loss 0.25" in text
         assert "# HELP lathe_train_loss " in text
-        assert "lathe_encode" not in text
+        assert "lathe_first_stage" not in text
     finally:
         metrics.close()
 
 
-def test_labelled_metric():
-    metrics = Metrics(QUIET, "encode")
-    metrics.set("rejected_images", 3, reason="truncated")
-    assert metrics.registry.get_sample_value("lathe_encode_rejected_images", {"reason": "truncated"}) == 3
-
-
 def test_unknown_key_is_refused():
     with pytest.raises(KeyError):
-        Metrics(QUIET, "encode").set("loss", 1.0)
+        Metrics(QUIET, "first_stage").set("world_size", 1.0)
 
 
 def test_taken_port_moves_on_to_a_free_one():
