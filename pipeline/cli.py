@@ -201,7 +201,10 @@ def main() -> None:
     try:
         app(prog_name="lathe")
     except LatheError as error:
-        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
-        if error.remedy:
-            print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201
+        from pipeline.runtime.launch import report
+
+        if not report(error):  # a rank's launcher tells what all ranks meet once
+            print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+            if error.remedy:
+                print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)

@@ -32,7 +32,7 @@ from pipeline.models import unet
 from pipeline.models.text import TextTower
 from pipeline.models.unet import TextToImage
 from pipeline.randomness import Purpose
-from pipeline.runtime import engine, launch, process
+from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store, read_file, split
 from pipeline.train import checkpoint, sharded
@@ -59,12 +59,7 @@ def fit(config: TrainConfig) -> None:
         LatheError: the loss is not finite any more.
         SystemExit: asked to stop by a signal, with 128 + its number, after a checkpoint.
     """
-    try:
-        stopped_by = _fit(config)
-    except LatheError as error:
-        if launch.report(error):
-            raise SystemExit(error.exit_code) from error
-        raise
+    stopped_by = _fit(config)
     if stopped_by:
         raise SystemExit(128 + stopped_by)
 
