@@ -233,7 +233,7 @@ class SampleConfig(RunConfig):
     run: str = Field(description="the training run's output, or one checkpoint in it")
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
     prompts: tuple[str, ...] = Field(min_length=1)
-    output: str = Field(description="local folder for the pictures and their contact sheet")
+    output: str = Field(description="folder or s3:// prefix for the pictures and their contact sheet")
     guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
     steps: Count = Field(25, description="sampler steps")
     batch_size: Count = 64
@@ -249,7 +249,7 @@ class EvaluateConfig(RunConfig):
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
     manifest: str = Field(description="manifest.json of the latents")
     images: ImagesConfig
-    output: str = Field(description="local folder for evaluation.json and the pictures")
+    output: str = Field(description="folder or s3:// prefix for evaluation.json and the pictures")
     prompts: Count = Field(128, description="training captions drawn by `seed` for the retrieval score")
     holdout_pictures: Count = Field(256, description="held-out pictures that are scored, the first in the manifest")
     guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
@@ -265,7 +265,7 @@ class ExportConfig(RunConfig):
     job: Literal["export"] = "export"
     run: str = Field(description="the training run's output, or one checkpoint in it")
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
-    output: str = Field(description="local folder or s3:// prefix for the pipeline")
+    output: str = Field(description="folder or s3:// prefix for the pipeline")
     guidance: float = Field(2.0, ge=1, description="guidance scale noted in the exported model card")
 
 

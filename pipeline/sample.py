@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from pipeline.config import SampleConfig
 from pipeline.data import images
-from pipeline.errors import StorageError
 from pipeline.generate import generate
+from pipeline.storage import open_store
 from pipeline.train.trained_model import load_trained
 
 SHEET = "sheet.png"
+SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SampleSummary:
     """What was made, and where it lies."""
 
     pictures: int
-    folder: Path
+    folder: str
     step: int
 
     def __str__(self) -> str:
@@ -58,16 +58,11 @@ def sample(config: SampleConfig, progress: Callable[[int, int], None] | None = N
         batch_size=config.batch_size,
         progress=progress,
     )
-    folder = Path(config.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (prompt, picture) in enumerate(zip(config.prompts, pictures, strict=True)):
-            (folder / f"{number:04d}-{_slug(prompt)}.png").write_bytes(images.png(picture))
-        columns = min(8, len(pictures))
-        (folder / SHEET).write_bytes(images.contact_sheet(pictures, columns, config.prompts))
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror}", "choose another output folder") from error
-    return SampleSummary(len(pictures), folder, trained.step)
+    store = open_store(config.output)
+    for number, (prompt, picture) in enumerate(zip(config.prompts, pictures, strict=True)):
+        store.write(f"{number:04d}-{_slug(prompt)}.png", images.png(picture))
+    store.write(SHEET, images.contact_sheet(pictures, SHEET_COLUMNS, config.prompts))
+    return SampleSummary(len(pictures), store.url, trained.step)
 
 
 def _slug(prompt: str) -> str:
