@@ -51,6 +51,7 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
     if store.exists(MARKER):
         found = json.loads(store.read(MARKER))
         _refuse_other(found["settings"], config, f"{config.output} holds an autoencoder")
+        checkpoint.clear(store)  # of a run that was killed right after its marker
         return _describe(found, config.output)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -41,7 +41,10 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                average = state["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - momentum)
                 update = orthogonalise(weight.grad.lerp(average, momentum).flatten(1))
                 rows, columns = update.shape
