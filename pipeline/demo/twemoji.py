@@ -19,11 +19,6 @@ from PIL import Image
 
 from pipeline.errors import SetupError, StorageError
 
-ATTRIBUTION = (
-    "Twemoji (https://github.com/jdecked/twemoji), copyright Twitter, Inc and other contributors, graphics licensed "
-    "under CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/). A selection; the graphics are unchanged. "
-    "Captions follow the names of the Unicode Character Database (https://www.unicode.org/license.txt)."
-)
 SKIN_TONES = {
     "1F3FB": "light skin tone",
     "1F3FC": "medium light skin tone",
