@@ -37,13 +37,11 @@ class Process:
 
     Args:
         rank: 0 to world_size - 1.
-        local_rank: the rank on this machine.
         world_size: ranks over all machines.
         device: where this rank computes.
     """
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     side_group: Any = field(repr=False)
@@ -128,7 +126,6 @@ def start(config: EngineConfig) -> Process:
     world = state.num_processes
     process = Process(
         rank=state.process_index,
-        local_rank=state.local_process_index,
         world_size=world,
         device=state.device,
         side_group=dist.new_group(backend="gloo", timeout=timeout),
