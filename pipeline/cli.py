@@ -111,10 +111,24 @@ def encode(
     task: Annotated[
         str, typer.Option("--task", metavar="I/N", help="This worker's share: task I of N, counted from 0.")
     ] = "0/1",
+    fold: Annotated[
+        bool, typer.Option("--finalize", help="Encode nothing: only fold the workers' receipts into the manifest.")
+    ] = False,
 ) -> None:
-    """Encode image shards into latent shards and a manifest. Run as many workers as you like, each with its --task."""
+    """Encode image shards into latent shards and a manifest. Run as many workers as you like, each with its --task.
+
+    The worker that finishes last writes the manifest.
+    """
     settings, share = runfile.load(EncodeConfig, config, overrides), _task(task)
     from pipeline.encode.job import encode as run
+    from pipeline.encode.job import finalize
+
+    if fold:
+        manifest = finalize(settings)
+        _say(
+            f"manifest written: {manifest.samples('train')} pictures to train on, {manifest.samples('holdout')} held out"
+        )
+        return
 
     with ProgressLine("encode", "shards") as line:
         result = run(settings, share, lambda done, total, rejects: line.update(done, total, f"{rejects} rejected"))

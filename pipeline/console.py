@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -11,6 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS = 15.0
+
+
+def tell(text: str) -> None:
+    """Lines for a person, beside the progress."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def table(facts: Mapping[str, str]) -> str:
+    """Names and values, one pair a line."""
+    return "\n".join(f"  {name:<12}{value}" for name, value in facts.items())
 
 
 class ProgressLine:
@@ -68,4 +79,4 @@ class ProgressLine:
         if self._visible:
             seconds = time.monotonic() - self._started
             line = f"{self._name}: {self._done}/{self._total} {self._unit} after {seconds:.0f} s  {self._note}"
-            print(line.rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+            tell(line.rstrip())

@@ -15,6 +15,7 @@ from pipeline.storage import open_store
 from pipeline.train.trained_model import load_trained
 
 SHEET = "sheet.png"
+_PICTURE = re.compile(r"\d{4}-[a-z0-9-]+\.png")  # of an earlier call, maybe with more prompts
 SHEET_COLUMNS = 8
 
 
@@ -59,6 +60,7 @@ def sample(config: SampleConfig, progress: Callable[[int, int], None] | None = N
         progress=progress,
     )
     store = open_store(config.output)
+    store.delete([entry.name for entry in store.list() if _PICTURE.fullmatch(entry.name)])
     for number, (prompt, picture) in enumerate(zip(config.prompts, pictures, strict=True)):
         store.write(f"{number:04d}-{_slug(prompt)}.png", images.png(picture))
     store.write(SHEET, images.contact_sheet(pictures, SHEET_COLUMNS, config.prompts))

@@ -242,6 +242,11 @@ def fold(
     if not statistics.count:
         said = ", ".join(f"{reason}: {count}" for reason, count in sorted(rejects.items())) or "the shards are empty"
         raise DataError(f"no picture is left to train on ({said})", "look at the source shards and at images.holdout")
+    if 0.0 in (std := statistics.std()):
+        raise DataError(
+            f"latent channel {std.index(0.0)} has the same value everywhere, so it cannot be whitened",
+            "use another autoencoder, or fewer latent_channels",
+        )
     environments = {canonical(receipt.environment): receipt.environment for receipt in receipts}
     return Manifest(
         fingerprint=fingerprint,
@@ -253,7 +258,7 @@ def fold(
         context_length=fingerprint.context_length,
         shards=shards,
         mean=statistics.mean(),
-        std=statistics.std(),
+        std=std,
         rejects=dict(rejects),
         attribution=attribution,
         environments=tuple(environments[name] for name in sorted(environments)),

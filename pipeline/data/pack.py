@@ -68,7 +68,7 @@ def pack(config: PackConfig, progress: Callable[[int, int], None] = lambda done,
     if strange := sorted(set(there) - set(names)):
         raise DataError(
             f"{config.output} holds shards that this folder does not give: {strange[0]}",
-            "delete them, or choose another",
+            "choose another output, or delete them if they are not needed",
         )
     progress(0, len(items))
     written = 0

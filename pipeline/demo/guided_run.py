@@ -27,9 +27,11 @@ from pipeline.errors import ConfigError, SetupError
 from pipeline.storage import open_store
 
 BUCKET = "lathe-demo"
+PREFIX = "lathe-demo"  # in a bucket of the user's
 STATE = "state.json"
 DISK_BYTES_NEEDED = 2 * 2**30
 WORKERS = 2
+NOTE_SECONDS = 5.0  # between two notes of a stage's time
 
 TITLES = {
     "data": "Twemoji and its captions as a folder",
@@ -60,15 +62,17 @@ def run_demo(folder: Path, *, preset: str, s3: str | None, fresh: bool) -> None:
     """
     changes = _preset(preset)
     _check_machine(folder)
+    _check_folder(folder)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         stack.enter_context(only_one(folder))
         if fresh:
             _forget(folder)
         root, environment, alive = _connect(stack, folder, s3)
-        if fresh and s3:
+        if fresh:
             _forget_remote(root)
         state = DemoState.load(folder / STATE, preset, root)
+        state.save(folder / STATE)
         peak = stack.enter_context(MemoryPeak())
         run = _GuidedRun(folder, root, changes, environment, alive, state, peak)
         for number, (stage, title) in enumerate(TITLES.items(), start=1):
@@ -97,17 +101,30 @@ class _GuidedRun:
             _say(f"{title}  (finished earlier)")
             return
         _say(title)
-        started = time.monotonic()
+        note = self._clock(name)
         try:
-            self._run(name)
+            self._run(name, note)
             self.state.finished[name] = settings
         finally:
-            spent = time.monotonic() - started
-            self.state.wall_seconds[name] = self.state.wall_seconds.get(name, 0.0) + spent
-            self.state.peak_rss_bytes = max(self.state.peak_rss_bytes, self.peak.bytes)
-            self.state.save(self.folder / STATE)
+            note(0.0)
 
-    def _run(self, name: str) -> None:
+    def _clock(self, name: str) -> Callable[[float], None]:
+        """What notes the stage's time in `state.json`, so that the time of a killed attempt counts too."""
+        before, started = self.state.wall_seconds.get(name, 0.0), time.monotonic()
+        noted = started
+
+        def note(interval_seconds: float) -> None:
+            nonlocal noted
+            now = time.monotonic()
+            if now - noted >= interval_seconds:
+                noted = now
+                self.state.wall_seconds[name] = before + now - started
+                self.state.peak_rss_bytes = max(self.state.peak_rss_bytes, self.peak.bytes)
+                self.state.save(self.folder / STATE)
+
+        return note
+
+    def _run(self, name: str, note: Callable[[float], None]) -> None:
         if name == "data":
             from pipeline.demo.twemoji import write_folder
 
@@ -118,7 +135,12 @@ class _GuidedRun:
 
             write_report(self.folder, gather(self.folder, self.root, self.state, self.configs()))
         else:
-            run_together(self._commands(name), self.environment, self.folder / "logs", name, self.alive)
+
+            def check() -> None:
+                note(NOTE_SECONDS)
+                self.alive()
+
+            run_together(self._commands(name), self.environment, self.folder / "logs", name, check)
 
     def _commands(self, name: str) -> list[Sequence[str]]:
         arguments = [self.run_file(name), *self.overrides(name)]
@@ -182,24 +204,32 @@ def _connect(stack: ExitStack, folder: Path, s3: str | None) -> tuple[str, dict[
     else:
         root, endpoint = _parse_s3(s3)
         if endpoint:
-            os.environ["AWS_ENDPOINT_URL"] = endpoint
+            os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_ENDPOINT_URL_S3=endpoint)
         alive = _nothing
     open_store(root).list("twemoji-probe")  # missing bucket and wrong keys are told before any work
     return root, {**os.environ, "PYTHON": sys.executable}, alive
 
 
 def _parse_s3(url: str) -> tuple[str, str | None]:
+    """The demo's own prefix in the user's bucket, which --fresh may empty, and the server's address."""
     parts = urlsplit(url)
     path = parts.path.strip("/")
     if parts.scheme == "s3" and parts.netloc:
-        return f"s3://{parts.netloc}/{path}".rstrip("/"), None
-    if parts.scheme in ("http", "https") and parts.netloc:
-        return f"s3://{path or BUCKET}", f"{parts.scheme}://{parts.netloc}"
-    raise ConfigError(f"--s3 {url}: not an address", "write http://host:port/bucket or s3://bucket/prefix")
+        return "/".join(filter(None, (f"s3://{parts.netloc}", path, PREFIX))), None
+    if parts.scheme in ("http", "https") and parts.netloc and path:
+        return f"s3://{path}/{PREFIX}", f"{parts.scheme}://{parts.netloc}"
+    raise ConfigError(f"--s3 {url}: not a bucket's address", "write http://host:port/bucket or s3://bucket/prefix")
 
 
 def _nothing() -> None:
     """A server of the user's is not ours to watch."""
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else: --fresh deletes what is in it."""
+    strange = sorted(entry.name for entry in folder.iterdir() if entry.name != "lock")
+    if strange and not (folder / STATE).is_file():
+        raise ConfigError(f"{folder} is no folder of a demo: it holds {strange[0]}", "give --dir a new folder")
 
 
 def _forget(folder: Path) -> None:
@@ -211,8 +241,7 @@ def _forget(folder: Path) -> None:
 
 def _forget_remote(root: str) -> None:
     store = open_store(root)
-    for part in ("images/", "autoencoder/", "latents/", "run/"):
-        store.delete([entry.name for entry in store.list(part)])
+    store.delete([entry.name for entry in store.list()])
 
 
 def _closing_words(folder: Path) -> None:
@@ -221,7 +250,8 @@ def _closing_words(folder: Path) -> None:
     minutes = sum(scores["wall_seconds"].values()) / 60
     _say(f"\ndone in {minutes:.1f} minutes; memory at its peak {scores['peak_rss_bytes'] / 2**30:.1f} GiB")
     _say(f"{top1:.0%} of the prompts gave their own picture out of {candidates}, {top5:.0%} had it among the nearest 5")
-    _say(f"held-out reconstruction: {scores['reconstruction_psnr_db']:.1f} dB PSNR")
+    if scores["reconstruction_psnr_db"] is not None:
+        _say(f"held-out pictures come back from the autoencoder with {scores['reconstruction_psnr_db']:.1f} dB PSNR")
     _say(f"report    {folder / 'report.html'}")
     _say(f"pictures  {folder / 'pictures'}")
     _say(f"model     {folder / 'export'}  (diffusers: DiffusionPipeline.from_pretrained)")

@@ -71,14 +71,19 @@ def run_together(
     """
     logs.mkdir(parents=True, exist_ok=True)
     children: list[subprocess.Popen[bytes]] = []
+    grace_seconds = 0.0  # what they would still save has nowhere to go when `alive` raises
     try:
         for number, command in enumerate(commands):
             children.append(_start(command, environment, logs / f"{name}-{number}.log" if number else None))
         while None in (codes := [child.poll() for child in children]) and not any(codes):
             alive()
             time.sleep(0.5)
+        grace_seconds = STOP_GRACE_SECONDS
+    except KeyboardInterrupt:
+        grace_seconds = STOP_GRACE_SECONDS
+        raise
     finally:
-        _stop(children)
+        _stop(children, grace_seconds)
     for number, code in enumerate(codes):
         if code:
             where = f"; its output is in {logs / f'{name}-{number}.log'}" if number else ""
@@ -102,12 +107,12 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | N
         )
 
 
-def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+def _stop(children: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> None:
     """SIGTERM to those still running, SIGKILL to those that do not leave within the grace period."""
     running = [child for child in children if child.poll() is None]
     for child in running:
         child.terminate()
-    deadline = time.monotonic() + STOP_GRACE_SECONDS
+    deadline = time.monotonic() + grace_seconds
     for child in running:
         try:
             child.wait(max(0.0, deadline - time.monotonic()))

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -170,6 +171,8 @@ def _prepare_environment(on_gpu: bool) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nothing for the network to see
 
 
 def _threads() -> int:

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from pipeline.config import FirstStageConfig
+from pipeline.console import table, tell
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics import Metrics
 from pipeline.models import autoencoder
@@ -67,6 +68,17 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
             )
         training.restore(saved.tensors, saved.facts)
     metrics = Metrics(config.metrics, "first_stage", log_store=store)
+    tell(
+        table(
+            {
+                "parameters": f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.2f} M",
+                "pictures": f"{len(pictures.train):,} to train on, {len(pictures.holdout):,} held out",
+                "steps": f"{training.steps_done} to {config.steps} of {config.batch_size} pictures, {config.precision}",
+                "metrics": metrics.address or "not served",
+                "output": config.output,
+            }
+        )
+    )
     try:
         metrics.resume(training.steps_done)
         _train(training, store, metrics, progress)

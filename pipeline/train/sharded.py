@@ -125,7 +125,7 @@ def _together(process: Process, work: Callable[[], None]) -> None:
     problem: Exception | None = None
     try:
         work()
-    except (LatheError, OSError, SafetensorError) as error:
+    except (LatheError, OSError, SafetensorError, LookupError, ValueError) as error:
         problem = error
     process.agree(problem)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pipeline import randomness, runfile
 from pipeline.config import TrainConfig
-from pipeline.console import ProgressLine
+from pipeline.console import ProgressLine, table, tell
 from pipeline.data.loader import Batch, LatentLoader
 from pipeline.data.manifest import EMPTY_TOKENS, Manifest, load_manifest
 from pipeline.data.order import rank_positions
@@ -284,7 +283,7 @@ class Trainer:
             "metrics": self.metrics.address or "not served",
             "output": self.store.url,
         }
-        self._tell("\n".join(f"  {name:<12}{value}" for name, value in facts.items()))
+        self._tell(table(facts))
 
     def _conclude(self, stopped_by: int) -> None:
         where = f"{self.store.url}/{checkpoint.step_name(self.step)}"
@@ -307,4 +306,4 @@ def _empty_tokens(manifest_url: str) -> Tensor:
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        tell(text)

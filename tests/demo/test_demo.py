@@ -135,7 +135,7 @@ def test_two_at_once_are_told(finished: SimpleNamespace) -> None:
     first, second = Demo(finished.folder), Demo(finished.folder)
     codes = sorted([first.end(), second.end()])
     assert codes == [0, 5]
-    assert "another `lathe demo` is running" in first.text + second.text
+    assert "another `lathe demo` is using" in first.text + second.text
 
 
 def test_another_preset_is_refused(finished: SimpleNamespace) -> None:

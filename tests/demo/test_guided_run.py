@@ -26,20 +26,21 @@ def test_an_unknown_preset_is_told_with_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "root", "endpoint"),
     [
-        ("http://127.0.0.1:9000", "s3://lathe-demo", "http://127.0.0.1:9000"),
-        ("http://127.0.0.1:9000/mine", "s3://mine", "http://127.0.0.1:9000"),
-        ("https://minio.example/mine/deep/", "s3://mine/deep", "https://minio.example"),
-        ("s3://bucket", "s3://bucket", None),
-        ("s3://bucket/prefix/", "s3://bucket/prefix", None),
+        ("http://127.0.0.1:9000/mine", "s3://mine/lathe-demo", "http://127.0.0.1:9000"),
+        ("https://minio.example/mine/deep/", "s3://mine/deep/lathe-demo", "https://minio.example"),
+        ("s3://bucket", "s3://bucket/lathe-demo", None),
+        ("s3://bucket/prefix/", "s3://bucket/prefix/lathe-demo", None),
     ],
 )
 def test_a_server_of_the_users_own(url: str, root: str, endpoint: str | None) -> None:
     assert guided_run._parse_s3(url) == (root, endpoint)
 
 
-@pytest.mark.parametrize("url", ["bucket", "s3://", "ftp://host/x", "/tmp/x", "127.0.0.1:9000"])  # noqa: S108
+@pytest.mark.parametrize(
+    "url", ["bucket", "s3://", "ftp://host/x", "/tmp/x", "127.0.0.1:9000", "http://127.0.0.1:9000"]
+)
 def test_what_is_no_address_is_told(url: str) -> None:
-    with pytest.raises(ConfigError, match="not an address"):
+    with pytest.raises(ConfigError, match="not a bucket's address"):
         guided_run._parse_s3(url)
 
 
@@ -86,6 +87,15 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="cannot be made"):
         guided_run.run_demo(tmp_path / "file" / "demo", preset="smoke", s3=None, fresh=False)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.jpg").write_text("")
+    with pytest.raises(ConfigError, match=r"no folder of a demo: it holds pictures"):
+        guided_run.run_demo(tmp_path, preset="smoke", s3=None, fresh=fresh)
+    assert (tmp_path / "pictures" / "holiday.jpg").exists()
 
 
 def test_children_that_fail_end_the_others_and_their_log_is_named(tmp_path: Path) -> None:
