@@ -226,37 +226,35 @@ class TrainConfig(RunConfig):
     log_every: Count = 20
 
 
-class SampleConfig(RunConfig):
+class GenerateConfig(RunConfig):
+    """What every command has that makes pictures from a trained model."""
+
+    run: str = Field(description="the training run's output, or one checkpoint in it")
+    autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
+    guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
+    steps: Count = Field(25, description="sampler steps")
+    batch_size: Count = 64
+    seed: int = 0
+    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+
+
+class SampleConfig(GenerateConfig):
     """`lathe sample`: prompts to pictures, from the EMA weights of a checkpoint."""
 
     job: Literal["sample"] = "sample"
-    run: str = Field(description="the training run's output, or one checkpoint in it")
-    autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
     prompts: tuple[str, ...] = Field(min_length=1)
     output: str = Field(description="folder or s3:// prefix for the pictures and their contact sheet")
-    guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
-    steps: Count = Field(25, description="sampler steps")
-    batch_size: Count = 64
-    seed: int = 0
-    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
 
 
-class EvaluateConfig(RunConfig):
+class EvaluateConfig(GenerateConfig):
     """`lathe evaluate`: do pictures follow their prompts, what does the autoencoder lose, what of unseen captions."""
 
     job: Literal["evaluate"] = "evaluate"
-    run: str = Field(description="the training run's output, or one checkpoint in it")
-    autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
-    manifest: str = Field(description="manifest.json of the latents")
-    images: ImagesConfig
+    manifest: str = Field(description="manifest.json of the latents that the run was trained on")
+    shards: str = Field(description="the image shards that they were encoded from")
     output: str = Field(description="folder or s3:// prefix for evaluation.json and the pictures")
     prompts: Count = Field(128, description="training captions drawn by `seed` for the retrieval score")
     holdout_pictures: Count = Field(256, description="held-out pictures that are scored, the first in the manifest")
-    guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
-    steps: Count = Field(25, description="sampler steps")
-    batch_size: Count = 64
-    seed: int = 0
-    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
 
 
 class ExportConfig(RunConfig):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import fingerprint
 
 from pipeline.config import AutoencoderModelConfig, ExportConfig, TextConfig, TrainConfig, UNetConfig
-from pipeline.data.manifest import Fingerprint, Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
 from pipeline.export import clip_tokenizer, export, fold_whitening, model_card, write_pipeline
 from pipeline.generate import generate
@@ -231,24 +232,8 @@ def test_autoencoder_without_quant_conv_is_refused(model: TextToImage, tmp_path:
 
 
 def trained(model: TextToImage, tokenizer: Tokenizer, weights: str) -> TrainedModel:
-    fingerprint = Fingerprint(
-        autoencoder_weights=weights,
-        autoencoder_config="",
-        normalisation="",
-        resize_filter="",
-        crop_rule="",
-        resolution=16,
-        background=(255, 255, 255),
-        text_mode="joint",
-        tokenizer="",
-        context_length=LENGTH,
-        text_padding="full",
-        caption_field="caption",
-        dtype="float16",
-        holdout=0.0,
-    )
     manifest = Manifest(
-        fingerprint=fingerprint,
+        fingerprint=fingerprint(autoencoder_weights=weights, resolution=16, context_length=LENGTH),
         content_hash="",
         autoencoder="the/right/one",
         latent_channels=4,

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import EvaluateConfig, ImagesConfig
+from pipeline.config import EvaluateConfig
 from pipeline.data import images
 from pipeline.data.loader import SplitArrays, read_split
-from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.manifest import Fingerprint, Manifest, load_manifest
 from pipeline.data.samples import ImageSample, read_image_shard
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.evaluate import scores
 from pipeline.generate import generate
 from pipeline.models.autoencoder import AutoencoderKL, decode
@@ -79,7 +79,6 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
     """Score a run, and write `evaluation.json` and the pictures as `.npy` arrays to the output folder.
 
     Raises:
-        ConfigError: `images` is not as the latents were encoded.
         DataError: no complete checkpoint, another autoencoder or other latents than the run's, or no training sample.
         StorageError: a place cannot be read or written.
     """
@@ -108,7 +107,9 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
         batch_size=config.batch_size,
         progress=progress,
     )
-    originals = _originals(config.images, {*(train.keys[i] for i in drawn), *holdout.keys})
+    originals = _originals(
+        config.shards, trained.manifest.fingerprint, {*(train.keys[i] for i in drawn), *holdout.keys}
+    )
     ranks = _ranks(latents[: len(drawn)].numpy(), train, drawn, trained)
     placed = zip(drawn, ranks.tolist(), strict=True)
     prompts = tuple(PromptScore(train.keys[i], train.captions[i], rank) for i, rank in placed)
@@ -148,18 +149,12 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, dict[str, Pixels]]:
 
 
 def _check_data(config: EvaluateConfig, trained: Manifest, given: Manifest) -> None:
-    """Raises DataError where the run was trained on other latents, ConfigError where pictures would not be theirs."""
+    """Raises DataError where the run was trained on other latents."""
     if fields := trained.fingerprint.difference(given.fingerprint):
         raise DataError(
             f"{config.manifest}: the run was trained on latents that differ in {', '.join(fields)}",
             "give the manifest that it was trained on",
         )
-    for field in ("resolution", "background", "caption_field"):
-        ours, theirs = getattr(config.images, field), getattr(given.fingerprint, field)
-        if ours != theirs:
-            raise ConfigError(
-                f"images.{field}: {ours}, but the latents were encoded with {theirs}", f"set images.{field}={theirs}"
-            )
 
 
 def _ranks(
@@ -172,19 +167,18 @@ def _ranks(
     return scores.retrieval_ranks(queries.reshape(len(queries), -1), targets.reshape(len(targets), -1), own)
 
 
-def _originals(config: ImagesConfig, wanted: Collection[str]) -> Mapping[str, Pixels]:
-    """The training-size pixels of pictures by key. Raises DataError when the image shards lack one."""
+def _originals(shards: str, encoded: Fingerprint, wanted: Collection[str]) -> Mapping[str, Pixels]:
+    """Pictures by key, as they were encoded. Raises DataError when the image shards lack one."""
     found: dict[str, Pixels] = {}
-    for shard in find_shards(config.shards):
-        for sample in read_image_shard(read_file(shard), config.caption_field):
+    for shard in find_shards(shards):
+        for sample in read_image_shard(read_file(shard), encoded.caption_field):
             if isinstance(sample, ImageSample) and sample.key in wanted:
-                found[sample.key] = images.square(
-                    images.decode(sample.image_bytes, config.background), config.resolution
-                )
+                pixels = images.decode(sample.image_bytes, encoded.background)
+                found[sample.key] = images.square(pixels, encoded.resolution)
         if len(found) == len(wanted):
             return found
     missing = sorted(set(wanted) - set(found))
-    raise DataError(f"{config.shards} lacks picture {missing[0]} of the manifest", "give the shards that were encoded")
+    raise DataError(f"{shards} lacks picture {missing[0]} of the manifest", "give the shards that were encoded")
 
 
 @torch.no_grad()

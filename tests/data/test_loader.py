@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import fingerprint
 
 from pipeline.data.loader import Batch, LatentLoader, read_split
 from pipeline.data.manifest import (
@@ -18,7 +19,6 @@ from pipeline.data.manifest import (
     RECEIPT_SUFFIX,
     Block,
     BucketRange,
-    Fingerprint,
     Receipt,
     Statistics,
     fold,
@@ -27,22 +27,7 @@ from pipeline.data.tar import TarBuilder, npy_bytes
 from pipeline.errors import ConfigError, DataError, StorageError
 
 CHANNELS, SIDE, LENGTH, BLOCK = 2, 2, 4, 8
-FINGERPRINT = Fingerprint(
-    autoencoder_weights="w",
-    autoencoder_config="c",
-    normalisation="[-1,1]",
-    resize_filter="lanczos",
-    crop_rule="centre",
-    resolution=4,
-    background=(255, 255, 255),
-    text_mode="joint",
-    tokenizer="t",
-    context_length=LENGTH,
-    text_padding="full",
-    caption_field="caption",
-    dtype="float16",
-    holdout=0.1,
-)
+FINGERPRINT = fingerprint(resolution=4, context_length=LENGTH)
 
 
 def add_sample(tar: TarBuilder, key: str, captions: int, side: int) -> int:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from support import fingerprint
 
 from pipeline.data.manifest import (
     Block,
@@ -23,22 +24,7 @@ from pipeline.data.manifest import (
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 
-FINGERPRINT = Fingerprint(
-    autoencoder_weights="w",
-    autoencoder_config="c",
-    normalisation="n",
-    resize_filter="lanczos",
-    crop_rule="centre",
-    resolution=64,
-    background=(255, 255, 255),
-    text_mode="joint",
-    tokenizer="t",
-    context_length=24,
-    text_padding="full",
-    caption_field="caption",
-    dtype="float16",
-    holdout=0.1,
-)
+FINGERPRINT = fingerprint()
 
 
 def receipt(i: int, train: int = 8, holdout: int = 2, **changes) -> Receipt:

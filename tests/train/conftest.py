@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import fingerprint
 
 from pipeline.data.manifest import (
     EMPTY_TOKENS,
@@ -25,22 +26,7 @@ from pipeline.data.manifest import (
 from pipeline.data.tar import TarBuilder, npy_bytes
 
 CHANNELS, SIDE, LENGTH, SAMPLES, BLOCK = 4, 4, 8, 40, 8
-FINGERPRINT = Fingerprint(
-    autoencoder_weights="w",
-    autoencoder_config="c",
-    normalisation="[-1,1]",
-    resize_filter="lanczos",
-    crop_rule="centre",
-    resolution=SIDE * 8,
-    background=(255, 255, 255),
-    text_mode="joint",
-    tokenizer="t",
-    context_length=LENGTH,
-    text_padding="full",
-    caption_field="caption",
-    dtype="float16",
-    holdout=0.0,
-)
+FINGERPRINT = fingerprint(resolution=SIDE * 8, context_length=LENGTH, holdout=0.0)
 
 
 def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: int = 0) -> str:
