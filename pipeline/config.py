@@ -8,13 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Widths = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """One section of a run file: unknown fields are refused, values cannot be changed."""
+    """One section of a run file: unknown fields are refused, and infinity and NaN; values cannot be changed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ImagesConfig(Section):
@@ -22,7 +25,7 @@ class ImagesConfig(Section):
 
     shards: str = Field(description="image shards: a folder, or a pattern such as s3://bucket/shards/*.tar")
     resolution: Count = Field(description="side of the square training pictures, in pixels")
-    background: tuple[int, int, int] = Field((255, 255, 255), description="colour that transparent pixels are laid on")
+    background: tuple[Byte, Byte, Byte] = Field((255, 255, 255), description="colour laid under transparent pixels")
     caption_field: str = Field("caption", description="field of KEY.json with the caption, where there is no KEY.txt")
     holdout: Fraction = Field(0.0, description="share of the pictures that is never trained on, chosen by hash of key")
 
@@ -31,7 +34,7 @@ class AutoencoderModelConfig(Section):
     """Geometry of diffusers' AutoencoderKL. Each level but the last halves the side of the picture."""
 
     latent_channels: Count = 8
-    block_out_channels: tuple[Count, ...] = (16, 32, 64, 64)
+    block_out_channels: Widths = (16, 32, 64, 64)
     layers_per_block: Count = 1
     norm_num_groups: Count = 8
     mid_block_attention: bool = True
@@ -67,7 +70,7 @@ class TextConfig(Section):
 class UNetConfig(Section):
     """Geometry of diffusers' UNet2DConditionModel; the latent and text widths come from manifest and text tower."""
 
-    block_out_channels: tuple[Count, ...] = (64, 128)
+    block_out_channels: Widths = (64, 128)
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
     layers_per_block: Count = 1
@@ -119,7 +122,7 @@ class EngineConfig(Section):
     threads_per_rank: Count | None = Field(
         None, description="CPU threads of each rank; null = OMP_NUM_THREADS, or cores / local ranks"
     )
-    timeout_seconds: Positive = Field(600.0, description="a rank that is silent this long ends the others")
+    timeout_seconds: float = Field(600.0, gt=0, le=1e7, description="a rank that is silent this long ends the others")
 
 
 class MetricsConfig(Section):
@@ -174,7 +177,7 @@ class FirstStageConfig(RunConfig):
     flip: bool = Field(True, description="mirror every second picture at random")
     ema_decay: Fraction = 0.995
     precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
+    seed: Seed = 0
     threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -220,7 +223,7 @@ class TrainConfig(RunConfig):
     steps: Count = 2000
     global_batch: Count = Field(64, description="samples per optimizer step, over all ranks")
     shuffle_window: Count = Field(256, description="samples shuffled together within each run of an epoch")
-    seed: int = 0
+    seed: Seed = 0
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     log_every: Count = 20
@@ -234,7 +237,7 @@ class GenerateConfig(RunConfig):
     guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
     steps: Count = Field(25, description="sampler steps")
     batch_size: Count = 64
-    seed: int = 0
+    seed: Seed = 0
     threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
 
 

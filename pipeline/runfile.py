@@ -22,6 +22,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a field's name must be one word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
@@ -45,7 +47,7 @@ def load(kind: type[_Run], path: str, overrides: list[str] | None = None) -> _Ru
     tree = _read(path)
     job, wanted = tree.get("job"), kind.model_fields["job"].default
     if job != wanted:
-        said = f"is for `lathe {job}`" if job in JOBS else f"has job: {job!r}"
+        said = f"is for `lathe {job}`" if isinstance(job, str) and job in JOBS else f"has job: {job!r}"
         raise ConfigError(f"{path} {said}, not for `lathe {wanted}`", f"give a file that says `job: {wanted}`")
     return _build(kind, tree, path, overrides or [])
 
@@ -54,7 +56,7 @@ def load_any(path: str, overrides: list[str] | None = None) -> RunConfig:
     """Read a run file of whichever command its `job` names. Raises ConfigError."""
     tree = _read(path)
     job = tree.get("job")
-    if job not in JOBS:
+    if not isinstance(job, str) or job not in JOBS:
         raise ConfigError(f"{path}: job: {job!r} is no command", f"use one of: {', '.join(JOBS)}")
     return _build(JOBS[job], tree, path, overrides or [])
 
@@ -88,8 +90,8 @@ def bundled_configs() -> list[str]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    file = Path(path) if Path(path).is_file() else bundled(path)
     try:
+        file = Path(path) if Path(path).is_file() else bundled(path)
         tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506  it is a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
@@ -98,6 +100,8 @@ def _read(path: str) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", "mend the file's permissions") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply", "a run file has two levels") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no fields", "a run file is a YAML mapping that begins with `job: ...`")
     return tree
@@ -108,6 +112,8 @@ def _build(kind: type[_Run], tree: dict[str, Any], path: str, overrides: list[st
         _override(tree, override)
     try:
         return kind.model_validate(_resolve(tree, tree, ()))
+    except RecursionError as error:
+        raise ConfigError(f"{path} holds a section within itself", "mend the YAML anchors (&name, *name)") from error
     except ValidationError as error:
         raise _explain(kind, path, error) from error
 

@@ -65,6 +65,16 @@ def test_overrides_win_over_the_file_and_reach_references(tmp_path: Path) -> Non
         ({"manifest": "${rot}/m.json"}, "${rot} refers to a field that is not set", "set it"),
         ({"root": "${root}"}, "${root} refers to itself", "circle"),
         ({"optimizer": 3}, "optimizer:", "mend"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate: Input should be a finite", "mend"),
+        ({"objective": {"timestep_mean": float("nan")}}, "objective.timestep_mean: Input should be a finite", "mend"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0", "mend"),
+        ({"steps": 10**20}, "steps: Input should be less than", "mend"),
+        ({"engine": {"timeout_seconds": 1e300}}, "engine.timeout_seconds: Input should be less than", "mend"),
+        (
+            {"unet": {"block_out_channels": [], "down_block_types": [], "up_block_types": []}},
+            "unet.block_out_channels: Tuple should have at least 1 item",
+            "mend",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, fields: dict[str, object], said: str, remedy: str) -> None:
@@ -72,6 +82,27 @@ def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, fields: dict[str, ob
     assert said in error.message
     assert remedy in error.remedy
     assert "\n" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("job: [train]", "has job: ['train']"),
+        ("job: train\n? [a, b]\n: 1\n", "a field's name must be one word"),
+        ("job: train\noutput: &a [*a]\nmanifest: x\n", "holds a section within itself"),
+        ("job: train\noutput: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    ],
+)
+def test_yaml_that_is_no_run_file_is_told_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    error = problem(str(file))
+    assert said in error.message
+    assert "\n" not in error.message
+
+
+def test_a_name_too_long_for_a_file_is_told() -> None:
+    assert "cannot be read: File name too long" in problem("x" * 5000).message
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:

@@ -180,7 +180,10 @@ class TestEveryStore:
 
 
 class TestAddresses:
-    @pytest.mark.parametrize("url", ["gs://b/x", "http://h/x", "s3://", "s3:///x", "s3://b/../x", "s3://no spaces", ""])
+    @pytest.mark.parametrize(
+        "url",
+        ["gs://b/x", "http://h/x", "s3://", "s3:///x", "s3://b/../x", "s3://no spaces", "", "a\0b", "~nobody-here/x"],
+    )
     def test_other_addresses_are_refused(self, url: str) -> None:
         with pytest.raises(StorageError):
             open_store(url)

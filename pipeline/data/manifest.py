@@ -240,7 +240,10 @@ def fold(
     rejects = Counter(reject.reason for receipt in receipts for reject in receipt.rejects)
     statistics = Statistics.total([receipt.statistics for receipt in receipts])
     if not statistics.count:
-        said = ", ".join(f"{reason}: {count}" for reason, count in sorted(rejects.items())) or "the shards are empty"
+        said = (
+            ", ".join(f"{reason}: {count}" for reason, count in sorted(rejects.items()))
+            or "all are held out, or the shards are empty"
+        )
         raise DataError(f"no picture is left to train on ({said})", "look at the source shards and at images.holdout")
     if 0.0 in (std := statistics.std()):
         raise DataError(
@@ -285,13 +288,18 @@ _Versioned = TypeVar("_Versioned", Manifest, Receipt)
 
 def _parse(kind: type[_Versioned], data: bytes, where: str) -> _Versioned:
     what = kind.__name__.lower()
+    remedy = (
+        "give the address of a manifest, or run `lathe encode` again"
+        if kind is Manifest
+        else "delete it, and run `lathe encode` again: its shard alone is encoded anew"
+    )
     try:
         tree = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON", f"give the address of a {what}, or encode again") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON", remedy) from error
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if not isinstance(version, int):
-        raise DataError(f"{where} is not a {what}: it has no format_version", f"give the address of a {what}")
+        raise DataError(f"{where} is not a {what}: it has no format_version", remedy)
     if version > FORMAT_VERSION:
         raise DataError(
             f"{where} has format version {version}, this Lathe reads up to {FORMAT_VERSION}",

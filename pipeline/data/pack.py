@@ -17,7 +17,7 @@ from pipeline.config import PackConfig
 from pipeline.data import images
 from pipeline.data.samples import IMAGE_EXTENSIONS
 from pipeline.errors import DataError, StorageError
-from pipeline.storage import Store, open_store
+from pipeline.storage import Store, local_path, open_store
 
 ATTRIBUTION = "ATTRIBUTION.txt"
 _TABLES = ("metadata.jsonl", "metadata.csv")
@@ -60,7 +60,7 @@ def pack(config: PackConfig, progress: Callable[[int, int], None] = lambda done,
             that holds other shards.
         StorageError: source or output cannot be reached.
     """
-    items = find_items(Path(config.source).expanduser())
+    items = find_items(local_path(config.source))
     store = open_store(config.output)
     starts = range(0, len(items), config.samples_per_shard)
     names = [f"{i:05d}.tar" for i in range(len(starts))]
@@ -80,7 +80,7 @@ def pack(config: PackConfig, progress: Callable[[int, int], None] = lambda done,
             written += 1
         progress(start + len(part), len(items))
     if config.attribution:
-        store.write(ATTRIBUTION, (config.attribution.strip() + "\n").encode())
+        store.write(ATTRIBUTION, (config.attribution.strip() + "\n").encode("utf-8", "replace"))
     return PackSummary(len(items), len(names), written)
 
 
@@ -101,7 +101,9 @@ def find_items(folder: Path) -> list[Item]:
     pictures = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS and _visible(path.relative_to(folder))
+        if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+        and _visible(path.relative_to(folder))
+        and not path.is_dir()
     }
     tables = [folder / name for name in _TABLES if (folder / name).is_file()]
     if len(tables) > 1:
@@ -182,7 +184,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             return
         for line, content in enumerate(text.split("\n"), 1):
             if content.strip():
-                row = json.loads(content)
+                row = _json_row(table, line, content)
                 if not isinstance(row, dict):
                     raise DataError(f"{table}:{line} is not a JSON object", _REMEDY)
                 yield line, row
@@ -190,6 +192,15 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
     except (csv.Error, ValueError) as error:
         raise DataError(f"{table} cannot be read: {error}", "mend the row") from error
+
+
+def _json_row(table: Path, line: int, content: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{table}:{line} is not JSON: {error.msg} at column {error.colno}", "mend the row") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets within brackets
+        raise DataError(f"{table}:{line} cannot be read", "mend the row") from error
 
 
 def _shard(items: Sequence[Item]) -> bytes:

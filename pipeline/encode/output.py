@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.config import EncodeConfig
 from pipeline.data.manifest import (
@@ -26,7 +25,7 @@ from pipeline.data.pack import attribution
 from pipeline.data.tar import npy_bytes
 from pipeline.encode.encoder import Encoder
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import Store, find_shards, open_store, split
+from pipeline.storage import Store, find_shards, local_path, open_store, split
 
 FINGERPRINT = "fingerprint.json"
 MIN_SEEN = 100  # samples before a shard's end says something about the reject rate
@@ -184,4 +183,4 @@ def _reject_lines(receipts: Iterable[Receipt]) -> bytes:
 
 
 def _place(url: str) -> str:
-    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().resolve())
+    return url.rstrip("/") if "://" in url else str(local_path(url).resolve())

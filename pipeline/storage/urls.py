@@ -44,7 +44,17 @@ def open_store(url: str, environment: Mapping[str, str] | None = None) -> Store:
         raise StorageError(
             f"{url!r} is neither a folder nor an s3:// address", "use a local path or s3://BUCKET/PREFIX"
         )
-    return LocalStore(Path(url).expanduser())
+    return LocalStore(local_path(url))
+
+
+def local_path(path: str) -> Path:
+    """A path as users write it, `~` included. Raises StorageError when no path can be meant."""
+    try:
+        if "\0" not in path:
+            return Path(path).expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"{path}: there is no such home folder", "write the whole path") from error
+    raise StorageError(f"{path!r} has a NUL character in it", "write the path anew")
 
 
 def split(url: str) -> tuple[str, str]:
@@ -101,7 +111,7 @@ def fetch_folder(url: str, local: Path) -> Path:
         StorageError: nothing is there.
     """
     if not url.startswith(_S3):
-        folder = Path(url).expanduser()
+        folder = local_path(url)
         if not folder.is_dir():
             raise StorageError(f"{url}: no such folder", "check the path")
         return folder

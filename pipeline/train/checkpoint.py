@@ -129,16 +129,17 @@ def _read_marker(store: Store, name: str, sizes: Mapping[str, int]) -> Checkpoin
         return None
     try:
         files = json.loads(store.read(marker))["files"]
+        noted_sizes = {f"{name}/{file}": noted["size"] for file, noted in files.items() if noted["sha256"]}
     except StorageError:
         if store.exists(marker):
             raise
         return None  # retired by the run that owns it, after it was listed
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         _log.warning("%s/%s: its completion marker cannot be read; it is passed over", store.url, name)
         return None
-    wrong = [file for file, noted in files.items() if sizes.get(f"{name}/{file}") != noted["size"]]
+    wrong = [file for file, size in noted_sizes.items() if sizes.get(file) != size]
     if wrong:
-        _log.warning("%s/%s: %s is missing or cut; the checkpoint is passed over", store.url, name, wrong[0])
+        _log.warning("%s/%s is missing or cut; the checkpoint is passed over", store.url, wrong[0])
         return None
     return Checkpoint(store, name, files)
 

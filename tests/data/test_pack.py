@@ -125,7 +125,8 @@ def table(*rows):
         (["a.png"], {"metadata.jsonl": table({"file_name": "../a.png", "text": "x"})}, "names ../a.png"),
         (["a.png"], {"metadata.jsonl": table({"file_name": "a.png"})}, "1 lacks file_name or text"),
         (["a.png"], {"metadata.jsonl": table([1])}, "1 is not a JSON object"),
-        (["a.png"], {"metadata.jsonl": "{"}, "metadata.jsonl cannot be read"),
+        (["a.png"], {"metadata.jsonl": "\n{"}, r"metadata\.jsonl:2 is not JSON: Expecting .* at column 2"),
+        (["a.png"], {"metadata.jsonl": "[" * 100_000}, "metadata.jsonl:1 cannot be read"),
         (
             ["a.png"],
             {"metadata.jsonl": table(*[{"file_name": "a.png", "text": "x"}] * 2)},

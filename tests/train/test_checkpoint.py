@@ -89,12 +89,16 @@ def test_without_its_marker_it_does_not_count(store):
     assert checkpoint.latest(store) == "step-00000001"
 
 
-@pytest.mark.parametrize("damage", ["missing file", "cut file", "cut marker"])
+@pytest.mark.parametrize(
+    "damage", ["missing file", "cut file", "cut marker", "{}", '{"files": {"run.json": 3}}', '{"files": []}']
+)
 def test_a_newer_one_that_is_not_whole_is_passed_over_and_said(store, tmp_path, caplog, damage):
     write(store, 1)
     folder = tmp_path / write(store, 2)
     if damage == "missing file":
         (folder / FROZEN).unlink()
+    elif damage.startswith("{"):
+        (folder / COMPLETE).write_text(damage)
     else:
         file = folder / (FROZEN if damage == "cut file" else COMPLETE)
         file.write_bytes(file.read_bytes()[:-3])
