@@ -311,4 +311,4 @@ def _parse(kind: type[_Versioned], data: bytes, where: str) -> _Versioned:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         said = "is missing" if first["type"] == "missing" else first["msg"]
-        raise DataError(f"{where} is not a usable {what}: field {field}: {said}", "encode the shards again") from error
+        raise DataError(f"{where} is not a usable {what}: field {field}: {said}", remedy) from error
