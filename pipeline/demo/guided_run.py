@@ -212,13 +212,18 @@ def _connect(stack: ExitStack, folder: Path, s3: str | None) -> tuple[str, dict[
 
 def _parse_s3(url: str) -> tuple[str, str | None]:
     """The demo's own prefix in the user's bucket, which --fresh may empty, and the server's address."""
-    parts = urlsplit(url)
+    wrong = ConfigError(f"--s3 {url}: not a bucket's address", "write http://host:port/bucket or s3://bucket/prefix")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # told here when it is no port
+    except ValueError as error:
+        raise wrong from error
     path = parts.path.strip("/")
     if parts.scheme == "s3" and parts.netloc:
         return "/".join(filter(None, (f"s3://{parts.netloc}", path, PREFIX))), None
     if parts.scheme in ("http", "https") and parts.netloc and path:
         return f"s3://{path}/{PREFIX}", f"{parts.scheme}://{parts.netloc}"
-    raise ConfigError(f"--s3 {url}: not a bucket's address", "write http://host:port/bucket or s3://bucket/prefix")
+    raise wrong
 
 
 def _nothing() -> None:

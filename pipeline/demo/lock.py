@@ -16,9 +16,15 @@ def only_one(folder: Path) -> Iterator[None]:
     """Hold the folder's lock. It is the kernel's, so a killed process leaves none behind.
 
     Raises:
-        SetupError: another process holds it.
+        SetupError: another process holds it, or the folder cannot be written to.
     """
-    with (folder / "lock").open("a+") as file:
+    try:
+        file = (folder / "lock").open("a+")
+    except OSError as error:
+        raise SetupError(
+            f"{folder} cannot be written to: {error.strerror}", "mend its permissions, or use another folder"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -36,10 +36,28 @@ def test_a_server_of_the_users_own(url: str, root: str, endpoint: str | None) ->
     assert guided_run._parse_s3(url) == (root, endpoint)
 
 
-@pytest.mark.parametrize("url", ["bucket", "s3://", "ftp://host/x", "./x", "127.0.0.1:9000", "http://127.0.0.1:9000"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "bucket",
+        "s3://",
+        "ftp://host/x",
+        "./x",
+        "127.0.0.1:9000",
+        "http://127.0.0.1:9000",
+        "http://[::1/b",
+        "http://h:x/b",
+    ],
+)
 def test_what_is_no_address_is_told(url: str) -> None:
     with pytest.raises(ConfigError, match="not a bucket's address"):
         guided_run._parse_s3(url)
+
+
+def test_a_folder_that_takes_no_lock_is_told(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(SetupError, match="cannot be written to"), only_one(tmp_path):
+        pass
 
 
 def test_two_demos_in_one_folder_are_told_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
