@@ -25,6 +25,10 @@ if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd ]]; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 fi
 ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
+if [[ ! $ranks =~ ^[1-9][0-9]*$ ]]; then
+  printf 'error: NPROC=%s is not a number of ranks\n  set NPROC=2, or leave it out\n' "$ranks" >&2
+  exit 2
+fi
 if ((gpus == 0)); then
   export DS_ACCELERATOR=cpu
 fi

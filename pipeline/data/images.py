@@ -206,6 +206,7 @@ def _scaled(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = " ".join(text[: 4 * width].split())  # measuring is linear in the length: not for a prompt of megabytes
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text

@@ -256,3 +256,8 @@ def test_png_and_contact_sheet():
     assert labelled.shape == (3 * 38 + 4, 72, 3)
     assert (labelled[24:38, 34:38] == 255).all()  # nothing runs into the gap
     assert (labelled[24:38, 4:34] < 255).any()
+
+
+def test_a_label_of_any_length_is_cut_at_once():
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    assert images.contact_sheet([pixels], 1, ["w" * 1_000_000]) == images.contact_sheet([pixels], 1, ["w" * 50])

@@ -42,6 +42,13 @@ def launch(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Co
     )
 
 
+@pytest.mark.parametrize("ranks", ["0", "-1", "x", "1.5", " "])
+def test_a_number_of_ranks_that_is_none(tmp_path, config, ranks):
+    done = launch(tmp_path, str(config), NPROC=ranks)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: NPROC={ranks} is not a number of ranks\n")
+
+
 def test_environment_becomes_arguments(tmp_path, config):
     done = launch(tmp_path, str(config), "steps=5", NPROC="3", MASTER_PORT="1234", OMP_NUM_THREADS="7")
     assert done.returncode == 0, done.stderr
