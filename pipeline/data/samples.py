@@ -40,6 +40,9 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 
+SHARD_DAMAGED = "shard_damaged"
+
+
 @dataclass(frozen=True)
 class ImageSample:
     """A picture as it came, with its captions. The key is text from the archive: never a file name."""
@@ -89,7 +92,7 @@ def read_image_shard(data: bytes, caption_field: str = "caption") -> Iterator[Im
             yield _sample(key, group, caption_field)
         seen.add(key)
     if damage or not _is_whole(data):
-        yield Rejected("", "shard_damaged")
+        yield Rejected("", SHARD_DAMAGED)
 
 
 def is_holdout(key: str, fraction: float) -> bool:

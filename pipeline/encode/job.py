@@ -8,6 +8,7 @@ place folds them into the manifest. Fetching, parsing, decoding and uploading ru
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.manifest import RECEIPT_SUFFIX, Manifest, Receipt
-from pipeline.data.samples import ImageSample, Rejected, is_holdout, read_image_shard
+from pipeline.data.samples import SHARD_DAMAGED, ImageSample, Rejected, is_holdout, read_image_shard
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.output import (
     MIN_SEEN,
@@ -37,6 +38,8 @@ from pipeline.encode.overlap import ahead
 from pipeline.encode.receipt import EncodedSample, LatentShard, SourceIdentity
 from pipeline.errors import ConfigError
 from pipeline.storage import Store, open_store, split
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, int], None]  # source shards done, source shards of this worker, samples rejected
 Decoded = tuple[images.Pixels, npt.NDArray[np.int32]]  # square pixels, size record
@@ -96,6 +99,9 @@ def encode(
         for receipt in finished:
             receipts[receipt.shard] = receipt
             report()
+            if any(reject.reason == SHARD_DAMAGED for reject in receipt.rejects):
+                readable = samples_seen(receipt) - len(receipt.rejects)
+                _log.warning("%s is damaged: %d pictures of it could be read", receipt.source, readable)
             check_rejects(receipts.values(), config.max_reject_rate, MIN_SEEN)
     check_rejects(receipts.values(), config.max_reject_rate)
     missing = missing_shards(store, sources, encoder.fingerprint)

@@ -148,7 +148,8 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     line.update(self.step, config.steps, self._report(interval))
                     interval = Interval.start(self.ranks.device)
-                if self.step % config.checkpoint.every == 0 or last:
+                # while steps are skipped the weights may be what is broken: keep the checkpoint from before
+                if (self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row) or last:
                     self._save()
                 if stop:
                     break

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,12 +30,14 @@ STUMBLING_BLOCKS = ("Traceback", "Warning", "WARNING", "warn(", "deprecated")
 class Demo:
     """One start of `lathe demo --preset smoke` in a folder; what it prints is kept."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
+    def __init__(self, folder: Path, *more: str, **environment: str) -> None:
         self.folder = folder
         self.log = folder.parent / f"demo-{time.monotonic_ns()}.log"
         with self.log.open("wb") as output:
             command = [sys.executable, "-m", "pipeline", "demo", "--preset", "smoke", "--dir", str(folder), *more]
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+            )
 
     @property
     def text(self) -> str:
@@ -75,20 +78,33 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
     robbed = Demo(folder)
     robbed.wait_for("engine      DeepSpeedEngine")
+    robbed.wait_for("metrics     http://127.0.0.1:")
     time.sleep(5)
+    address = robbed.text.partition("metrics     http://127.0.0.1:")[2].split()[0]
+    with urllib.request.urlopen(f"http://127.0.0.1:{address}", timeout=10) as answer:
+        metrics = answer.read().decode()
     server = json.loads((folder / "s3" / "server.json").read_text())["pid"]
     os.kill(server, signal.SIGKILL)
     code = robbed.end()
 
     last = Demo(folder)
     last_code = last.end()
-    return SimpleNamespace(folder=folder, robbed=robbed, robbed_code=code, last=last, last_code=last_code)
+    return SimpleNamespace(
+        folder=folder, robbed=robbed, robbed_code=code, metrics=metrics, last=last, last_code=last_code
+    )
 
 
 def test_without_its_server_the_demo_fails_with_a_clear_message(finished: SimpleNamespace) -> None:
     assert finished.robbed_code != 0
     assert "error: the embedded S3 server has ended" in finished.robbed.text
     assert "start the same command again" in finished.robbed.text
+
+
+def test_metrics_are_live_on_loopback(finished: SimpleNamespace) -> None:
+    lines = dict(line.rsplit(" ", 1) for line in finished.metrics.splitlines() if line.startswith("lathe_"))
+    assert float(lines["lathe_train_world_size"]) == 2
+    assert float(lines["lathe_train_target_steps"]) == 100
+    assert float(lines["lathe_train_step"]) > 0
 
 
 def test_started_again_it_goes_on_and_ends_well(finished: SimpleNamespace) -> None:
@@ -201,3 +217,37 @@ assert not any(name == "pipeline" or name.startswith("pipeline.") for name in sy
     )
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr, result.stderr
+
+
+def test_a_server_of_the_users_own_and_what_may_be_wrong_with_it(tmp_path: Path) -> None:
+    with EmbeddedObjectStore(tmp_path / "server", "mine") as server:
+        keys = server.environment()
+        endpoint = keys.pop("AWS_ENDPOINT_URL")
+        keys.pop("AWS_ENDPOINT_URL_S3", None)
+        absent = Demo(tmp_path / "a", "--s3", f"{endpoint}/absent", **keys)
+        assert absent.end() == 3
+        assert "absent" in absent.text
+        wrong = Demo(tmp_path / "b", "--s3", f"{endpoint}/mine", **{**keys, "AWS_SECRET_ACCESS_KEY": "guessed"})
+        assert wrong.end() == 3
+        assert "guessed" not in wrong.text
+        right = Demo(tmp_path / "c", "--s3", f"{endpoint}/mine", **keys)
+        right.wait_for("[3/9]")
+        right.process.send_signal(signal.SIGINT)
+        assert right.end() == 130
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.environment().items():
+                patch.setenv(name, value)
+            packed = [entry.name for entry in open_store("s3://mine/lathe-demo/images").list()]
+    assert packed == [
+        "00000.tar",
+        "00001.tar",
+        "00002.tar",
+        "00003.tar",
+        "00004.tar",
+        "00005.tar",
+        "00006.tar",
+        "ATTRIBUTION.txt",
+    ]
+    for failed in (absent, wrong):
+        assert len(failed.text.splitlines()) == 2
+        assert failed.text.startswith("error: ")

@@ -277,12 +277,13 @@ def test_added_shards_extend_the_data(place, tmp_path):
     assert hashes[0] != hashes[1]
 
 
-def test_an_empty_shard_and_a_damaged_one_do_not_stop_the_job(place, tmp_path):
+def test_an_empty_shard_and_a_damaged_one_do_not_stop_the_job(place, tmp_path, caplog):
     (tmp_path / "images").mkdir()
     for name, data in (("a", TarBuilder().finish()), ("b", b"<html>" * 200), ("c", image_shard(0)[:-5000])):
         (tmp_path / "images" / f"{name}.tar").write_bytes(data)
     summary = encode(settings(tmp_path, "out", autoencoder=str(place / "vae")))
     assert summary.manifest.rejects["shard_damaged"] == 2
+    assert sum("is damaged: " in message for message in caplog.messages) == 2
     assert [shard.samples("train") > 0 for shard in summary.manifest.shards] == [False, False, True]
 
 
