@@ -21,7 +21,7 @@ python=${PYTHON:-python}
 "$python" -m pipeline config "$@" >/dev/null
 
 gpus=0
-if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd ]]; then
+if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 fi
 ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
