@@ -20,14 +20,74 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
-class ImagesConfig(Section):
-    """Which image shards are read, and how a picture becomes pixels of the training resolution."""
+class ShardsConfig(Section):
+    """Which image shards are read, and what of each picture."""
 
-    shards: str = Field(description="image shards: a folder, or a pattern such as s3://bucket/shards/*.tar")
-    resolution: Count = Field(description="side of the square training pictures, in pixels")
+    shards: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="image shards: a folder, a pattern such as s3://bucket/shards/*.tar, a .txt file that lists"
+        " addresses, one a line, or several of these"
+    )
     background: tuple[Byte, Byte, Byte] = Field((255, 255, 255), description="colour laid under transparent pixels")
     caption_field: str = Field("caption", description="field of KEY.json with the caption, where there is no KEY.txt")
     holdout: Fraction = Field(0.0, description="share of the pictures that is never trained on, chosen by hash of key")
+
+
+class ImagesConfig(ShardsConfig):
+    """Image shards, and the size that their pictures are brought to."""
+
+    resolution: Count = Field(description="side of the square training pictures, in pixels")
+
+
+class BucketsConfig(Section):
+    """Aspect-ratio buckets: picture sizes of about resolution x resolution pixels, wide and tall ones too."""
+
+    max_aspect: float = Field(2.0, ge=1, le=16, description="longest side over shortest side of the widest bucket")
+    step: Count = Field(64, description="sides are multiples of so many pixels")
+
+
+class FiltersConfig(Section):
+    """Which pictures are wanted. What is left out is counted apart from rejects, and does not make the job fail."""
+
+    min_side: Count | None = Field(None, description="pixels that the shorter side must have; null = any")
+    max_aspect: float | None = Field(None, ge=1, description="longer over shorter side may be this at most; null = any")
+    min_caption_chars: int = Field(0, ge=0, description="captions shorter than this are left out")
+    max_caption_chars: Count | None = Field(None, description="captions longer than this are left out; null = any")
+    where: str = Field(
+        "",
+        description="condition on the fields of KEY.json, for example: punsafe < 0.1 and pwatermark < 0.5"
+        " (a picture without the field is left out)",
+    )
+
+
+class EncodeImagesConfig(ShardsConfig):
+    """Image shards, and the sizes that their pictures are encoded at."""
+
+    resolution: Count | Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+    max_aspect: float | None = Field(None, ge=1, description="longer over shorter side, at most; null = any")
+        " as [256, 512], each gets its own sub-folder of output and its own manifest"
+    )
+    buckets: BucketsConfig | None = Field(None, description="aspect-ratio buckets; null = squares, cut from the centre")
+    max_upscale: float = Field(2.0, ge=1, description="pictures that would have to grow more than this are left out")
+    flip: bool = Field(False, description="store the mirrored picture's latent too")
+    filters: FiltersConfig = FiltersConfig()
+    shard_name_parts: Count = Field(
+        1, description="last parts of a shard's address that name it; 2 tells a/00000.tar from b/00000.tar"
+    )
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The resolutions as a tuple, one or several."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    @model_validator(mode="after")
+    def _sizes_can_be(self) -> EncodeImagesConfig:
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise ValueError(f"resolution: {list(self.resolutions)} names one twice")
+        if self.buckets:
+            for resolution in self.resolutions:
+                if resolution < self.buckets.step:
+                    raise ValueError(f"buckets.step: {self.buckets.step} is more than resolution={resolution}")
+        return self
 
 
 class AutoencoderModelConfig(Section):
@@ -49,6 +109,52 @@ class AutoencoderModelConfig(Section):
         return self
 
 
+class TowerConfig(Section):
+    """A frozen text encoder of open_clip, and which of its outputs the UNet is to see."""
+
+    name: str = Field("clip", pattern="^[a-z0-9_]+$", description="its name in files and manifest: KEY.text0.NAME.npy")
+    model: str = Field(
+        description="open_clip architecture (ViT-L-14), hf-hub:OWNER/NAME, or a folder with open_clip_config.json and"
+        " open_clip_model.safetensors"
+    )
+    pretrained: str = Field(
+        "", description="weights of an architecture: a tag of open_clip, or a .safetensors file; a folder has its own"
+    )
+    layer: Literal["last", "penultimate"] = Field("last", description="SD 1.5: last; SD 2 and SDXL: penultimate")
+    final_norm: bool = Field(True, description="apply the tower's final norm to that layer; SDXL does not")
+    pooled: bool = Field(False, description="store the projected end-of-text vector too, as SDXL's second tower needs")
+    pad: Literal["zero", "end"] = Field(
+        "zero", description="token behind the caption: open_clip's 0, or end of text (SD 1.5, SDXL's first tower)"
+    )
+
+
+class EncodeTextConfig(Section):
+    """What is stored of captions: token ids (`joint`, `online`), or what frozen text towers make of them (`cached`)."""
+
+    mode: Literal["joint", "online", "cached"] = Field(
+        "joint", description="the tower is trained with the UNet, runs frozen while training, or runs now"
+    )
+    context_length: int = Field(77, ge=8, le=77, description="tokens a caption is padded or cut to")
+    towers: tuple[TowerConfig, ...] = Field((), description="the frozen text encoders of online and cached")
+    padding: Literal["full", "trimmed"] = Field(
+        "full", description="cached: keep the whole context (stock pipelines need it), or the caption's own length"
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which cached towers run")
+
+    @model_validator(mode="after")
+    def _towers_fit_the_mode(self) -> EncodeTextConfig:
+        names = [tower.name for tower in self.towers]
+        if self.mode == "joint" and names:
+            raise ValueError("towers: joint trains its own tower; leave towers out, or set mode to cached or online")
+        if self.mode != "joint" and not names:
+            raise ValueError(f"towers: mode={self.mode} needs at least one, for example [{{model: ViT-L-14, ...}}]")
+        if len(set(names)) < len(names):
+            raise ValueError("towers: two have the same name; give each its own")
+        if self.padding == "trimmed" and self.mode != "cached":
+            raise ValueError(f"padding: trimmed is for mode=cached, not for {self.mode}")
+        return self
+
+
 class TextConfig(Section):
     """The text tower: open_clip's text transformer, trained together with the UNet (`joint`)."""
 
@@ -56,7 +162,7 @@ class TextConfig(Section):
     width: Count = 128
     layers: Count = 2
     heads: Count = 4
-    context_length: int = Field(24, ge=8, le=77, description="tokens a caption is padded or cut to")
+    context_length: int = Field(77, ge=8, le=77, description="tokens a caption is padded or cut to")
     train_token_embedding: bool = Field(True, description="off: the table of token codes keeps its random start")
     token_embedding_std: Positive = Field(0.02, description="spread of that random start; positions get half of it")
 
@@ -198,14 +304,21 @@ class EncodeConfig(RunConfig):
     """`lathe encode`: image shards to latent shards and a manifest."""
 
     job: Literal["encode"] = "encode"
-    images: ImagesConfig
+    images: EncodeImagesConfig
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of a diffusers AutoencoderKL")
     output: str = Field(description="folder or s3:// prefix for latent shards, receipts and manifest")
-    text: TextConfig = TextConfig()
+    text: EncodeTextConfig = EncodeTextConfig()
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="in which the autoencoder runs; what is not finite is encoded again in float32"
+    )
+    slicing: bool = Field(False, description="encode the pictures of a batch one by one, to save memory")
+    tiling: bool = Field(False, description="encode large pictures in overlapping tiles, to save memory")
+    compile: bool = Field(False, description="torch.compile the autoencoder; pays on GPUs and for long jobs")
     batch_size: Count = 32
     block_samples: Count = Field(64, description="samples per checksummed block, the unit the trainer reads")
     max_reject_rate: Fraction = Field(0.05, description="share of unusable samples past which the job fails")
     threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+    metrics: MetricsConfig = MetricsConfig()
 
 
 class TrainConfig(RunConfig):

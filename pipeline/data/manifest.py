@@ -8,11 +8,14 @@ Legend: C latent channels, h and w sides of the latent, z a latent drawn from it
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
+import sys
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,14 +23,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.errors import DataError
 from pipeline.storage import Store, read_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
+REMOVED = "removed.txt"  # keys that were taken down, see `encode/remove.py`
 EMPTY_TOKENS = "empty.tokens.clip.npy"  # token ids of the empty prompt, uint16 [context_length]
+FILTERED = "filtered_"  # how the reasons of samples begin that nobody wanted, as distinct from unusable ones
 RECEIPT_SUFFIX = ".receipt.json"  # follows the latent shard's whole name: 00000.tar.receipt.json
 
 Split = Literal["train", "holdout"]
 Range = tuple[int, int]  # [first, end)
+Bucket = tuple[int, int]  # height, width in pixels
 Environment = dict[str, str | int]
 
 
@@ -46,20 +52,39 @@ class Record(BaseModel):
         return canonical(self.model_dump(mode="json"))
 
 
+class Tower(Record):
+    """What a caption was turned into by one text tower, or for it."""
+
+    name: str
+    tokenizer: str  # digest: codes, normalisation, context length, padding token
+    context_length: int
+    weights: str = ""  # hash of all parameters; empty where only token ids are stored
+    layer: str = ""  # "last" or "penultimate"
+    final_norm: bool = True
+    width: int = 0  # D of the stored embeddings
+    pooled_width: int = 0  # of the stored pooled vector; 0 = none
+
+
 class Fingerprint(Record):
-    """Everything that changes the meaning of the latents' and tokens' bytes, by name."""
+    """Everything that changes the meaning of the latents' and captions' bytes, by name."""
 
     autoencoder_weights: str  # hash of all parameters
     autoencoder_config: str  # digest
+    precision: str  # in which the autoencoder ran
+    tiling: bool
     normalisation: str  # from bytes to the autoencoder's input
     resize_filter: str
     crop_rule: str
     resolution: int
+    buckets: tuple[Bucket, ...]  # every size that a picture may be brought to
+    max_upscale: float
+    flip: bool
     background: tuple[int, int, int]
+    filters: str  # canonical JSON
     text_mode: str
-    tokenizer: str  # digest
-    context_length: int
     text_padding: str
+    text_precision: str
+    text_towers: tuple[Tower, ...]
     caption_field: str
     dtype: str
     holdout: float
@@ -72,11 +97,16 @@ class Fingerprint(Record):
         """Names of the fields that differ, in order of declaration; empty when both mean the same."""
         return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of a caption, the longest tower's."""
+        return max(tower.context_length for tower in self.text_towers)
+
 
 class BucketRange(Record):
     """Where the samples of one picture size stand in a shard, in file order."""
 
-    bucket: tuple[int, int]  # height, width in pixels
+    bucket: Bucket
     train: Range
     holdout: Range
 
@@ -98,22 +128,6 @@ class Statistics(Record):
     sum: tuple[float, ...]  # [C] of the posterior means
     sum_squares: tuple[float, ...]  # [C] of their squares
     sum_variance: tuple[float, ...]  # [C] of exp(logvar)
-
-    @classmethod
-    def total(cls, parts: Sequence[Statistics]) -> Statistics:
-        """The sums over several shards, rounded once. Parts without samples do not count."""
-        parts = [p for p in parts if p.count]
-
-        def add(field: str) -> tuple[float, ...]:
-            columns = zip(*(getattr(p, field) for p in parts), strict=True)
-            return tuple(math.fsum(column) for column in columns)
-
-        return cls(
-            count=sum(p.count for p in parts),
-            sum=add("sum"),
-            sum_squares=add("sum_squares"),
-            sum_variance=add("sum_variance"),
-        )
 
     def mean(self) -> tuple[float, ...]:
         """Mean of z over the training set, [C]."""
@@ -140,17 +154,27 @@ class Receipt(Record):
     source: str  # name of the image shard
     source_bytes: int
     source_sha256: str
+    source_version: str = ""  # what the store knows the file's state by: ETag, or time of change
     fingerprint: str  # digest
     bytes: int
     sha256: str
     buckets: tuple[BucketRange, ...]  # none when every sample was rejected
     blocks: tuple[Block, ...]
+    keys: str  # hash of each sample's key in file order, see `hashes`
     statistics: Statistics
     rejects: tuple[Reject, ...]
     environment: Environment
 
+    def samples(self) -> int:
+        """Samples in the shard, of both splits."""
+        return sum(bucket.holdout[1] - bucket.train[0] for bucket in self.buckets)
+
+    def hashes(self) -> array[int]:
+        """`key_hash` of every sample, in file order."""
+        return unpack_hashes(self.keys)
+
     def ranges(self, split: Split) -> list[Range]:
-        """The split's non-empty sample ranges, in file order."""
+        """The split's non-empty sample ranges, in file order: at most one for each bucket."""
         found = [bucket.train if split == "train" else bucket.holdout for bucket in self.buckets]
         return [(first, end) for first, end in found if end > first]
 
@@ -158,7 +182,7 @@ class Receipt(Record):
 class BucketCount(Record):
     """How many samples of one picture size a shard has."""
 
-    bucket: tuple[int, int]
+    bucket: Bucket
     train: int
     holdout: int
 
@@ -184,15 +208,17 @@ class Manifest(Record):
     format_version: int = FORMAT_VERSION
     fingerprint: Fingerprint
     content_hash: str
+    images: tuple[str, ...]  # where the image shards were
+    shard_name_parts: int  # how many parts of their addresses name them
     autoencoder: str  # where the encoder was read from
     latent_channels: int
-    latent_side: int
     downsampling_factor: int
-    context_length: int
+    scaling_factor: float  # of the autoencoder's own config; latents are stored without it
+    shift_factor: float
     shards: tuple[ShardEntry, ...]  # in the order of their sources
     mean: tuple[float, ...]  # [C] of z over the training samples
     std: tuple[float, ...]  # [C]
-    rejects: dict[str, int]  # reason -> samples
+    rejects: dict[str, int]  # reason -> samples; reasons of unwanted ones begin with `FILTERED`
     attribution: str = ""  # whom the pictures are by, under which licence
     environments: tuple[Environment, ...]  # distinct versions and hardware of the workers
 
@@ -200,72 +226,55 @@ class Manifest(Record):
         """Samples of the split, over all shards."""
         return sum(shard.samples(split) for shard in self.shards)
 
+    def buckets(self, split: Split = "train") -> dict[Bucket, int]:
+        """Picture sizes that occur in the split, with their samples, in order of size."""
+        found: Counter[Bucket] = Counter()
+        for shard in self.shards:
+            for bucket in shard.buckets:
+                found[bucket.bucket] += bucket.train if split == "train" else bucket.holdout
+        return {bucket: found[bucket] for bucket in sorted(found) if found[bucket]}
 
-def content_hash(shards: Sequence[ShardEntry]) -> str:
-    """SHA-256 of the shard list (names, content, counts, order), hexadecimal."""
-    return hashlib.sha256(canonical([shard.model_dump(mode="json") for shard in shards])).hexdigest()
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """2C, h, w of a bucket's moments."""
+        factor = self.downsampling_factor
+        return 2 * self.latent_channels, bucket[0] // factor, bucket[1] // factor
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a caption, the longest tower's."""
+        return self.fingerprint.context_length
+
+    @property
+    def latent_side(self) -> int:
+        """h = w of the latents of square pictures. Raises DataError where there are buckets."""
+        if self.fingerprint.buckets != ((self.fingerprint.resolution,) * 2,):
+            raise DataError(
+                "the latents are of several shapes, by aspect ratio, and this command takes squares only",
+                "encode them without images.buckets",
+            )
+        return self.fingerprint.resolution // self.downsampling_factor
 
 
-def shard_entry(receipt: Receipt) -> ShardEntry:
-    """The manifest's line for one receipt."""
-    counts = tuple(
-        BucketCount(bucket=b.bucket, train=b.train[1] - b.train[0], holdout=b.holdout[1] - b.holdout[0])
-        for b in receipt.buckets
-    )
-    return ShardEntry(
-        name=receipt.shard,
-        receipt=receipt.shard + RECEIPT_SUFFIX,
-        source=receipt.source,
-        buckets=counts,
-        bytes=receipt.bytes,
-        sha256=receipt.sha256,
-    )
+def key_hash(key: str) -> int:
+    """64 bits by which a sample's key is known in receipts."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
-def fold(
-    receipts: Sequence[Receipt],
-    fingerprint: Fingerprint,
-    *,
-    autoencoder: str,
-    latent_channels: int,
-    downsampling_factor: int,
-    attribution: str = "",
-) -> Manifest:
-    """One manifest of all receipts, given in the order of their sources.
+def pack_hashes(hashes: Iterable[int]) -> str:
+    """64-bit numbers as text: big-endian, base64."""
+    packed = array("Q", hashes)
+    if sys.byteorder == "little":
+        packed.byteswap()
+    return base64.b64encode(packed.tobytes()).decode("ascii")
 
-    Raises:
-        DataError: no sample to train on.
-    """
-    shards = tuple(shard_entry(receipt) for receipt in receipts)
-    rejects = Counter(reject.reason for receipt in receipts for reject in receipt.rejects)
-    statistics = Statistics.total([receipt.statistics for receipt in receipts])
-    if not statistics.count:
-        said = (
-            ", ".join(f"{reason}: {count}" for reason, count in sorted(rejects.items()))
-            or "all are held out, or the shards are empty"
-        )
-        raise DataError(f"no picture is left to train on ({said})", "look at the source shards and at images.holdout")
-    if 0.0 in (std := statistics.std()):
-        raise DataError(
-            f"latent channel {std.index(0.0)} has the same value everywhere, so it cannot be whitened",
-            "use another autoencoder, or fewer latent_channels",
-        )
-    environments = {canonical(receipt.environment): receipt.environment for receipt in receipts}
-    return Manifest(
-        fingerprint=fingerprint,
-        content_hash=content_hash(shards),
-        autoencoder=autoencoder,
-        latent_channels=latent_channels,
-        latent_side=fingerprint.resolution // downsampling_factor,
-        downsampling_factor=downsampling_factor,
-        context_length=fingerprint.context_length,
-        shards=shards,
-        mean=statistics.mean(),
-        std=std,
-        rejects=dict(rejects),
-        attribution=attribution,
-        environments=tuple(environments[name] for name in sorted(environments)),
-    )
+
+def unpack_hashes(text: str) -> array[int]:
+    """The inverse of `pack_hashes`."""
+    hashes = array("Q", base64.b64decode(text))
+    if sys.byteorder == "little":
+        hashes.byteswap()
+    return hashes
 
 
 def load_manifest(url: str) -> Manifest:
@@ -300,10 +309,10 @@ def _parse(kind: type[_Versioned], data: bytes, where: str) -> _Versioned:
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if not isinstance(version, int):
         raise DataError(f"{where} is not a {what}: it has no format_version", remedy)
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise DataError(
-            f"{where} has format version {version}, this Lathe reads up to {FORMAT_VERSION}",
-            "install a newer lathe-ldm",
+            f"{where} has format version {version}, this Lathe reads version {FORMAT_VERSION}",
+            "install a newer lathe-ldm" if version > FORMAT_VERSION else "encode to a new output",
         )
     try:
         return kind.model_validate(tree)
