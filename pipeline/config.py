@@ -63,8 +63,8 @@ class EncodeImagesConfig(ShardsConfig):
     """Image shards, and the sizes that their pictures are encoded at."""
 
     resolution: Count | Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
-    max_aspect: float | None = Field(None, ge=1, description="longer over shorter side, at most; null = any")
-        " as [256, 512], each gets its own sub-folder of output and its own manifest"
+        description="side of a square picture, in pixels; with buckets, the root of a picture's pixels. Of several,"
+        " such as [256, 512], each gets its own sub-folder of output and its own manifest"
     )
     buckets: BucketsConfig | None = Field(None, description="aspect-ratio buckets; null = squares, cut from the centre")
     max_upscale: float = Field(2.0, ge=1, description="pictures that would have to grow more than this are left out")
