@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -57,13 +58,23 @@ class TarBuilder:
         self._buffer += bytes(-len(data) % BLOCK)
         return offset
 
-    def view(self, start: int, end: int) -> bytes:
-        """The bytes [start, end) written so far."""
-        return bytes(self._buffer[start:end])
+    def take(self, other: TarBuilder) -> None:
+        """Move all members of another builder behind one's own. The first to be moved is not copied."""
+        if self._buffer:
+            self._buffer += other._buffer
+            other._buffer = bytearray()
+        else:
+            self._buffer, other._buffer = other._buffer, self._buffer
 
-    def finish(self) -> bytes:
-        """The whole archive, with its end mark."""
-        return bytes(self._buffer) + bytes(2 * BLOCK)
+    def crc32(self, start: int) -> int:
+        """Checksum of the bytes from `start` on."""
+        with memoryview(self._buffer) as view, view[start:] as part:
+            return zlib.crc32(part)
+
+    def finish(self) -> memoryview:
+        """The whole archive with its end mark, not copied; nothing can be added while it is in use."""
+        self._buffer += bytes(2 * BLOCK)
+        return memoryview(self._buffer).toreadonly()
 
 
 def members(data: bytes | memoryview, *, whole: bool = False) -> Iterator[tuple[str, int, int]]:
