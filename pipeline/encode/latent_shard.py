@@ -198,7 +198,8 @@ class LatentShard:
             blocks=tuple(blocks),
             keys=pack_hashes(hashes),
             statistics=self._sums.total(),
-            rejects=tuple(self._rejects),
+            # not as they came: with several resolutions that depends on which of them are left to do
+            rejects=tuple(sorted(self._rejects, key=lambda reject: (reject.key, reject.reason))),
             environment=environment,
         )
 

@@ -1,186 +1,292 @@
-"""What stands in the output: its fingerprint, the shards that are committed, and the manifest folded from them."""
+"""What stands in one resolution's output: what it was claimed for, which shards are committed, the manifest."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import tempfile
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
 
 from pipeline.config import EncodeConfig
+from pipeline.data.fold import Provenance, fold
 from pipeline.data.manifest import (
-    EMPTY_TOKENS,
     MANIFEST,
     RECEIPT_SUFFIX,
     REJECTS,
+    Bucket,
     Fingerprint,
     Manifest,
     Receipt,
-    fold,
+    Record,
     load_receipt,
 )
 from pipeline.data.pack import attribution
 from pipeline.data.tar import npy_bytes
-from pipeline.encode.encoder import Encoder
-from pipeline.errors import ConfigError, DataError
-from pipeline.storage import Store, find_shards, local_path, open_store, split
+from pipeline.encode.overlap import mapped
+from pipeline.encode.sources import Source
+from pipeline.encode.takedown import Takedown, read_takedown
+from pipeline.encode.tally import Tally, check_rejects
+from pipeline.errors import DataError
+from pipeline.storage import Store, open_store, open_stream, split
 
-FINGERPRINT = "fingerprint.json"
-MIN_SEEN = 100  # samples before a shard's end says something about the reject rate
-_READERS = 8
+ENCODING = "encoding.json"
+_READERS = 16
+_STALE_SECONDS = 3600.0  # a manifest half-written for so long has no living writer
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Source:
-    """An image shard, and the name of the latent shard that it becomes."""
+class Encoding(Record):
+    """What an output was claimed for. Fields as in Manifest."""
 
-    url: str
-    bytes: int
-    shard: str
+    fingerprint: Fingerprint
+    autoencoder: str
+    latent_channels: int
+    downsampling_factor: int
+    scaling_factor: float
+    shift_factor: float
+
+
+class Describes(Protocol):
+    """The part of the encoder that an output is claimed with."""
+
+    channels: int
+    downsampling_factor: int
+    scaling_factor: float
+    shift_factor: float
+
+    def fingerprint(self, resolution: int) -> Fingerprint: ...  # noqa: D102
+    def empty(self) -> Mapping[str, npt.NDArray[Any]]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Target:
+    """The output of one resolution."""
+
+    store: Store
+    encoding: Encoding
+    takedown: Takedown
 
     @property
-    def name(self) -> str:
-        """The image shard's own name."""
-        return split(self.url)[1]
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The picture sizes of this resolution."""
+        return self.encoding.fingerprint.buckets
+
+    @cached_property
+    def digest(self) -> str:
+        """The fingerprint's digest, as receipts have it."""
+        return self.encoding.fingerprint.digest()
 
 
-def find_sources(config: EncodeConfig) -> list[Source]:
-    """The image shards, in order of address.
-
-    Raises:
-        DataError: none, or two of one name.
-        ConfigError: they stand in the output folder.
-    """
-    sources: list[Source] = []
-    sizes: dict[str, dict[str, int]] = {}
-    for url in find_shards(config.images.shards):
-        parent, name = split(url)
-        if _place(parent) == _place(config.output):
-            raise ConfigError(f"output: {config.output} is where the image shards are", "choose another output")
-        if parent not in sizes:
-            sizes[parent] = {entry.name: entry.size for entry in open_store(parent).list()}
-        sources.append(Source(url, sizes[parent][name], name if name.endswith(".tar") else f"{name}.tar"))
-    repeated = [name for name, count in Counter(source.shard for source in sources).items() if count > 1]
-    if repeated:
-        raise DataError(f"several image shards are named {repeated[0]}", "rename them, or encode to different outputs")
-    return sources
+def stores(config: EncodeConfig) -> dict[int, Store]:
+    """The store of each resolution: the output itself, or a sub-folder for each where several are listed."""
+    if isinstance(config.images.resolution, int):
+        return {config.images.resolution: open_store(config.output)}
+    return {side: open_store(f"{config.output.rstrip('/')}/{side}") for side in config.images.resolutions}
 
 
-def claim_output(store: Store, fingerprint: Fingerprint) -> None:
-    """Note the fingerprint in the output, or check that it is the one of the shards there.
+def claim(config: EncodeConfig, encoder: Describes) -> list[Target]:
+    """Note in each resolution's output what it is for, or check that it is for the same.
 
     Raises:
-        DataError: the output holds latents of another meaning; the message names the fields that differ.
+        DataError: an output holds latents of another meaning; the message names the fields that differ.
     """
-    if store.write(FINGERPRINT, fingerprint.to_bytes(), if_absent=True):
-        return
-    try:
-        noted = Fingerprint.model_validate(json.loads(store.read(FINGERPRINT)))
-    except ValueError as error:
-        raise DataError(f"{store.url}: {FINGERPRINT} cannot be read", "choose another output") from error
-    fields = noted.difference(fingerprint)
-    if fields and not any(entry.name.endswith(RECEIPT_SUFFIX) for entry in store.list()):
-        store.write(FINGERPRINT, fingerprint.to_bytes())
-    elif fields:
-        raise DataError(
-            f"{store.url} holds latents that were made otherwise; these differ: {', '.join(fields)}",
-            "choose another output, or use the settings and the autoencoder that it was begun with",
+    targets = []
+    for resolution, store in stores(config).items():
+        encoding = Encoding(
+            fingerprint=encoder.fingerprint(resolution),
+            autoencoder=config.autoencoder,
+            latent_channels=encoder.channels,
+            downsampling_factor=encoder.downsampling_factor,
+            scaling_factor=encoder.scaling_factor,
+            shift_factor=encoder.shift_factor,
         )
+        _claim(store, encoding, encoder.empty())
+        targets.append(Target(store, encoding, read_takedown(store)))
+    return targets
 
 
-def committed(store: Store, sources: Iterable[Source], fingerprint: Fingerprint) -> dict[str, Receipt]:
-    """Receipts of the sources whose latent shards are complete and still theirs, by name of the latent shard."""
-    sizes = {entry.name: entry.size for entry in store.list()}
-    by_shard = {source.shard: source for source in sources if source.shard + RECEIPT_SUFFIX in sizes}
-    with ThreadPoolExecutor(_READERS) as pool:
-        receipts = pool.map(lambda shard: load_receipt(store, shard + RECEIPT_SUFFIX), by_shard)
-    return {
-        receipt.shard: receipt
-        for source, receipt in zip(by_shard.values(), receipts, strict=True)
-        if (receipt.shard, receipt.source, receipt.source_bytes) == (source.shard, source.name, source.bytes)
-        and receipt.fingerprint == fingerprint.digest()
-        and sizes.get(receipt.shard) == receipt.bytes
-    }
+def claimed(config: EncodeConfig) -> list[Target]:
+    """The outputs as workers have claimed them. Raises DataError where none has."""
+    return [Target(store, _read(store), read_takedown(store)) for store in stores(config).values()]
 
 
-def missing_shards(store: Store, sources: Sequence[Source], fingerprint: Fingerprint) -> list[str]:
-    """Names of the latent shards that are not committed. Receipts are read only when all of them are there."""
-    there = {entry.name for entry in store.list()}
-    if missing := [source.shard for source in sources if source.shard + RECEIPT_SUFFIX not in there]:
-        return missing
-    valid = committed(store, sources, fingerprint)
-    return [source.shard for source in sources if source.shard not in valid]
+def committed(target: Target, sources: Iterable[Source], tally: Tally) -> set[str]:
+    """Names of the latent shards that are complete and still their sources'; their receipts go into the tally.
 
-
-def samples_seen(receipt: Receipt) -> int:
-    """Samples of the source shard, used or rejected."""
-    return sum(bucket.holdout[1] - bucket.train[0] for bucket in receipt.buckets) + len(receipt.rejects)
-
-
-def check_rejects(receipts: Iterable[Receipt], limit: float, min_seen: int = 0) -> None:
-    """Whether few enough samples were rejected.
-
-    Raises:
-        DataError: the share is above `limit`, of at least `min_seen` samples; the message has the commonest reasons.
+    A source that was written anew is read through: where its bytes are the same, the receipt learns its new version.
     """
-    reasons: Counter[str] = Counter()
-    seen = 0
-    for receipt in receipts:
-        seen += samples_seen(receipt)
-        reasons.update(reject.reason for reject in receipt.rejects)
-    if seen >= min_seen and reasons.total() > limit * seen:
-        said = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
-        raise DataError(
-            f"{reasons.total()} of {seen} pictures were rejected ({said}), more than max_reject_rate={limit}",
-            "look at the rejects in the receipts; mend the shards, or raise max_reject_rate: finished shards are kept",
-        )
+    found: set[str] = set()
+    for source, receipt in _receipts(target, sources):
+        if receipt is None:
+            continue
+        if receipt.source_version != source.version:
+            if _sha256(source.url) != receipt.source_sha256:
+                _log.warning("%s has changed since it was encoded: encoding it again", source.url)
+                continue
+            receipt = receipt.model_copy(update={"source_version": source.version})
+            target.store.write(receipt.shard + RECEIPT_SUFFIX, receipt.to_bytes())
+        found.add(source.shard)
+        tally.add(receipt)
+    return found
 
 
-def fold_output(config: EncodeConfig, encoder: Encoder, store: Store, sources: Sequence[Source]) -> Manifest:
-    """Fold the receipts of all sources; writes the empty prompt's tokens, the rejects and, last, the manifest.
+def missing(target: Target, sources: Iterable[Source]) -> list[str]:
+    """Names of the latent shards without a receipt."""
+    there = {entry.name for entry in target.store.list() if entry.name.endswith(RECEIPT_SUFFIX)}
+    return [source.shard for source in sources if source.shard + RECEIPT_SUFFIX not in there]
+
+
+def fold_output(config: EncodeConfig, target: Target, sources: Sequence[Source]) -> Manifest:
+    """Fold the receipts of all sources; writes the rejects and, last, the manifest, and sweeps up after the killed.
 
     Raises:
         DataError: shards are missing, too many samples were rejected, or none is left to train on.
     """
-    receipts = committed(store, sources, encoder.fingerprint)
-    if missing := [source.shard for source in sources if source.shard not in receipts]:
-        raise DataError(
-            f"{len(missing)} of {len(sources)} latent shards are missing: {', '.join(missing[:3])}",
-            "run lathe encode for them (the same command goes on where it was)",
-        )
-    ordered = [receipts[source.shard] for source in sources]
-    check_rejects(ordered, config.max_reject_rate)
-    manifest = fold(
-        ordered,
-        encoder.fingerprint,
-        autoencoder=config.autoencoder,
-        latent_channels=encoder.channels,
-        downsampling_factor=encoder.downsampling_factor,
-        attribution=attribution(open_store(split(sources[0].url)[0])),
-    )
-    if len(manifest.environments) > 1:
-        _log.warning(
-            "the shards were encoded with different versions, hardware, threads or batch sizes: latents may differ in"
-            " float16's last places (see environments in %s)",
-            MANIFEST,
-        )
-    store.write(EMPTY_TOKENS, npy_bytes(encoder.tokenizer.empty))
-    store.write(REJECTS, _reject_lines(ordered))
-    store.write(MANIFEST, manifest.to_bytes())
+    fitting = _Fitting(target, sources)
+    with tempfile.TemporaryDirectory(prefix="lathe-encode-") as folder:
+        rejects = Path(folder) / REJECTS
+        with rejects.open("w", encoding="ascii") as lines:
+            manifest = fitting.fold(_provenance(config, target, sources), lines.write)
+        check_rejects(fitting.tally, config.max_reject_rate)
+        target.store.upload(rejects, REJECTS)
+    fitting.warn(manifest)
+    names = [source.shard for source in sources]
+    target.store.sweep([*names, *(name + RECEIPT_SUFFIX for name in names)])
+    target.store.sweep([ENCODING, REJECTS, MANIFEST], older_than_seconds=_STALE_SECONDS)
+    target.store.write(MANIFEST, manifest.to_bytes())
     return manifest
 
 
-def _reject_lines(receipts: Iterable[Receipt]) -> bytes:
-    lines = [
-        json.dumps({"shard": receipt.source, "key": reject.key, "reason": reject.reason})
-        for receipt in receipts
-        for reject in receipt.rejects
-    ]
-    return "".join(line + "\n" for line in lines).encode("ascii")
+class IncompleteError(DataError):
+    """Latent shards are missing, so there is no manifest yet."""
+
+    def __init__(self, names: Sequence[str], of: int) -> None:
+        super().__init__(
+            f"{len(names)} of {of} latent shards are missing: {', '.join(names[:3])}",
+            "run lathe encode for them (the same command goes on where it was)",
+        )
+        self.shards = len(names)
 
 
-def _place(url: str) -> str:
-    return url.rstrip("/") if "://" in url else str(local_path(url).resolve())
+class _Fitting:
+    """The receipts of all sources on their way into the manifest, with what is noticed on the way."""
+
+    def __init__(self, target: Target, sources: Sequence[Source]) -> None:
+        self._target, self._sources = target, sources
+        self.tally = Tally()
+        self._missing: list[str] = []
+        self._hashes = array("Q")
+
+    def fold(self, about: Provenance, write_reject: Callable[[str], object]) -> Manifest:
+        absent = missing(self._target, self._sources)  # without reading thousands of receipts, where it is plain
+        if absent:
+            raise IncompleteError(absent, len(self._sources))
+        with closing(self._fitting(write_reject)) as receipts:
+            return fold(receipts, about)
+
+    def warn(self, manifest: Manifest) -> None:
+        if len(manifest.environments) > 1:
+            _log.warning(
+                "the shards were encoded with different versions, hardware, threads or batch sizes: latents may differ"
+                " in float16's last places (see environments in %s)",
+                MANIFEST,
+            )
+        repeated = len(self._hashes) - len(np.unique(np.frombuffer(self._hashes, np.uint64)))
+        if repeated:
+            _log.warning("%d keys occur more than once in the data set; `lathe verify` names them", repeated)
+
+    def _fitting(self, write_reject: Callable[[str], object]) -> Generator[Receipt, None, None]:
+        for source, receipt in _receipts(self._target, self._sources):
+            if receipt is None or receipt.source_version != source.version:
+                self._missing.append(source.shard)
+                continue
+            self.tally.add(receipt)
+            self._hashes.extend(receipt.hashes())
+            for reject in receipt.rejects:
+                line = {"shard": receipt.source, "key": reject.key, "reason": reject.reason}
+                write_reject(json.dumps(line) + "\n")
+            yield receipt
+        if self._missing:
+            raise IncompleteError(self._missing, len(self._sources))
+
+
+def _claim(store: Store, encoding: Encoding, empty: Mapping[str, npt.NDArray[Any]]) -> None:
+    if not store.exists(ENCODING) and store.write(ENCODING, encoding.to_bytes(), if_absent=True):
+        fields = []
+    else:
+        noted = _read(store)
+        fields = noted.fingerprint.difference(encoding.fingerprint)
+        if fields and any(entry.name.endswith(RECEIPT_SUFFIX) for entry in store.list()):
+            said = ", ".join(_told(noted.fingerprint, encoding.fingerprint, name) for name in fields)
+            raise DataError(
+                f"{store.url} holds latents that were made otherwise; these differ: {said}",
+                "choose another output, or use the settings and the autoencoder that it was begun with",
+            )
+        if fields:
+            store.write(ENCODING, encoding.to_bytes())
+    for stem, array_ in empty.items():
+        store.write(f"empty.{stem}.npy", npy_bytes(array_), if_absent=not fields)
+
+
+def _read(store: Store) -> Encoding:
+    if not store.exists(ENCODING):
+        raise DataError(f"{store.url} has no {ENCODING}: nothing was encoded here", "run lathe encode first")
+    try:
+        return Encoding.model_validate_json(store.read(ENCODING))
+    except ValidationError as error:
+        raise DataError(f"{store.url}: {ENCODING} cannot be read", "choose another output") from error
+
+
+def _told(before: Fingerprint, now: Fingerprint, name: str) -> str:
+    """A field with its two values, where they are short enough for a person."""
+    values = [str(getattr(fingerprint, name)) for fingerprint in (before, now)]
+    return name if max(map(len, values)) > 40 else f"{name} ({values[0]}, now {values[1]})"
+
+
+def _receipts(target: Target, sources: Iterable[Source]) -> Iterator[tuple[Source, Receipt | None]]:
+    """Each source with the receipt of its latent shard, where that is complete and of this encoding."""
+    sizes = {entry.name: entry.size for entry in target.store.list()}
+
+    def look(source: Source) -> tuple[Source, Receipt | None]:
+        name = source.shard + RECEIPT_SUFFIX
+        if name not in sizes:
+            return source, None
+        receipt = load_receipt(target.store, name)
+        fits = (
+            (receipt.shard, receipt.source, receipt.source_bytes) == (source.shard, source.name, source.bytes)
+            and receipt.fingerprint == target.digest
+            and sizes.get(receipt.shard) == receipt.bytes
+            and not target.takedown.touches(receipt)
+        )
+        return source, receipt if fits else None
+
+    with ThreadPoolExecutor(_READERS, "receipts") as pool:
+        yield from mapped(pool, look, sources, ahead=4 * _READERS)
+
+
+def _provenance(config: EncodeConfig, target: Target, sources: Sequence[Source]) -> Provenance:
+    images = config.images.shards
+    return Provenance(
+        images=(images,) if isinstance(images, str) else images,
+        shard_name_parts=config.images.shard_name_parts,
+        attribution=attribution(open_store(split(sources[0].url)[0])),
+        **{name: getattr(target.encoding, name) for name in Encoding.model_fields},
+    )
+
+
+def _sha256(url: str) -> str:
+    with open_stream(url) as stream:
+        while stream.read(1 << 20):
+            pass
+        return stream.sha256()

@@ -1,0 +1,56 @@
+"""Counts over many receipts: what was used, what could not be, what nobody wanted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pipeline.data.manifest import FILTERED, Receipt
+from pipeline.encode.takedown import REASON as REMOVED
+from pipeline.errors import DataError
+
+
+@dataclass
+class Tally:
+    """Samples of the receipts that were added."""
+
+    shards: int = 0
+    samples: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)  # of every sample that was left out
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one receipt."""
+        self.shards += 1
+        self.samples += receipt.samples()
+        self.reasons.update(reject.reason for reject in receipt.rejects)
+
+    @property
+    def rejects(self) -> Counter[str]:
+        """Samples that could not be used, by reason."""
+        return Counter({reason: count for reason, count in self.reasons.items() if not unwanted(reason)})
+
+    @property
+    def unwanted(self) -> int:
+        """Samples that the filters or a takedown left out."""
+        return sum(count for reason, count in self.reasons.items() if unwanted(reason))
+
+
+def unwanted(reason: str) -> bool:
+    """Whether a sample was left out by the user's own wish, and is no sign of trouble."""
+    return reason.startswith(FILTERED) or reason == REMOVED
+
+
+def check_rejects(tally: Tally, limit: float, min_seen: int = 0) -> None:
+    """Whether few enough samples were unusable.
+
+    Raises:
+        DataError: the share is above `limit`, of at least `min_seen` samples; the message has the commonest reasons.
+    """
+    rejects = tally.rejects
+    seen = tally.samples + rejects.total()
+    if seen >= min_seen and rejects.total() > limit * seen:
+        said = ", ".join(f"{reason}: {count}" for reason, count in rejects.most_common(3))
+        raise DataError(
+            f"{rejects.total()} of {seen} pictures were rejected ({said}), more than max_reject_rate={limit}",
+            "look at the rejects in the receipts; mend the shards, or raise max_reject_rate: finished shards are kept",
+        )

@@ -1,0 +1,269 @@
+"""One worker's image shards into latent shards: fetching, decoding, encoding and uploading run at once.
+
+A thread reads the source shards as streams and feeds a pool of decoders; the calling thread gathers what they give into
+batches of one resolution and bucket and hands them to the encoder; a second pool assembles and uploads finished shards.
+Batches are formed within one source shard, so that its latents depend neither on the share nor on restarts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import EncodeConfig
+from pipeline.data import images
+from pipeline.data.buckets import nearest_bucket, scale
+from pipeline.data.filters import Filters
+from pipeline.data.manifest import RECEIPT_SUFFIX, Bucket, Environment, Receipt
+from pipeline.data.samples import ImageSample, Rejected, is_holdout, read_image_shard
+from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity
+from pipeline.encode.meter import Meter
+from pipeline.encode.output import Target
+from pipeline.encode.overlap import ahead
+from pipeline.encode.sources import Source
+from pipeline.encode.takedown import REASON as REMOVED
+from pipeline.encode.tally import unwanted
+from pipeline.storage import Store, open_stream
+
+UPSCALED = "filtered_upscale"
+_UPLOADS = 2
+
+
+class PendingMoments(Protocol):
+    """A batch that the device is at."""
+
+    def result(self) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16] | None]:
+        """Moments [N, 2C, h, w], and those of the mirrored pictures where they were asked for."""
+        ...
+
+
+class Encodes(Protocol):
+    """The part of the encoder that a worker needs."""
+
+    channels: int
+    environment: Environment
+
+    def start(self, pixels: images.Pixels, flip: bool) -> PendingMoments: ...  # noqa: D102
+    def text(self, captions: Sequence[str]) -> list[dict[str, npt.NDArray[Any]]]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Work:
+    """An image shard, and the targets (by number) that lack its latents."""
+
+    source: Source
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A picture as one target takes it."""
+
+    bucket: Bucket
+    pixels: images.Pixels  # [bucket's height, bucket's width, 3]
+    size: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    sample: ImageSample
+    fitted: Future[dict[int, _Fitted | str]]  # by target: the picture, or why not
+
+
+_Item = _Decoding | Rejected | SourceIdentity
+_Batch = list[tuple[ImageSample, _Fitted]]
+
+
+@dataclass
+class _Open:
+    """The latent shards of the source at hand, and their batches that are not full yet."""
+
+    work: Work
+    shards: dict[int, LatentShard]
+    batches: dict[tuple[int, Bucket], _Batch] = field(default_factory=dict)
+
+
+class Worker:
+    """Args: the job, what encodes, where to, what is measured, and what is called after each batch."""
+
+    def __init__(
+        self,
+        config: EncodeConfig,
+        encoder: Encodes,
+        targets: Sequence[Target],
+        meter: Meter,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config, self._encoder, self._targets = config, encoder, targets
+        self._meter, self._tick = meter, tick
+        self._filters = Filters(config.images.filters)
+        # Steps that wait for the device, in order: while one batch is encoded the next is prepared.
+        self._line: deque[Callable[[], None]] = deque()
+        self._uploads: deque[Future[tuple[int, Receipt]]] = deque()
+        self._uploaders = ThreadPoolExecutor(_UPLOADS, "upload")
+
+    def run(self, work: Sequence[Work]) -> Generator[tuple[int, Receipt], None, None]:
+        """Target's number and receipt of each latent shard, once both are stored. For one call."""
+        decoders = ThreadPoolExecutor(decoder_count(self._config), "decode")
+        try:
+            depth = max(2 * self._config.batch_size, 2 * decoder_count(self._config))
+            with closing(ahead(self._read(work, decoders), depth)) as items:
+                for one in work:
+                    self._gather(one, items)
+                    yield from self._uploaded(_UPLOADS * len(self._targets))
+                self._advance(0)
+            yield from self._uploaded(0)
+        finally:
+            decoders.shutdown(wait=False, cancel_futures=True)
+            self._uploaders.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, work: Iterable[Work], decoders: Executor) -> Iterator[_Item]:
+        """The samples of each shard as they are being decoded, and behind each shard's last the shard's identity."""
+        for one in work:
+            with open_stream(one.source.url) as stream:
+                samples, counted = read_image_shard(stream, self._config.images.caption_field), 0
+                while True:
+                    with self._meter.busy("fetch"):
+                        sample = next(samples, None)
+                    self._meter.count(read=stream.bytes_read - counted)
+                    counted = stream.bytes_read
+                    if sample is None:
+                        break
+                    yield self._wanted(sample, one, decoders)
+                with self._meter.busy("fetch"):
+                    while stream.read(1 << 20):
+                        pass
+                self._meter.count(read=stream.bytes_read - counted)
+                identity = SourceIdentity(one.source.name, stream.bytes_read, stream.sha256(), one.source.version)
+            yield identity
+
+    def _wanted(self, sample: ImageSample | Rejected, work: Work, decoders: Executor) -> _Decoding | Rejected:
+        if isinstance(sample, Rejected):
+            return sample
+        if reason := self._filters.of_sample(sample):
+            return Rejected(sample.key, reason)
+        return _Decoding(sample, decoders.submit(self._fit, sample.image_bytes, work.targets))
+
+    def _fit(self, data: bytes, targets: Iterable[int]) -> dict[int, _Fitted | str]:
+        """Decode once, bring to each target's size."""
+        with self._meter.busy("decode"):
+            try:
+                pixels = images.decode(data, self._config.images.background)
+            except images.ImageError as error:
+                return dict.fromkeys(targets, error.reason)
+            height, width = pixels.shape[:2]
+            if reason := self._filters.of_size(height, width):
+                return dict.fromkeys(targets, reason)
+            fitted: dict[int, _Fitted | str] = {}
+            for target in targets:
+                bucket = nearest_bucket(height, width, self._targets[target].buckets)
+                if scale(height, width, bucket) > self._config.images.max_upscale:
+                    fitted[target] = UPSCALED
+                else:
+                    size = images.size_record(height, width, bucket)
+                    fitted[target] = _Fitted(bucket, images.cover(pixels, bucket), size)
+            return fitted
+
+    def _gather(self, work: Work, items: Iterator[_Item]) -> None:
+        """One source shard's items into batches; at its end the latent shards are on their way."""
+        config, channels = self._config, self._encoder.channels
+        shard = _Open(work, {t: LatentShard(work.source.name, channels, config.block_samples) for t in work.targets})
+        for item in items:
+            if isinstance(item, SourceIdentity):
+                for number, bucket in sorted(shard.batches):
+                    self._encode(shard, number, bucket)
+                self._line.append(partial(self._finish, shard, item))
+                return
+            if isinstance(item, Rejected):
+                for number in work.targets:
+                    self._reject(shard, number, item.key, item.reason)
+                continue
+            for number, fitted in item.fitted.result().items():
+                if self._targets[number].takedown.holds(work.source.name, item.sample.key):
+                    self._reject(shard, number, item.sample.key, REMOVED)
+                elif isinstance(fitted, str):
+                    self._reject(shard, number, item.sample.key, fitted)
+                else:
+                    batch = shard.batches.setdefault((number, fitted.bucket), [])
+                    batch.append((item.sample, fitted))
+                    if len(batch) == config.batch_size:
+                        self._encode(shard, number, fitted.bucket)
+        raise AssertionError("every shard's items end with its identity")
+
+    def _encode(self, shard: _Open, number: int, bucket: Bucket) -> None:
+        """Start a batch, and take in the one before it, which the device has finished or soon will have."""
+        batch = shard.batches.pop((number, bucket))
+        captions = [self._filters.captions(sample) for sample, _ in batch]
+        pixels = np.stack([fitted.pixels for _, fitted in batch])
+        with self._meter.busy("encode"):
+            texts = iter(self._encoder.text([caption for some in captions for caption in some]))
+            pending = self._encoder.start(pixels, self._config.images.flip)
+
+        def take() -> None:
+            with self._meter.busy("encode"):
+                moments, flipped = pending.result()
+            for i, (sample, fitted) in enumerate(batch):
+                mirrored = None if flipped is None else flipped[i]
+                text = tuple(next(texts) for _ in captions[i])
+                if not (np.isfinite(moments[i]).all() and (mirrored is None or np.isfinite(mirrored).all())):
+                    self._reject(shard, number, sample.key, "non_finite_latent")
+                    continue
+                encoded = EncodedSample(sample.key, captions[i], bucket, moments[i], mirrored, text, fitted.size)
+                shard.shards[number].add(encoded, holdout=is_holdout(sample.key, self._config.images.holdout))
+                if number == shard.work.targets[0]:
+                    self._meter.count(images=1)
+            self._tick()
+
+        self._line.append(take)
+        self._advance(1)
+
+    def _advance(self, keep: int) -> None:
+        """Take the steps in line, but for the newest `keep`."""
+        while len(self._line) > keep:
+            self._line.popleft()()
+
+    def _reject(self, shard: _Open, number: int, key: str, reason: str) -> None:
+        shard.shards[number].reject(key, reason)
+        if number == shard.work.targets[0]:
+            self._meter.count(**{"filtered" if unwanted(reason) else "rejected": {reason: 1}})
+
+    def _finish(self, shard: _Open, identity: SourceIdentity) -> None:
+        def upload(number: int) -> tuple[int, Receipt]:
+            target = self._targets[number]
+            data, receipt = shard.shards.pop(number).finish(
+                shard.work.source.shard, identity, target.digest, self._encoder.environment
+            )
+            with self._meter.busy("upload"):
+                commit(target.store, data, receipt)
+            self._meter.count(written=receipt.bytes, shards=1 if number == shard.work.targets[0] else 0)
+            return number, receipt
+
+        self._uploads.extend(self._uploaders.submit(upload, number) for number in shard.work.targets)
+
+    def _uploaded(self, keep: int) -> Iterator[tuple[int, Receipt]]:
+        """What is stored; waits until no more than `keep` uploads are under way, which bounds the memory."""
+        while self._uploads and (len(self._uploads) > keep or self._uploads[0].done()):
+            result = self._uploads.popleft().result()
+            self._tick()
+            yield result
+
+
+def decoder_count(config: EncodeConfig) -> int:
+    """Decoding threads: `threads`, or this process's part of the cores that it may use."""
+    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // here)
+
+
+def commit(store: Store, data: bytes | memoryview, receipt: Receipt) -> None:
+    """The shard, then its receipt: whoever sees the receipt may trust the shard."""
+    store.write(receipt.shard, data)
+    store.write(receipt.shard + RECEIPT_SUFFIX, receipt.to_bytes())
