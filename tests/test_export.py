@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import fingerprint
+from support import fingerprint, provenance
 
 from pipeline.config import AutoencoderModelConfig, ExportConfig, TextConfig, TrainConfig, UNetConfig
 from pipeline.data.manifest import Manifest
@@ -232,20 +232,21 @@ def test_autoencoder_without_quant_conv_is_refused(model: TextToImage, tmp_path:
 
 
 def trained(model: TextToImage, tokenizer: Tokenizer, weights: str) -> TrainedModel:
-    manifest = Manifest(
+    about = provenance(
         fingerprint=fingerprint(autoencoder_weights=weights, resolution=16, context_length=LENGTH),
-        content_hash="",
         autoencoder="the/right/one",
         latent_channels=4,
-        latent_side=4,
         downsampling_factor=4,
-        context_length=LENGTH,
+        attribution="Ann Example, CC-BY",
+    )
+    manifest = Manifest(
+        content_hash="",
         shards=(),
         mean=tuple(MEAN.tolist()),
         std=tuple(STD.tolist()),
         rejects={},
-        attribution="Ann Example, CC-BY",
         environments=(),
+        **vars(about),
     )
     return TrainedModel(7, TrainConfig(manifest="m", output="o"), manifest, model, tokenizer)
 

@@ -28,7 +28,7 @@ _TOKENS = re.compile(r"tokens(\d+)\.clip\.npy")
 
 @dataclass(frozen=True)
 class LatentSample:
-    """One encoded picture; the arrays are read-only views of its block."""
+    """One encoded picture; the arrays are read-only views of its block. A mirrored latent is passed over."""
 
     key: str
     moments: NDArray[np.float16]  # [2C, h, w]: the posterior's mean and log-variance
@@ -60,10 +60,18 @@ class BlockReader:
         store: the manifest's folder.
         manifest: what it should hold.
         split: which samples.
+
+    Raises:
+        DataError: the latents are of several shapes, or their captions are no token ids for a tower in training.
     """
 
     def __init__(self, store: Store, manifest: Manifest, split: Split) -> None:
         self._store, self._manifest, self._split = store, manifest, split
+        if (mode := manifest.fingerprint.text_mode) != "joint":
+            raise DataError(
+                f"the latents' captions are stored for text.mode={mode}, and this command takes joint only",
+                "encode them with text.mode=joint, to another output",
+            )
         side = manifest.latent_side
         self._shape = (2 * manifest.latent_channels, side, side)
 

@@ -5,7 +5,6 @@ Legend: b samples of this rank, C latent channels, h and w sides of the latent, 
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.blocks import BlockReader, LatentSample, LruCache, ShardPlan
-from pipeline.data.manifest import Block, Split, load_manifest
+from pipeline.data.manifest import Block, Split, key_hash, load_manifest
 from pipeline.data.order import Integers, Order, rank_positions
 from pipeline.randomness import Purpose, uniform
 
@@ -59,7 +58,7 @@ class LatentLoader:
 
     Raises:
         ConfigError: the world size does not divide the global batch.
-        DataError: the manifest cannot be used, or has no sample of the split.
+        DataError: the manifest cannot be used, has no sample of the split, or is of latents that `BlockReader` refuses.
         StorageError: the manifest cannot be read.
     """
 
@@ -183,7 +182,7 @@ def read_split(manifest_url: str, split: Split, limit: int | None = None) -> Spl
         limit: only so many, the first ones; None = all.
 
     Raises:
-        DataError: manifest, receipt or a block cannot be used.
+        DataError: manifest, receipt or a block cannot be used, or `BlockReader` refuses the latents.
         StorageError: one of them cannot be read.
     """
     manifest = load_manifest(manifest_url)
@@ -210,15 +209,9 @@ def _choose_captions(seed: int, epochs: Integers, samples: list[LatentSample]) -
     counts = [len(sample.tokens) for sample in samples]
     if max(counts) == 1:
         return [0] * len(samples)
-    keys = torch.tensor([_key_number(sample.key) for sample in samples])
+    keys = torch.tensor([key_hash(sample.key) >> 1 for sample in samples])  # 63 bits, as int64 has no more
     drawn = torch.empty(len(samples), dtype=torch.float64)
     for epoch in np.unique(epochs).tolist():
         here = torch.from_numpy(epochs == epoch)
         drawn[here] = uniform(seed, Purpose.CAPTION_CHOICE, epoch, keys[here], ()).double()
     return (drawn * torch.tensor(counts)).long().tolist()
-
-
-def _key_number(key: str) -> int:
-    """A 63-bit hash of a sample's key."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

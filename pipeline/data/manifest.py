@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from pipeline.errors import DataError
 from pipeline.storage import Store, read_file
@@ -165,6 +165,12 @@ class Receipt(Record):
     rejects: tuple[Reject, ...]
     environment: Environment
 
+    @field_validator("keys")
+    @classmethod
+    def _keys_are_hashes(cls, keys: str) -> str:
+        unpack_hashes(keys)
+        return keys
+
     def samples(self) -> int:
         """Samples in the shard, of both splits."""
         return sum(bucket.holdout[1] - bucket.train[0] for bucket in self.buckets)
@@ -270,8 +276,8 @@ def pack_hashes(hashes: Iterable[int]) -> str:
 
 
 def unpack_hashes(text: str) -> array[int]:
-    """The inverse of `pack_hashes`."""
-    hashes = array("Q", base64.b64decode(text))
+    """The inverse of `pack_hashes`. Raises ValueError where `text` is something else."""
+    hashes = array("Q", base64.b64decode(text, validate=True))
     if sys.byteorder == "little":
         hashes.byteswap()
     return hashes
@@ -284,7 +290,12 @@ def load_manifest(url: str) -> Manifest:
         StorageError: it is not there.
         DataError: not JSON, of a newer format, or a field is missing.
     """
-    return _parse(Manifest, read_file(url), url)
+    return parse_manifest(read_file(url), url)
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """A manifest from its bytes; errors name it by `where`. Raises DataError as `load_manifest`."""
+    return _parse(Manifest, data, where)
 
 
 def load_receipt(store: Store, name: str) -> Receipt:

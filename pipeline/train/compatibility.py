@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import TrainConfig
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, parse_manifest
 from pipeline.errors import ConfigError, DataError
 from pipeline.train.checkpoint import CONFIG, MANIFEST, Checkpoint
 
@@ -20,23 +20,28 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
 
     Raises:
         ConfigError: naming the field.
+        DataError: the latents are of several shapes.
     """
+    encoded, again = manifest.fingerprint, "encode the shards again with text.mode=joint, to another output"
+    if config.text.mode != encoded.text_mode:
+        raise ConfigError(
+            f"text.mode: {config.text.mode}, but the latents' captions are stored for text.mode={encoded.text_mode}",
+            again,
+        )
+    if encoded.text_padding == "trimmed":
+        raise ConfigError("text.padding: the latents' captions are trimmed, and training takes full ones only", again)
+    side = manifest.latent_side
     if config.text.context_length != manifest.context_length:
         raise ConfigError(
             f"text.context_length: {config.text.context_length}, but the manifest's captions have "
             f"{manifest.context_length} tokens",
             f"set text.context_length={manifest.context_length}, or encode the shards again",
         )
-    if config.text.mode != manifest.fingerprint.text_mode:
-        raise ConfigError(
-            f"text.mode: {config.text.mode}, but the latents were encoded for {manifest.fingerprint.text_mode}",
-            f"set text.mode={manifest.fingerprint.text_mode}, or encode the shards again",
-        )
     halvings = len(config.unet.block_out_channels) - 1
-    if manifest.latent_side % 2**halvings:
+    if side % 2**halvings:
         raise ConfigError(
             f"unet.block_out_channels: {halvings + 1} levels halve the latents {halvings} times, and "
-            f"{manifest.latent_side}x{manifest.latent_side} latents cannot be",
+            f"{side}x{side} latents cannot be",
             "use fewer levels, or another resolution",
         )
 
@@ -45,13 +50,13 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, manifest: Manifest
     """Whether a checkpoint is of this run.
 
     Raises:
-        DataError: the latents are others than the checkpoint's; names the fields.
+        DataError: the latents are others than the checkpoint's; names the fields. Or its manifest is of another format.
         ConfigError: a field that a run keeps was changed.
         DamagedError: the checkpoint cannot be read.
     """
     where = f"{checkpoint.store.url}/{checkpoint.name}"
     elsewhere = "use the manifest of the earlier steps, or train into another output"
-    saved = Manifest.model_validate_json(checkpoint.read(MANIFEST))
+    saved = parse_manifest(checkpoint.read(MANIFEST), f"{where}/{MANIFEST}")
     fields = saved.fingerprint.difference(manifest.fingerprint)
     if fields:
         raise DataError(f"{where} was trained on latents that differ in {', '.join(fields)}", elsewhere)

@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, parse_manifest
 from pipeline.errors import DataError
 from pipeline.models import autoencoder, unet
 from pipeline.models.autoencoder import AutoencoderKL
@@ -69,7 +69,7 @@ def load_trained(run: str, which: Literal["ema", "raw"] = "ema") -> TrainedModel
     store, name = _find(run)
     saved = checkpoint.open_checkpoint(store, name)
     config = TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
-    manifest = Manifest.model_validate_json(saved.read(checkpoint.MANIFEST))
+    manifest = parse_manifest(saved.read(checkpoint.MANIFEST), f"{store.url}/{name}/{checkpoint.MANIFEST}")
     network = unet.build(config.unet, manifest.latent_channels, manifest.latent_side, config.text.width)
     model = TextToImage(network, TextTower(config.text))
     model.load_state_dict(checkpoint.load_weights(store, name, which))

@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import fingerprint
+from support import fingerprint, provenance
 
+from pipeline.data.fold import fold
 from pipeline.data.loader import Batch, LatentLoader, read_split
 from pipeline.data.manifest import (
     MANIFEST,
     RECEIPT_SUFFIX,
     Block,
     BucketRange,
+    Fingerprint,
     Receipt,
     Statistics,
-    fold,
+    key_hash,
+    pack_hashes,
 )
 from pipeline.data.tar import TarBuilder, npy_bytes
 from pipeline.errors import ConfigError, DataError, StorageError
@@ -36,6 +39,7 @@ def add_sample(tar: TarBuilder, key: str, captions: int, side: int) -> int:
     offset = tar.add(f"{key}.latent.npy", npy_bytes(moments))
     for i in range(captions):
         tar.add(f"{key}.tokens{i}.clip.npy", npy_bytes(np.array([i, *rng.integers(0, 65536, 3)], np.uint16)))
+    tar.add(f"{key}.latent_flip.npy", npy_bytes(moments[..., ::-1]))  # not for the loader
     tar.add(f"{key}.size.npy", npy_bytes(np.zeros(6, np.int32)))
     tar.add(f"{key}.json", json.dumps({"captions": [f"{key} {i}" for i in range(captions)]}).encode())
     return offset
@@ -70,6 +74,7 @@ def write_shard(folder: Path, name: str, train: int, holdout: int, captions: int
         sha256=hashlib.sha256(data).hexdigest(),
         buckets=(BucketRange(bucket=(4, 4), train=(0, train), holdout=(train, train + holdout)),),
         blocks=tuple(blocks),
+        keys=pack_hashes(key_hash(f"{name[:-4]}/{i:04d}") for i in range(train + holdout)),
         statistics=Statistics(count=max(train, 1), sum=ones, sum_squares=ones, sum_variance=ones),
         rejects=(),
         environment={},
@@ -79,9 +84,15 @@ def write_shard(folder: Path, name: str, train: int, holdout: int, captions: int
     return receipt
 
 
-def write_latents(folder: Path, sizes: list[tuple[int, int]], captions: int = 1, side: int = SIDE) -> str:
+def write_latents(
+    folder: Path,
+    sizes: list[tuple[int, int]],
+    captions: int = 1,
+    side: int = SIDE,
+    fingerprint: Fingerprint = FINGERPRINT,
+) -> str:
     receipts = [write_shard(folder, f"{i:05d}.tar", *size, captions, side) for i, size in enumerate(sizes)]
-    manifest = fold(receipts, FINGERPRINT, autoencoder="ae", latent_channels=CHANNELS, downsampling_factor=2)
+    manifest = fold(receipts, provenance(fingerprint=fingerprint, latent_channels=CHANNELS, downsampling_factor=2))
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return str(folder / MANIFEST)
 
@@ -248,6 +259,23 @@ def test_arrays_of_another_shape_than_the_manifest_says_are_refused(tmp_path: Pa
     url = write_latents(tmp_path, [(9, 0)], side=3)
     with pytest.raises(DataError, match=r"00000/0000.*float16 \[4, 3, 3\].*manifest says float16 \[4, 2, 2\]"):
         load(url, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_mode": "cached"}, r"stored for text\.mode=cached"),
+        ({"text_mode": "online"}, r"stored for text\.mode=online"),
+        ({"buckets": ((2, 8), (4, 4), (8, 2))}, "several shapes"),
+    ],
+)
+def test_latents_that_it_cannot_read_are_refused(tmp_path: Path, changes, message: str) -> None:
+    url = write_latents(tmp_path, [(9, 0)], fingerprint=FINGERPRINT.model_copy(update=changes))
+    for attempt in (lambda: load(url, 1), lambda: read_split(url, "train")):
+        with pytest.raises(DataError, match=message) as error:
+            attempt()
+        assert error.value.remedy
+        assert "\n" not in error.value.message
 
 
 def test_errors_end_the_loader_and_its_threads(latents: str) -> None:

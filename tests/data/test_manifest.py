@@ -1,30 +1,39 @@
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from support import fingerprint
+from hypothesis import given
+from hypothesis import strategies as st
+from support import fingerprint, provenance
 
+from pipeline.data.fold import fold
 from pipeline.data.manifest import (
     Block,
+    BucketCount,
     BucketRange,
     Fingerprint,
+    Manifest,
     Receipt,
     Reject,
+    ShardEntry,
     Statistics,
-    content_hash,
-    fold,
+    Tower,
+    key_hash,
     load_manifest,
     load_receipt,
-    shard_entry,
+    pack_hashes,
+    parse_manifest,
+    unpack_hashes,
 )
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 
 FINGERPRINT = fingerprint()
+WIDE, SQUARE, TALL = (48, 80), (64, 64), (80, 48)
 
 
 def receipt(i: int, train: int = 8, holdout: int = 2, **changes) -> Receipt:
@@ -38,6 +47,7 @@ def receipt(i: int, train: int = 8, holdout: int = 2, **changes) -> Receipt:
         "sha256": f"{i:064d}",
         "buckets": (BucketRange(bucket=(64, 64), train=(0, train), holdout=(train, train + holdout)),),
         "blocks": (Block(first_sample=0, samples=train, offset=0, length=512, crc32=7),),
+        "keys": pack_hashes(range(train + holdout)),
         "statistics": Statistics(count=train * 4, sum=(0.1 * i, 2.0), sum_squares=(5.0, 6.0), sum_variance=(1.0, 2.0)),
         "rejects": (Reject(key="ké", reason="no_caption"),) * i,
         "environment": {"torch": "2", "threads": 1},
@@ -45,8 +55,8 @@ def receipt(i: int, train: int = 8, holdout: int = 2, **changes) -> Receipt:
     return Receipt(**{**values, **changes})
 
 
-def folded(receipts):
-    return fold(receipts, FINGERPRINT, autoencoder="s3://b/vae", latent_channels=2, downsampling_factor=8)
+def folded(receipts) -> Manifest:
+    return fold(receipts, provenance())
 
 
 def test_records_read_back_what_they_wrote(tmp_path):
@@ -59,65 +69,74 @@ def test_records_read_back_what_they_wrote(tmp_path):
     assert load_receipt(store, manifest.shards[1].receipt).to_bytes() == receipt(1).to_bytes()
 
 
-def test_the_manifest_is_the_same_bytes_for_equal_receipts():
-    first = folded([receipt(0), receipt(1), receipt(2)])
-    again = folded([Receipt.model_validate_json(receipt(i).to_bytes()) for i in range(3)])
-    assert first.to_bytes() == again.to_bytes()
-    assert (first.samples("train"), first.samples("holdout"), first.rejects) == (24, 6, {"no_caption": 3})
-    assert (first.latent_side, first.context_length) == (8, 24)
-
-
-def test_content_hash_depends_on_content_and_order():
-    entries = [shard_entry(receipt(i)) for i in range(3)]
-    hashes = {
-        content_hash(entries),
-        content_hash(entries[::-1]),
-        content_hash(entries[:2]),
-        content_hash([*entries[:2], shard_entry(receipt(2, sha256="f" * 64))]),
-        content_hash([*entries[:2], shard_entry(receipt(2, train=7, holdout=3))]),
-    }
-    assert len(hashes) == 5
-
-
-def test_statistics_are_those_of_the_posterior_samples():
-    rng = np.random.default_rng(0)
-    means, logvars = rng.normal(3, 2, (2, 6, 50)), rng.normal(-1, 0.5, (2, 6, 50))  # C, samples, elements
-    parts = []
-    for i in range(6):
-        m, v = means[:, i], np.exp(logvars[:, i])
-        sums = [tuple(x.sum(1).tolist()) for x in (m, m**2, v)]
-        parts.append(Statistics(count=50, sum=sums[0], sum_squares=sums[1], sum_variance=sums[2]))
-    parts.insert(2, Statistics(count=0, sum=(0.0, 0.0), sum_squares=(0.0, 0.0), sum_variance=(0.0, 0.0)))
-    total = Statistics.total(parts)
-    draws = means[..., None] + np.exp(logvars / 2)[..., None] * rng.standard_normal((*means.shape, 400))
-    np.testing.assert_allclose(total.mean(), means.mean((1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(total.std(), draws.reshape(2, -1).std(1), rtol=5e-3)
-    assert Statistics.total(parts[::-1]) == total
-
-
 def test_ranges_of_a_split():
     assert receipt(0).ranges("train") == [(0, 8)]
     assert receipt(0).ranges("holdout") == [(8, 10)]
     assert receipt(0, train=0).ranges("train") == []
+    assert (receipt(0).samples(), receipt(0, train=0, holdout=0).samples()) == (10, 0)
 
 
-def test_empty_shards_are_listed_and_nothing_to_train_on_is_an_error():
-    nothing = Statistics(count=0, sum=(0.0, 0.0), sum_squares=(0.0, 0.0), sum_variance=(0.0, 0.0))
-    empty = receipt(1, buckets=(), blocks=(), statistics=nothing)
-    assert [shard.samples("train") for shard in folded([receipt(0), empty]).shards] == [8, 0]
-    with pytest.raises(DataError, match=r"no picture is left to train on \(no_caption: 1\)"):
-        folded([empty])
+def test_ranges_of_several_buckets_stand_in_file_order():
+    buckets = (
+        BucketRange(bucket=WIDE, train=(0, 3), holdout=(3, 4)),
+        BucketRange(bucket=SQUARE, train=(4, 4), holdout=(4, 6)),
+        BucketRange(bucket=TALL, train=(6, 9), holdout=(9, 9)),
+    )
+    one = receipt(0, buckets=buckets)
+    assert one.ranges("train") == [(0, 3), (6, 9)]
+    assert one.ranges("holdout") == [(3, 4), (4, 6)]
+    assert one.samples() == 9
 
 
-def test_distinct_environments_are_listed_once():
-    receipts = [receipt(i, environment={"threads": i % 2}) for i in range(4)]
-    assert folded(receipts).environments == ({"threads": 0}, {"threads": 1})
+def test_samples_of_a_manifest_by_split_and_bucket():
+    counts = [
+        (BucketCount(bucket=TALL, train=3, holdout=1), BucketCount(bucket=WIDE, train=0, holdout=2)),
+        (),
+        (BucketCount(bucket=TALL, train=4, holdout=0),),
+    ]
+    shards = [
+        ShardEntry(name=f"{i}.tar", receipt="r", source="s", buckets=one, bytes=0, sha256="")
+        for i, one in enumerate(counts)
+    ]
+    manifest = folded([receipt(0)]).model_copy(update={"shards": tuple(shards)})
+    assert (manifest.samples("train"), manifest.samples("holdout")) == (7, 3)
+    assert manifest.buckets() == {TALL: 7}
+    assert list(manifest.buckets("holdout").items()) == [(WIDE, 2), (TALL, 1)]
+    assert manifest.latent_shape(TALL) == (4, 10, 6)
+
+
+def test_the_latents_side_is_that_of_squares():
+    square = folded([receipt(0)])
+    assert (square.latent_side, square.context_length) == (8, 24)
+    several = square.model_copy(update={"fingerprint": fingerprint(buckets=(WIDE, SQUARE, TALL))})
+    with pytest.raises(DataError, match="several shapes") as error:
+        _ = several.latent_side
+    assert "images.buckets" in error.value.remedy
+
+
+def test_the_context_is_the_longest_towers():
+    towers = tuple(Tower(name=f"t{length}", tokenizer="t", context_length=length) for length in (16, 77, 24))
+    assert fingerprint(text_towers=towers).context_length == 77
+
+
+@given(st.lists(st.text(), max_size=20))
+def test_hashes_of_keys_survive_the_way_to_text_and_back(keys):
+    hashes = [key_hash(key) for key in keys]
+    assert list(unpack_hashes(pack_hashes(hashes))) == hashes
+    assert base64.b64decode(pack_hashes(hashes)) == b"".join(number.to_bytes(8, "big") for number in hashes)
+    assert len(set(hashes)) == len(set(keys))
+
+
+def test_a_keys_hash_stays_what_it_was():
+    assert key_hash("00000/0001") == 0x9B8DE561AD2F9B15
+    assert key_hash("\udce9") == 0xEB7CAC3C746B3455  # bytes that are not UTF-8, as tarfile names them
 
 
 @pytest.mark.parametrize("field", list(Fingerprint.model_fields))
 def test_difference_names_the_field(field):
     value = getattr(FINGERPRINT, field)
-    other = FINGERPRINT.model_copy(update={field: (0, 0, 0) if isinstance(value, tuple) else value * 2})
+    changed = (0, 0, 0) if field == "background" else not value if isinstance(value, bool) else value * 2
+    other = FINGERPRINT.model_copy(update={field: changed})
     assert FINGERPRINT.difference(other) == [field]
     assert FINGERPRINT.difference(FINGERPRINT) == []
     assert FINGERPRINT.digest() != other.digest()
@@ -135,9 +154,11 @@ def write(tmp_path, change) -> str:
     [
         (lambda t: t.pop("content_hash"), "field content_hash: is missing"),
         (lambda t: t["shards"][0].pop("sha256"), r"field shards\.0\.sha256: is missing"),
-        (lambda t: t.update(format_version=99), "has format version 99, this Lathe reads up to 1"),
+        (lambda t: t.update(format_version=99), "has format version 99, this Lathe reads version 2"),
         (lambda t: t.pop("format_version"), "is not a manifest"),
-        (lambda t: t.update(latent_side="eight"), "field latent_side"),
+        (lambda t: t.update(format_version=1), "has format version 1, this Lathe reads version 2"),
+        (lambda t: t.update(latent_channels="eight"), "field latent_channels"),
+        (lambda t: t["fingerprint"]["text_towers"][0].pop("name"), r"field fingerprint\.text_towers\.0\.name"),
         (lambda t: t.update(surprise=1), "field surprise"),
     ],
 )
@@ -153,6 +174,21 @@ def test_what_is_no_manifest_is_told(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=r"is not JSON|is not a manifest"):
         load_manifest(f"{tmp_path}/manifest.json")
+
+
+def test_a_manifest_from_elsewhere_is_named_as_told():
+    assert parse_manifest(folded([receipt(0)]).to_bytes(), "run/step-1") == folded([receipt(0)])
+    with pytest.raises(DataError, match="run/step-1 is not JSON"):
+        parse_manifest(b"{", "run/step-1")
+
+
+@pytest.mark.parametrize("keys", ["AAAA", "not base64", "AAAAAAAAAAA", "é"])
+def test_a_receipt_with_damaged_hashes_is_told(tmp_path, keys):
+    tree = {**json.loads(receipt(0).to_bytes()), "keys": keys}
+    (tmp_path / "r").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match="not a usable receipt: field keys") as error:
+        load_receipt(open_store(str(tmp_path)), "r")
+    assert "\n" not in error.value.message
 
 
 def test_a_missing_manifest_is_a_storage_error(tmp_path):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import fingerprint
+from support import fingerprint, provenance
 
+from pipeline.data.fold import fold
 from pipeline.data.manifest import (
     EMPTY_TOKENS,
     MANIFEST,
@@ -21,7 +22,8 @@ from pipeline.data.manifest import (
     Fingerprint,
     Receipt,
     Statistics,
-    fold,
+    key_hash,
+    pack_hashes,
 )
 from pipeline.data.tar import TarBuilder, npy_bytes
 
@@ -58,11 +60,12 @@ def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: in
         sha256=hashlib.sha256(data).hexdigest(),
         buckets=(BucketRange(bucket=(SIDE * 8, SIDE * 8), train=(0, SAMPLES), holdout=(SAMPLES, SAMPLES)),),
         blocks=tuple(blocks),
+        keys=pack_hashes(key_hash(f"{i:04d}") for i in range(SAMPLES)),
         statistics=Statistics(count=1, sum=(0.0,) * CHANNELS, sum_squares=ones, sum_variance=ones),
         rejects=(),
         environment={},
     )
-    manifest = fold([receipt], fingerprint, autoencoder="ae", latent_channels=CHANNELS, downsampling_factor=8)
+    manifest = fold([receipt], provenance(fingerprint=fingerprint, latent_channels=CHANNELS))
     (folder / receipt.shard).write_bytes(data)
     (folder / (receipt.shard + RECEIPT_SUFFIX)).write_bytes(receipt.to_bytes())
     (folder / MANIFEST).write_bytes(manifest.to_bytes())

@@ -43,6 +43,27 @@ def test_context_length_of_another_encoding(manifest):
         check_data(config(text={"context_length": 16}), manifest)
 
 
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_captions_that_are_no_token_ids_for_a_tower_in_training(manifest, mode):
+    other = manifest.model_copy(update={"fingerprint": manifest.fingerprint.model_copy(update={"text_mode": mode})})
+    with pytest.raises(ConfigError, match=rf"^text\.mode: joint, .* text\.mode={mode}\n.*text\.mode=joint"):
+        check_data(config(), other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"text_padding": "trimmed"}, ConfigError, r"^text\.padding: .* trimmed"),
+        ({"buckets": ((16, 64), (32, 32))}, DataError, r"several shapes.*\n.*images\.buckets"),
+    ],
+)
+def test_what_the_trainer_cannot_read_yet(manifest, changes, kind, message):
+    other = manifest.model_copy(update={"fingerprint": manifest.fingerprint.model_copy(update=changes)})
+    with pytest.raises(kind, match=message) as error:
+        check_data(config(), other)
+    assert "\n" not in error.value.message
+
+
 def test_more_levels_than_the_latents_have_halvings(manifest):
     four = {"block_out_channels": [32] * 4, "down_block_types": ["x"] * 4, "up_block_types": ["x"] * 4}
     with pytest.raises(ConfigError, match=r"unet\.block_out_channels.*4x4"):
@@ -69,6 +90,14 @@ def test_latents_of_another_meaning(tmp_path, saved, manifest, make_latents):
     url = make_latents(tmp_path / "other", other)
     with pytest.raises(DataError, match="differ in autoencoder_weights, resize_filter"):
         check_resume(saved, config(), load_manifest(url))
+
+
+def test_a_checkpoint_of_an_older_format(saved, manifest):
+    data = manifest.model_copy(update={"format_version": 1}).to_bytes()
+    saved.store.write(f"step-00000001/{MANIFEST}", data)
+    saved.files[MANIFEST] = noted(data)
+    with pytest.raises(DataError, match=r"step-00000001/manifest\.json has format version 1"):
+        check_resume(saved, config(), manifest)
 
 
 def test_other_shards_of_the_same_meaning(tmp_path, saved, manifest, make_latents):
