@@ -1,90 +1,265 @@
-"""The autoencoder and the tokenizer of one encode job, and the fingerprint of what they make."""
+"""The autoencoder and the text side of one encode job, and the fingerprint of what they make.
+
+Legend: N pictures, C latent channels, H and W sides of a picture, h and w of its latent, f the downsampling factor.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import os
 import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline import __version__
 from pipeline.config import EncodeConfig
 from pipeline.data import images
+from pipeline.data.buckets import bucket_sizes
 from pipeline.data.manifest import Environment, Fingerprint, canonical
-from pipeline.errors import ConfigError
+from pipeline.encode.captions import Arrays, CaptionEncoder
+from pipeline.errors import ConfigError, SetupError
 from pipeline.models import autoencoder
-from pipeline.models.text import Tokenizer
+
+Moments = NDArray[np.float16]  # [N, 2C, h, w]
 
 
 class Encoder:
-    """Pixels to posterior moments, captions to token ids.
+    """Pixels to posterior moments, captions to arrays, on this process's device.
+
+    A picture's latent does not depend on the batch it is in, beyond float16's last places.
+
+    Args:
+        config: the job.
 
     Raises:
-        ConfigError: the resolution is no multiple of the autoencoder's downsampling factor.
-        DataError, StorageError: the autoencoder cannot be loaded.
+        ConfigError: a picture size is no multiple of the autoencoder's downsampling factor, or a text tower is wrong.
+        DataError, StorageError: the autoencoder or a text tower cannot be loaded.
+        SetupError: the device does not have memory for them.
     """
 
     def __init__(self, config: EncodeConfig) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = autoencoder.load(config.autoencoder).to(self._device)
-        self.tokenizer = Tokenizer(config.text.context_length)
-        self.channels = int(self._model.config.latent_channels)
-        self.downsampling_factor = autoencoder.downscale(self._model)
-        side, factor = config.images.resolution, self.downsampling_factor
-        if side % factor:
-            raise ConfigError(
-                f"images.resolution: {side} is not a multiple of {factor}, the autoencoder's downsampling factor",
-                f"use {side - side % factor or factor}",
-            )
-        self.fingerprint = self._fingerprint(config)
-        self.environment = self._environment(config)
+        self._config = config
+        self._device = find_device(os.environ)
+        self._float32 = autoencoder.load(config.autoencoder)
+        self._weights_hash = autoencoder.weights_hash(self._float32)
+        self.channels = int(self._float32.config.latent_channels)
+        self.downsampling_factor = autoencoder.downscale(self._float32)
+        self.scaling_factor = float(self._float32.config.scaling_factor)
+        self.shift_factor = float(self._float32.config.shift_factor or 0.0)
+        self.check_buckets()
+        with self._told_errors():
+            self._model = self._prepare()
+            self._captions = CaptionEncoder(config.text, self._device, config.batch_size)
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.environment: Environment = self._environment()
 
-    @torch.inference_mode()
-    def moments(self, pixels: images.Pixels) -> npt.NDArray[np.float16]:
-        """Mean and log-variance of the posterior, raw: uint8 [N, H, W, 3] -> float16 [N, 2C, H/f, W/f].
+    def check_buckets(self) -> None:
+        """Raise ConfigError where a picture size is no multiple of the autoencoder's downsampling factor."""
+        factor, settings = self.downsampling_factor, self._config.images
+        for resolution in settings.resolutions:
+            for side in sorted({side for bucket in bucket_sizes(resolution, settings.buckets) for side in bucket}):
+                if side % factor == 0:
+                    continue
+                field, value = ("buckets.step", settings.buckets.step) if settings.buckets else ("resolution", side)
+                raise ConfigError(
+                    f"images.{field}: {value} is not a multiple of {factor}, the autoencoder's downsampling factor",
+                    f"use {value - value % factor or factor}",
+                )
 
-        Computed in float32; what float16 cannot hold becomes infinite.
-        """
-        moments = autoencoder.encode_moments(self._model, images.normalise(pixels).to(self._device))
-        return moments.to(torch.float16).cpu().numpy()
-
-    def _fingerprint(self, config: EncodeConfig) -> Fingerprint:
-        text = self.tokenizer.fingerprint()
+    def fingerprint(self, resolution: int) -> Fingerprint:
+        """What the bytes mean that are made at one of the config's resolutions."""
+        config, settings = self._config, self._config.images
         return Fingerprint(
-            autoencoder_weights=autoencoder.weights_hash(self._model),
+            autoencoder_weights=self._weights_hash,
             # Names with "_" tell where and by which version it was saved, not what it computes.
-            autoencoder_config=_digest({k: v for k, v in dict(self._model.config).items() if not k.startswith("_")}),
+            autoencoder_config=_digest({k: v for k, v in self._float32.config.items() if not k.startswith("_")}),
+            precision=config.precision,
+            tiling=config.tiling,
             normalisation=images.NORMALISATION,
             resize_filter=images.RESIZE_FILTER,
             crop_rule=images.CROP_RULE,
-            resolution=config.images.resolution,
-            background=config.images.background,
+            resolution=resolution,
+            buckets=bucket_sizes(resolution, settings.buckets),
+            max_upscale=settings.max_upscale,
+            flip=settings.flip,
+            background=settings.background,
+            filters=canonical(settings.filters.model_dump(mode="json")).decode("ascii"),
             text_mode=config.text.mode,
-            tokenizer=_digest(text),
-            context_length=config.text.context_length,
-            text_padding=str(text["padding"]),
-            caption_field=config.images.caption_field,
+            text_padding=config.text.padding,
+            text_precision=config.text.precision,
+            text_towers=self._captions.towers,
+            caption_field=settings.caption_field,
             dtype="float16",
-            holdout=config.images.holdout,
+            holdout=settings.holdout,
         )
 
-    def _environment(self, config: EncodeConfig) -> Environment:
+    def start(self, pixels: images.Pixels, flip: bool) -> Pending:
+        """Begin to encode pictures of one size. On a GPU the work is only enqueued.
+
+        Args:
+            pixels: uint8 [N, H, W, 3].
+            flip: encode the mirrored pictures too.
+
+        Raises:
+            SetupError: out of memory, or the device cannot compute in this precision.
+        """
+        moments = self._enqueue(pixels)
+        flipped = self._enqueue(_mirrored(pixels)) if flip else None
+        done = None
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return Pending(self, pixels, moments, flipped, done)
+
+    def text(self, captions: Sequence[str]) -> list[Arrays]:
+        """What is stored of each caption, see `CaptionEncoder`. Raises SetupError when out of memory."""
+        with self._told_errors():
+            return self._captions(captions)
+
+    def empty(self) -> Arrays:
+        """What is stored of the empty prompt."""
+        return self.text([""])[0]
+
+    def finished(self, pixels: images.Pixels, moments: Tensor) -> Moments:
+        """Moments on the host, those that are not finite encoded once more in float32, one picture at a time."""
+        found = moments.numpy()
+        if self._config.precision == "float32":
+            return found
+        for row in np.flatnonzero(~np.isfinite(found).all(axis=(1, 2, 3))):
+            found[row] = self._again(pixels[row : row + 1])[0]
+        return found
+
+    @torch.inference_mode()
+    def _enqueue(self, pixels: images.Pixels) -> Tensor:
+        """Moments float16 [N, 2C, h, w] on the host, on a GPU once its stream gets there."""
+        with self._told_errors():
+            batch = self._to_device(images.normalise(pixels)).to(self._model.dtype)
+            moments = autoencoder.to_float16(autoencoder.encode_moments(self._model, batch))
+            return moments.to("cpu", non_blocking=True)  # to pinned memory of torch's own
+
+    @torch.inference_mode()
+    def _again(self, pixels: images.Pixels) -> Moments:
+        with self._told_errors():
+            self._float32.to(self._device)
+            moments = autoencoder.encode_moments(self._float32, images.normalise(pixels).to(self._device))
+            return autoencoder.to_float16(moments).cpu().numpy()
+
+    def _to_device(self, batch: Tensor) -> Tensor:
+        if self._copies is None:
+            return batch
+        with torch.cuda.stream(self._copies):  # beside the encoding of the batch before
+            there = batch.pin_memory().to(self._device, non_blocking=True)
+        encoding = torch.cuda.current_stream(self._device)
+        encoding.wait_stream(self._copies)
+        there.record_stream(encoding)
+        return there
+
+    def _prepare(self) -> autoencoder.AutoencoderKL:
+        """The autoencoder as it runs; the float32 one stays for pictures that this one fails on."""
+        config, cuda = self._config, self._device.type == "cuda"
+        if config.slicing:
+            self._float32.enable_slicing()
+        if config.tiling:
+            autoencoder.use_tiling(self._float32)
+        if cuda:
+            torch.cuda.set_device(self._device)
+            torch.backends.cudnn.deterministic = True  # a rerun must give the same bytes
+            torch.backends.cudnn.allow_tf32 = False  # which float32 would mean 10 bits of mantissa
+        if config.precision == "float32" and not config.compile:
+            return self._float32.to(self._device)
+        model = copy.deepcopy(self._float32).to(device=self._device, dtype=getattr(torch, config.precision))
+        if config.compile:
+            model.encoder.compile(dynamic=True)  # once for all batches: what it computes must not depend on the first
+        return model
+
+    @contextmanager
+    def _told_errors(self) -> Iterator[None]:
+        """What torch says of this machine's limits, in words."""
+        config = self._config
+        try:
+            yield
+        except RuntimeError as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+                raise SetupError(
+                    f"out of memory on {self._device}: {said}",
+                    f"lower batch_size (now {config.batch_size}), or set slicing, or tiling for large pictures",
+                ) from error
+            if "not implemented for" in said:
+                raise SetupError(
+                    f"precision: {config.precision} (text: {config.text.precision}) does not run on {self._device}:"
+                    f" {said}",
+                    "set precision=float32 and text.precision=float32",
+                ) from error
+            if config.compile:
+                raise SetupError(f"compile: torch.compile failed: {said}", "set compile=false") from error
+            raise
+
+    def _environment(self) -> Environment:
         """What the last places of float16 latents were seen to depend on."""
-        cuda = self._device.type == "cuda"
+        config, cuda = self._config, self._device.type == "cuda"
         return {
             "lathe": __version__,
             "torch": torch.__version__,
             "diffusers": version("diffusers"),
+            "open_clip": version("open_clip_torch"),
             "pillow": version("pillow"),
             "device": torch.cuda.get_device_name(self._device) if cuda else f"cpu {platform.machine()}",
+            "cuda": (torch.version.cuda or "") if cuda else "",
             "threads": torch.get_num_threads(),
             "batch_size": config.batch_size,
+            "slicing": int(config.slicing),
+            "compile": int(config.compile),
         }
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Pictures that are being encoded."""
+
+    encoder: Encoder
+    pixels: images.Pixels
+    moments: Tensor
+    flipped: Tensor | None
+    done: torch.cuda.Event | None
+
+    def result(self) -> tuple[Moments, Moments | None]:
+        """Wait for the moments, raw: mean and log-variance of the posterior [N, 2C, h, w], and the mirrored pictures'.
+
+        What is not finite in the job's precision was encoded again in float32. It stays infinite or NaN where float32
+        gives that too, or float16 cannot hold it.
+
+        Raises:
+            SetupError: out of memory.
+        """
+        if self.done is not None:
+            self.done.synchronize()
+        moments = self.encoder.finished(self.pixels, self.moments)
+        if self.flipped is None:
+            return moments, None
+        return moments, self.encoder.finished(_mirrored(self.pixels), self.flipped)
+
+
+def find_device(environment: Mapping[str, str]) -> torch.device:
+    """The GPU of this process's place on its machine (torchrun's or srun's local rank), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or "0"
+    return torch.device("cuda", int(place) % torch.cuda.device_count())
+
+
+def _mirrored(pixels: images.Pixels) -> images.Pixels:
+    return pixels[:, :, ::-1]
 
 
 def _digest(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import AutoencoderModelConfig
 from pipeline.errors import DataError
-from pipeline.storage import Store, fetch_folder
+from pipeline.storage import Store, fetch_folder, open_store
 
 # AutoencoderKL too: its type, for rooms that may not import diffusers
 __all__ = [
@@ -25,11 +26,17 @@ __all__ = [
     "initialise",
     "load",
     "save",
+    "to_float16",
+    "use_tiling",
     "weights_hash",
 ]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
+PIPELINE_PART = "vae"  # the autoencoder's folder in that of a whole pipeline
+
+_LOG_VARIANCE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution has none beyond
+_TILE = 512  # side in pixels of the tiles of `tiling`
 
 
 def build(config: AutoencoderModelConfig) -> AutoencoderKL:
@@ -48,6 +55,7 @@ def build(config: AutoencoderModelConfig) -> AutoencoderKL:
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
         norm_num_groups=config.norm_num_groups,
+        sample_size=_TILE,
         mid_block_add_attention=config.mid_block_attention,
         scaling_factor=1.0,
         use_quant_conv=True,
@@ -77,26 +85,48 @@ def initialise(model: AutoencoderKL, colour: Tensor) -> None:
 
 
 def downscale(model: AutoencoderKL) -> int:
-    """Pixels of a picture's side per latent: 8 for four levels."""
-    return int(2 ** (len(model.config.block_out_channels) - 1))
+    """Pixels of a picture's side per latent: 8 for four levels, of which all but the last halve it."""
+    return int(2 ** sum(bool(block.downsamplers) for block in model.encoder.down_blocks))
+
+
+def use_tiling(model: AutoencoderKL) -> None:
+    """Encode pictures larger than the config's `sample_size` in overlapping tiles of that side.
+
+    Raises:
+        DataError: tiles of that side would not meet.
+    """
+    side, step = model.tile_sample_min_size, 4 * downscale(model)  # tiles overlap by a quarter
+    if not isinstance(side, int) or side % step:
+        raise DataError(
+            f"tiling: the autoencoder's sample_size={side} is not a multiple of {step}, so its tiles would not meet",
+            f"leave tiling off, or set sample_size in its config.json, for example to {_TILE}",
+        )
+    model.enable_tiling()
 
 
 def load(url: str) -> AutoencoderKL:
     """Load an autoencoder in diffusers' format, in float32, ready for inference.
 
     Args:
-        url: a local folder, an `s3://` prefix, or a hub id such as `stabilityai/sd-vae-ft-mse`.
+        url: a local folder, an `s3://` prefix, or a hub id such as `stabilityai/sd-vae-ft-mse`; of one AutoencoderKL,
+            or of a pipeline that has one as `vae`.
 
     Raises:
         StorageError: the prefix cannot be read.
         DataError: there is no autoencoder at that address, or its files cannot be used.
     """
     if "://" in url:
-        with tempfile.TemporaryDirectory(prefix="lathe-autoencoder-") as folder:
-            return _read(str(fetch_folder(url, Path(folder))), url)
-    if not Path(url).is_dir() and (url.startswith((".", "/", "~")) or url.count("/") != 1):
+        store, part = open_store(url), f"{PIPELINE_PART}/{CONFIG}"
+        whole_pipeline = not store.exists(CONFIG) and store.exists(part)
+        place = f"{url.rstrip('/')}/{PIPELINE_PART}" if whole_pipeline else url
+        with tempfile.TemporaryDirectory(prefix="lathe-autoencoder-") as temporary:
+            return _read_folder(fetch_folder(place, Path(temporary)), url)
+    folder = Path(url).expanduser()
+    if folder.is_dir():
+        return _read_folder(folder, url)
+    if url.startswith((".", "/", "~")) or url.count("/") != 1:
         raise DataError(f"autoencoder {url}: no such folder", "give a folder, an s3:// prefix or a hub id (owner/name)")
-    return _read(url, url)
+    return _read_hub(url)
 
 
 def save(model: AutoencoderKL, store: Store) -> None:
@@ -128,20 +158,69 @@ def decode(model: AutoencoderKL, latents: Tensor) -> Tensor:
     return images
 
 
-def _read(place: str, url: str) -> AutoencoderKL:
-    if Path(place).is_dir() and not (Path(place) / CONFIG).is_file():
+def to_float16(moments: Tensor) -> Tensor:
+    """Moments as they are stored: [N, 2C, h, w] to float16, log-variances within the range that diffusers allows.
+
+    What is not finite stays so, and means that float16 cannot hold become infinite.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    held = torch.where(log_variance.isfinite(), log_variance.clamp(*_LOG_VARIANCE), log_variance)
+    return torch.cat([mean, held], dim=1).to(torch.float16)
+
+
+def _read_folder(folder: Path, url: str) -> AutoencoderKL:
+    if not (folder / CONFIG).is_file():
+        folder = folder / PIPELINE_PART
+    if not (folder / CONFIG).is_file():
         raise DataError(
-            f"autoencoder {url}: the folder has no {CONFIG}",
-            "give the folder of one AutoencoderKL in diffusers' format (in a pipeline's folder that is `vae`)",
+            f"autoencoder {url}: the folder has no {CONFIG}, nor {PIPELINE_PART}/{CONFIG}",
+            "give the folder of one AutoencoderKL in diffusers' format, or of a pipeline that has one",
         )
     try:
-        model = AutoencoderKL.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # diffusers and the hub client raise a dozen unrelated kinds
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = (
-            "check that it is a whole AutoencoderKL in diffusers' format, with safetensors weights"
-            if Path(place).is_dir()
-            else "no such folder here; a hub id needs a network: check it, or download the model and give its folder"
+        return _checked(_from_pretrained(str(folder), local_files_only=True), url)
+    except DataError:
+        raise
+    except Exception as error:  # diffusers raises a dozen unrelated kinds
+        remedy = "check that it is a whole AutoencoderKL in diffusers' format, with safetensors weights"
+        raise DataError(f"autoencoder {url} cannot be loaded: {_first_line(error)}", remedy) from error
+
+
+def _read_hub(name: str) -> AutoencoderKL:
+    try:
+        loaded = _from_pretrained(name)
+    except Exception as error:  # the hub client adds its own kinds
+        try:
+            loaded = _from_pretrained(name, subfolder=PIPELINE_PART)
+        except Exception:
+            raise DataError(
+                f"autoencoder {name} cannot be loaded: {_first_line(error)}",
+                "no such folder here; a hub id needs a network: check it, or download the model and give its folder",
+            ) from error
+    return _checked(loaded, name)
+
+
+def _from_pretrained(place: str, **options: Any) -> tuple[AutoencoderKL, dict[str, list[str]]]:
+    return AutoencoderKL.from_pretrained(  # type: ignore[no-any-return]
+        place, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+    )
+
+
+def _checked(loaded: tuple[AutoencoderKL, dict[str, list[str]]], url: str) -> AutoencoderKL:
+    """The model, where every weight was there: diffusers makes up what is missing, and only warns."""
+    model, info = loaded
+    for what, kind in (("lack", "missing_keys"), ("have a strange", "unexpected_keys")):
+        if names := info[kind]:
+            raise DataError(
+                f"autoencoder {url}: its weights {what} {names[0]}" + (" and more" if len(names) > 1 else ""),
+                "check that config.json and weights belong together, and are of an AutoencoderKL",
+            )
+    if model.config.in_channels != 3:
+        raise DataError(
+            f"autoencoder {url} takes {model.config.in_channels} channels, and pictures have 3",
+            "give an autoencoder of RGB pictures",
         )
-        raise DataError(f"autoencoder {url} cannot be loaded: {said}", remedy) from error
-    return model.eval()
+    return model.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
