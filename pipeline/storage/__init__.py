@@ -1,6 +1,24 @@
 """Local folders and `s3://` prefixes behind one small protocol: whole-or-nothing writes, ranges, retries."""
 
-from pipeline.storage.base import Entry, Store
-from pipeline.storage.urls import fetch_folder, find_shards, local_path, open_store, read_file, split
+from pipeline.storage.base import Entry, OpenFile, Store
+from pipeline.storage.shards import ShardAddress, find_shard_entries, find_shards
+from pipeline.storage.stream import Stream, open_stream
+from pipeline.storage.traffic import counters
+from pipeline.storage.urls import fetch_folder, local_path, open_store, read_file, split
 
-__all__ = ["Entry", "Store", "fetch_folder", "find_shards", "local_path", "open_store", "read_file", "split"]
+__all__ = [
+    "Entry",
+    "OpenFile",
+    "ShardAddress",
+    "Store",
+    "Stream",
+    "counters",
+    "fetch_folder",
+    "find_shard_entries",
+    "find_shards",
+    "local_path",
+    "open_store",
+    "open_stream",
+    "read_file",
+    "split",
+]

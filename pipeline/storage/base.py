@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +12,30 @@ from pipeline.errors import StorageError
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """One file of a store: its name relative to the store, and its size in bytes."""
+    """One file of a store: its name relative to the store, its size in bytes, and its version.
+
+    The version changes with the content: the ETag on S3, the time of the last change in nanoseconds in a folder.
+    It takes no part in comparisons.
+    """
 
     name: str
     size: int
+    version: str = field(default="", compare=False)
+
+
+class OpenFile(Protocol):
+    """One file as it was when it was opened. It may be read from several threads."""
+
+    size: int
+    version: str
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes `start:end`, cut at the file's end. Raises StorageError if the file has changed since."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+        ...
 
 
 class Store(Protocol):
@@ -43,8 +63,15 @@ class Store(Protocol):
         """Copy a file of the store to a local path without holding it in memory; whole or not at all."""
         ...
 
-    def list(self, prefix: str = "") -> list[Entry]:
-        """Every file whose name begins with `prefix`, in sub-folders too, sorted by name."""
+    def open(self, name: str) -> OpenFile:
+        """A file to be read in ranges that are all of one version."""
+        ...
+
+    def list(self, prefix: str = "", *, into: Callable[[str], bool] | None = None) -> list[Entry]:
+        """Every file whose name begins with `prefix`, sorted by name.
+
+        In sub-folders too, where `into` is given only in those that it takes by their names (`a`, `a/b`).
+        """
         ...
 
     def exists(self, name: str) -> bool:
@@ -53,6 +80,13 @@ class Store(Protocol):
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete files; names that do not exist are passed over."""
+        ...
+
+    def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
+        """Drop what killed writers of these names left: unfinished uploads, partial files. Returns how many.
+
+        A live writer that is swept notices, and begins anew.
+        """
         ...
 
 
@@ -85,3 +119,10 @@ def checked_range(start: int | None, end: int | None) -> tuple[int, int | None]:
     if first < 0 or (end is not None and end < first):
         raise ValueError(f"not a range of bytes: start={start}, end={end}")
     return first, end
+
+
+def changed(place: str) -> StorageError:
+    """The error about a file that is no longer the one that was opened."""
+    return StorageError(
+        f"{place} changed while it was read", "leave the files alone while they are read, then run the command again"
+    )

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StorageError
-from pipeline.storage.base import Entry, checked_name, checked_prefix, checked_range
+from pipeline.storage import traffic
+from pipeline.storage.base import Entry, changed, checked_name, checked_prefix, checked_range
 
-_PARTIAL = ".partial"  # files being written: `.NAME.RANDOM.partial`, never listed
+_PARTIAL = ".partial"  # files being written: `.NAME.HEX.partial`, never listed
+_PARTIAL_NAME = re.compile(r"\.(.+)\.[0-9a-f]{12}\.partial", re.DOTALL)
+_ANEW = 3
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class LocalFile:
+    """See base.OpenFile. A file that takes this one's name leaves it as it is; only a change in place is an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with translated(path):
+            self._file = path.open("rb", buffering=0)
+        self.size, self.version = self._state()
+
+    def read(self, start: int, end: int) -> bytes:
+        """See OpenFile.read."""
+        wanted = max(0, min(end, self.size) - start)
+        with translated(self._path):
+            data = os.pread(self._file.fileno(), wanted, start)
+            while len(data) < wanted and (more := os.pread(self._file.fileno(), wanted - len(data), start + len(data))):
+                data += more
+        if len(data) < wanted or self._state() != (self.size, self.version):
+            raise changed(str(self._path))
+        traffic.count(requests=1, bytes_read=len(data))
+        return data
+
+    def close(self) -> None:
+        """See OpenFile.close."""
+        self._file.close()
+
+    def _state(self) -> tuple[int, str]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, _version(status)
 
 
 class LocalStore:
@@ -31,7 +67,9 @@ class LocalStore:
         first, end = checked_range(start, end)
         with translated(path), path.open("rb") as file:
             file.seek(first)
-            return file.read() if end is None else file.read(end - first)
+            data = file.read() if end is None else file.read(end - first)
+        traffic.count(requests=1, bytes_read=len(data))
+        return data
 
     def write(self, name: str, data: bytes | memoryview, *, if_absent: bool = False) -> bool:
         """See Store.write."""
@@ -40,34 +78,41 @@ class LocalStore:
             return False
         with translated(path):
             try:
-                with atomic_file(path, replace=not if_absent) as file:
-                    file.write(data)
+                size = write_whole(path, lambda file: file.write(data), replace=not if_absent)
             except FileExistsError:
                 if not if_absent:
                     raise
                 return False
+        traffic.count(requests=1, bytes_written=size)
         return True
 
     def upload(self, local: Path, name: str) -> None:
         """See Store.upload."""
-        copy(local, self._path(name))
+        traffic.count(requests=1, bytes_written=_copy(local, self._path(name)))
 
     def download(self, name: str, local: Path) -> None:
         """See Store.download."""
-        copy(self._path(name), local)
+        traffic.count(requests=1, bytes_read=_copy(self._path(name), local))
 
-    def list(self, prefix: str = "") -> list[Entry]:
+    def open(self, name: str) -> LocalFile:
+        """See Store.open."""
+        return LocalFile(self._path(name))
+
+    def list(self, prefix: str = "", *, into: Callable[[str], bool] | None = None) -> list[Entry]:
         """See Store.list."""
         deepest = self._folder / checked_prefix(prefix).rpartition("/")[0]
         entries = []
         with translated(deepest):
-            for folder, _, files in os.walk(deepest, onerror=_raise_unless_missing, followlinks=True):
+            for folder, folders, files in os.walk(deepest, onerror=_raise_unless_missing, followlinks=True):
+                if into is not None:
+                    folders[:] = [f for f in folders if into(Path(folder, f).relative_to(self._folder).as_posix())]
                 for file in files:
                     path = Path(folder, file)
                     name = path.relative_to(self._folder).as_posix()
                     if name.startswith(prefix) and not file.endswith(_PARTIAL):
                         with suppress(FileNotFoundError):  # deleted since
-                            entries.append(Entry(name, path.stat().st_size))
+                            status = path.stat()
+                            entries.append(Entry(name, status.st_size, _version(status)))
         return sorted(entries)
 
     def exists(self, name: str) -> bool:
@@ -86,44 +131,100 @@ class LocalStore:
                 for parent in path.relative_to(self._folder).parents[:-1]:
                     (self._folder / parent).rmdir()
 
+    def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
+        """See Store.sweep."""
+        stems: dict[Path, set[str]] = {}
+        for path in map(self._path, names):
+            stems.setdefault(path.parent, set()).add(_stem(path.name))
+        swept = 0
+        for folder, wanted in stems.items():
+            with translated(folder):
+                for path in folder.iterdir() if folder.is_dir() else ():
+                    found = _PARTIAL_NAME.fullmatch(path.name)
+                    if found and found[1] in wanted and _is_older(path, older_than_seconds):
+                        path.unlink(missing_ok=True)
+                        swept += 1
+        return swept
+
     def _path(self, name: str) -> Path:
         return self._folder / checked_name(name)
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a local file, whole or not at all. Raises StorageError."""
-    with translated(source):
-        reader = source.open("rb")
-    with reader, translated(target), atomic_file(target) as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
+def write_whole(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> int:
+    """Write a file through `fill`. It takes its name once it is on disk; on failure nothing is left.
 
-
-@contextmanager
-def atomic_file(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """A file that takes its name once it is written and on disk; on failure nothing is left.
+    Where somebody sweeps the unfinished file, `fill` is called again with a new one. Returns the file's size.
 
     Raises:
         FileExistsError: the name is taken, and `replace` is off.
         OSError: as the operating system says; see `translated`.
     """
-    partial = path.with_name(f".{path.name[:180]}.{secrets.token_hex(6)}{_PARTIAL}")
-    file = _create(partial)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            partial.replace(path)
-        else:
-            path.hardlink_to(partial)  # refuses a name that is taken, in one step
-    finally:
-        partial.unlink(missing_ok=True)
+    for tries_left in reversed(range(1 + _ANEW)):
+        partial = path.with_name(f".{_stem(path.name)}.{secrets.token_hex(6)}{_PARTIAL}")
+        try:
+            with _create(partial) as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+                size = os.fstat(file.fileno()).st_size
+            if _take_name(partial, path, replace):
+                break
+        finally:
+            partial.unlink(missing_ok=True)
+        if not tries_left:
+            raise FileNotFoundError(errno.ENOENT, "another process clears unfinished files here", str(partial))
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+    return size
+
+
+def _take_name(partial: Path, path: Path, replace: bool) -> bool:
+    """False: the partial file has been swept."""
+    try:
+        if replace:
+            partial.replace(path)
+        else:
+            path.hardlink_to(partial)  # refuses a name that is taken, in one step
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> int:
+    """Copy a local file, whole or not at all; its size. Raises StorageError."""
+    with translated(source):
+        reader = source.open("rb")
+
+    def fill(writer: BinaryIO) -> None:
+        reader.seek(0)
+        shutil.copyfileobj(reader, writer, 1 << 20)
+
+    with reader, translated(target):
+        return write_whole(target, fill)
+
+
+def _stem(name: str) -> str:
+    """What a partial file's name says of the file's own name: all of it, as far as file systems take it."""
+    raw = name.encode()
+    if len(raw) <= 200:
+        return name
+    return f"{raw[:150].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
+
+
+def _version(status: os.stat_result) -> str:
+    return str(status.st_mtime_ns)
+
+
+def _is_older(path: Path, seconds: float) -> bool:
+    if not seconds:
+        return True
+    try:
+        return path.stat().st_mtime < time.time() - seconds
+    except FileNotFoundError:
+        return False
 
 
 def _create(path: Path) -> BinaryIO:
@@ -140,6 +241,7 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        traffic.count(errors=int(not isinstance(error, FileNotFoundError)))
         raise _explain(path, error) from error
 
 
@@ -152,6 +254,10 @@ def _explain(path: Path, error: OSError) -> StorageError:
             "free some disk space or raise the quota, or write to another disk; nothing was left half-written",
         )
     if isinstance(error, FileNotFoundError):
+        if str(error.filename).endswith(_PARTIAL) and path.parent.is_dir():
+            return StorageError(
+                f"{path}: {error.strerror}", "end the other jobs that write here, then run the same command again"
+            )
         return StorageError(
             f"{path}: no such file", f"check the path; its nearest existing folder is {_existing(path)}"
         )

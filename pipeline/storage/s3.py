@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import StorageError
-from pipeline.storage.base import Entry, checked_name, checked_prefix, checked_range
-from pipeline.storage.local import atomic_file, translated
+from pipeline.storage import s3_parts
+from pipeline.storage.base import Entry, changed, checked_name, checked_prefix, checked_range
+from pipeline.storage.local import translated, write_whole
 from pipeline.storage.s3_client import S3Client, client
 from pipeline.storage.s3_errors import Kind, S3Error, explain
 
-PART_BYTES = 32 * 2**20  # larger files travel in parts of this size, at least
-_MAX_PARTS = 10_000  # S3's own limit
-_PARTS_AT_ONCE = 4
 _DELETE_AT_ONCE = 1000  # S3's own limit
-_ABANDONED_AFTER = timedelta(days=1)
 _ABSENT = {"IfNoneMatch": "*"}
+
+
+class S3File:
+    """See base.OpenFile: every range is asked for by the ETag that the object had at first."""
+
+    def __init__(self, store: S3Store, key: str) -> None:
+        head = store.head(key)
+        self.size = int(head["ContentLength"])
+        self.version = str(head["ETag"]).strip('"')
+        self._store, self._key, self._tag = store, key, str(head["ETag"])
+
+    def read(self, start: int, end: int) -> bytes:
+        """See OpenFile.read."""
+        end = min(end, self.size)
+        return self._store.read_version(self._key, start, end, self._tag) if start < end else b""
+
+    def close(self) -> None:
+        """See OpenFile.close: nothing is held open."""
 
 
 class S3Store:
@@ -62,34 +76,42 @@ class S3Store:
 
     def download(self, name: str, local: Path) -> None:
         """See Store.download."""
-        key = self._key(name)
-        head = self._head(key)
-        size, same = int(head["ContentLength"]), {"IfMatch": head["ETag"]}
-        with translated(local), atomic_file(local) as file, ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
-            descriptor = file.fileno()
+        source, length = self.open(name), s3_parts.part_bytes()
 
+        def fill(file: BinaryIO) -> None:
             def fetch(first: int) -> None:
-                last = min(first + PART_BYTES, size) - 1
-                data = self._checked("get_object", key, Range=f"bytes={first}-{last}", **same)["Body"]
-                with memoryview(data) as view:
-                    done = 0
-                    while done < len(view):
-                        done += os.pwrite(descriptor, view[done:], first + done)
+                _write_at(file, source.read(first, first + length), first)
 
-            _all(pool, fetch, range(0, size, PART_BYTES))
+            s3_parts.in_parts(fetch, range(0, source.size, length))
 
-    def list(self, prefix: str = "") -> list[Entry]:
+        with translated(local):
+            write_whole(local, fill)
+
+    def open(self, name: str) -> S3File:
+        """See Store.open."""
+        return S3File(self, self._key(name))
+
+    def list(self, prefix: str = "", *, into: Callable[[str], bool] | None = None) -> list[Entry]:
         """See Store.list."""
-        wanted: dict[str, Any] = {"Prefix": self._root + checked_prefix(prefix)}
         entries = []
+        prefixes = [self._root + checked_prefix(prefix)]
+        while prefixes:
+            for page in self._pages(prefixes.pop(), flat=into is not None):
+                for item in page.get("Contents", []):
+                    name = item["Key"].removeprefix(self._root)
+                    if name and not name.endswith("/"):  # some tools make empty objects for folders
+                        entries.append(Entry(name, int(item["Size"]), str(item.get("ETag", "")).strip('"')))
+                folders = [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+                prefixes += [f for f in folders if into and into(f.removeprefix(self._root).rstrip("/"))]
+        return sorted(entries)
+
+    def _pages(self, prefix: str, *, flat: bool) -> Iterator[dict[str, Any]]:
+        wanted = {"Prefix": prefix, **({"Delimiter": "/"} if flat else {})}
         while True:
             page = self._checked("list_objects_v2", "", **wanted)
-            for item in page.get("Contents", []):
-                name = item["Key"].removeprefix(self._root)
-                if name and not name.endswith("/"):  # some tools make empty objects for folders
-                    entries.append(Entry(name, int(item["Size"])))
+            yield page
             if not page.get("IsTruncated"):
-                return sorted(entries)
+                return
             wanted["ContinuationToken"] = page["NextContinuationToken"]
 
     def exists(self, name: str) -> bool:
@@ -115,70 +137,50 @@ class S3Store:
                     "check that the keys may delete in this bucket",
                 )
 
-    def _put(self, key: str, size: int, part: Callable[[int, int], bytes], condition: dict[str, str]) -> bool:
+    def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
+        """See Store.sweep."""
+        keys = {self._key(name) for name in names}
+        before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+        swept = 0
+        try:
+            for left in list(s3_parts.unfinished(self._call, self._root) if keys else ()):
+                if left.key in keys and (not older_than_seconds or left.begun < before):
+                    s3_parts.abort(self._call, left)
+                    swept += 1
+        except S3Error as fault:
+            raise self._explained(fault, "") from fault
+        return swept
+
+    def _put(self, key: str, size: int, part: s3_parts.Part, condition: dict[str, str]) -> bool:
         """Store `size` bytes that `part(start, end)` gives. False: the condition does not hold."""
         try:
-            if size > PART_BYTES:
-                self._put_parts(key, size, part, condition)
+            if size > s3_parts.part_bytes():
+                s3_parts.send(self._call, key, size, part, condition)
             else:
                 self._call("put_object", key, Body=part(0, size), **condition)
         except S3Error as fault:
             if fault.kind is not Kind.CONDITION or not condition:
                 raise self._explained(fault, key) from fault
             # An attempt whose answer was lost may have been the one that wrote it.
-            return fault.attempts > 1 and self._holds(key, size, part)
+            return fault.attempts > 1 and s3_parts.holds(self._call, key, size, part)
         return True
 
-    def _put_parts(self, key: str, size: int, part: Callable[[int, int], bytes], condition: dict[str, str]) -> None:
-        self._abort_abandoned(key)
-        upload = {"UploadId": self._call("create_multipart_upload", key)["UploadId"]}
-        length = max(PART_BYTES, -(-size // _MAX_PARTS))
-
-        def send(first: int) -> dict[str, Any]:
-            number = first // length + 1
-            body = part(first, min(first + length, size))
-            return {
-                "PartNumber": number,
-                "ETag": self._call("upload_part", key, PartNumber=number, Body=body, **upload)["ETag"],
-            }
-
-        try:
-            with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
-                parts = _all(pool, send, range(0, size, length))
-            self._call("complete_multipart_upload", key, MultipartUpload={"Parts": parts}, **upload, **condition)
-        except BaseException:
-            self._abort(key, upload["UploadId"])
-            raise
-
-    def _abort_abandoned(self, key: str) -> None:
-        """Uploads of this very key that a killed process left: their parts take room and no listing shows them."""
-        uploads = self._call("list_multipart_uploads", "", Prefix=key).get("Uploads", [])
-        for upload in uploads:
-            if upload["Key"] == key and datetime.now(UTC) - upload["Initiated"] > _ABANDONED_AFTER:
-                self._abort(key, upload["UploadId"])
-
-    def _abort(self, key: str, upload: str) -> None:
-        try:
-            self._call("abort_multipart_upload", key, UploadId=upload)
-        except (S3Error, StorageError):
-            return  # it is gone, or the server is: the next upload of this key looks again
-
-    def _holds(self, key: str, size: int, part: Callable[[int, int], bytes]) -> bool:
-        if int(self._head(key)["ContentLength"]) != size:
-            return False
-        starts = range(0, size, PART_BYTES)
-        return all(
-            self._checked("get_object", key, Range=f"bytes={a}-{min(a + PART_BYTES, size) - 1}")["Body"]
-            == part(a, min(a + PART_BYTES, size))
-            for a in starts
-        )
-
-    def _head(self, key: str) -> dict[str, Any]:
+    def head(self, key: str) -> dict[str, Any]:
+        """What S3 says of an object, by its whole key."""
         try:
             return self._call("head_object", key)
         except S3Error as fault:
             if fault.kind is Kind.NO_OBJECT:
                 self._check_bucket()  # the answer to HEAD has no body to tell the two apart
+            raise self._explained(fault, key) from fault
+
+    def read_version(self, key: str, start: int, end: int, tag: str) -> bytes:
+        """The bytes `start:end` of an object, by its whole key. Raises StorageError unless its ETag is still `tag`."""
+        try:
+            return s3_parts.get_range(self._call, key, start, end, tag)
+        except S3Error as fault:
+            if fault.kind in (Kind.CONDITION, Kind.RANGE):
+                raise changed(f"s3://{self._bucket}/{key}") from fault
             raise self._explained(fault, key) from fault
 
     def _check_bucket(self) -> None:
@@ -220,11 +222,8 @@ def _read_exactly(local: Path, descriptor: int, first: int, end: int) -> bytes:
     return data
 
 
-def _all(pool: ThreadPoolExecutor, task: Callable[[int], Any], starts: range) -> list[Any]:
-    """Results in order; after a failure, the tasks that have not begun are dropped."""
-    futures = [pool.submit(task, start) for start in starts]
-    try:
-        return [future.result() for future in futures]
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+def _write_at(file: BinaryIO, data: bytes, offset: int) -> None:
+    with memoryview(data) as view:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(file.fileno(), view[done:], offset + done)

@@ -15,6 +15,7 @@ from typing import Any
 import s3fs
 
 from pipeline.errors import ConfigError
+from pipeline.storage import traffic
 from pipeline.storage.s3_errors import Kind, S3Error, explain, fault_of, without_secrets
 
 log = logging.getLogger("lathe.storage")
@@ -23,6 +24,8 @@ _MAX_CONNECTIONS = 32
 _MAX_DELAY_SECONDS = 5.0
 # A server that has just come back may refuse keys and buckets until it has read its own tables.
 _WARM_UP_SECONDS = 5.0
+# Answers that callers look into; every other fault is told to the user.
+_TELLING = (Kind.NO_BUCKET, Kind.NO_OBJECT, Kind.NO_UPLOAD, Kind.CONDITION, Kind.RANGE)
 
 
 class S3Client:
@@ -66,7 +69,7 @@ class S3Client:
             botocore's answer; its `Body`, if any, has been read and is bytes; `Attempts` counts the requests made.
 
         Raises:
-            S3Error: the server refuses; a missing bucket or object, a condition or range that does not hold.
+            S3Error: the server refuses; a missing bucket, object or upload, a condition or range that does not hold.
             StorageError: anything else.
         """
         request = {"Bucket": bucket, **({"Key": key} if key else {}), **arguments}
@@ -80,11 +83,14 @@ class S3Client:
                 cause = error
             else:
                 self._outage.end(self.endpoint)
+                traffic.count(requests=1, bytes_read=_length(answer), bytes_written=_length(request))
                 return {**answer, "Attempts": trial.attempts}
             if not trial.again(fault):
-                if fault.kind in (Kind.NO_BUCKET, Kind.NO_OBJECT, Kind.CONDITION, Kind.RANGE):
+                traffic.count(requests=1, errors=int(fault.kind not in _TELLING))
+                if fault.kind in _TELLING:
                     raise fault from cause
                 raise explain(fault, self.endpoint, bucket, key, trial.waited()) from cause
+            traffic.count(requests=1, retries=1)
             if trial.attempts > 1:
                 self._outage.begin(self.endpoint, fault, trial.left())
             trial.pause()
@@ -129,6 +135,11 @@ class S3Client:
         except BaseException:
             future.cancel()
             raise
+
+
+def _length(message: dict[str, Any]) -> int:
+    body = message.get("Body", b"")
+    return len(body) if isinstance(body, bytes) else 0
 
 
 class _Trial:

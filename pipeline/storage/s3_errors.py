@@ -21,6 +21,7 @@ class Kind(enum.Enum):
     TRANSIENT = "try again"
     NO_BUCKET = "the bucket is not there"
     NO_OBJECT = "the object is not there"
+    NO_UPLOAD = "the unfinished upload is not there"
     FORBIDDEN = "keys or rights"
     NO_KEYS = "no keys were found"
     CONDITION = "a condition of the request does not hold"
@@ -66,6 +67,7 @@ _KEYS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialR
 _KINDS = {
     "NoSuchBucket": Kind.NO_BUCKET,
     "NoSuchKey": Kind.NO_OBJECT,
+    "NoSuchUpload": Kind.NO_UPLOAD,
     "PreconditionFailed": Kind.CONDITION,
     "InvalidRange": Kind.RANGE,
 }
@@ -128,6 +130,9 @@ def explain(fault: S3Error, endpoint: str, bucket: str, key: str, waited: float)
             remedy = "create it, or check its name and AWS_ENDPOINT_URL"
         case Kind.NO_OBJECT:
             message, remedy = f"{place}: no such object on {server}", "check the address"
+        case Kind.NO_UPLOAD:
+            message = f"{place}: another process cleared its upload again and again"
+            remedy = "end the other jobs that write to the same output, then run the same command again"
         case Kind.FORBIDDEN:
             message = f"{server} refuses access to {place} ({fault.said})"
             remedy = (

@@ -1,23 +1,18 @@
-"""From the addresses users write to stores, files and lists of shards."""
+"""From the addresses users write to stores and files."""
 
 from __future__ import annotations
 
-import fnmatch
-import itertools
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import StorageError
 from pipeline.storage.base import Store, checked_name
 from pipeline.storage.local import LocalStore
 
 _S3 = "s3://"
-_BRACES = re.compile(r"\{([^{}]*)\}")
 _BUCKET = re.compile(r"[a-zA-Z0-9._-]{3,255}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_MAX_NAMES = 1_000_000
 
 
 def open_store(url: str, environment: Mapping[str, str] | None = None) -> Store:
@@ -76,34 +71,6 @@ def read_file(url: str) -> bytes:
     return open_store(parent).read(name)
 
 
-def find_shards(pattern: str) -> list[str]:
-    """Addresses of shards, sorted.
-
-    Args:
-        pattern: a folder or prefix (its own `*.tar`), or a file's address with `*`, `?`, `[...]`, `{000..010}`
-            and `{a,b}` in it; `*` does not reach into sub-folders.
-
-    Raises:
-        DataError: nothing matches, or a file that braces name is not there.
-        StorageError: the place cannot be read.
-    """
-    found: set[str] = set()
-    for parent, names in _by_parent(pattern).items():
-        store = open_store(parent)
-        there = {entry.name for entry in store.list(_common_start(names)) if "/" not in entry.name}
-        for name in names:
-            matching = fnmatch.filter(there, name) if _is_glob(name) else there & {name}
-            if not matching and not _is_glob(name):
-                raise DataError(f"{parent}/{name}: no such shard", f"check the pattern {pattern!r}")
-            found.update(f"{parent.rstrip('/')}/{match}" for match in matching if not match.startswith("."))
-    if not found:
-        raise DataError(
-            f"no shards match {pattern!r}",
-            "give a folder that holds *.tar, or a pattern such as s3://bucket/shards/*.tar",
-        )
-    return sorted(found)
-
-
 def fetch_folder(url: str, local: Path) -> Path:
     """A local copy of everything under an `s3://` prefix; a local folder is returned as it is.
 
@@ -122,51 +89,3 @@ def fetch_folder(url: str, local: Path) -> Path:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: store.download(name, local / checked_name(name)), names))
     return local
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}.{x,y}` -> `a-08.x`, `a-08.y`, `a-09.x`, ... A range keeps its first number's width.
-
-    Raises:
-        DataError: more than a million names.
-    """
-    pieces = _BRACES.split(pattern)  # text, braces, text, braces, ..., text
-    choices = [[piece] if i % 2 == 0 else _choices(piece) for i, piece in enumerate(pieces)]
-    count = 1
-    for choice in choices:
-        count *= len(choice)
-    if count > _MAX_NAMES:
-        raise DataError(f"{pattern!r} stands for {count} names", "use * in place of the braces")
-    return ["".join(names) for names in itertools.product(*choices)]
-
-
-def _choices(piece: str) -> list[str]:
-    numbers = _RANGE.fullmatch(piece)
-    if numbers is None:
-        return piece.split(",") if "," in piece else [f"{{{piece}}}"]
-    first, last = int(numbers[1]), int(numbers[2])
-    if abs(last - first) >= _MAX_NAMES:
-        raise DataError(f"{{{piece}}} stands for {abs(last - first) + 1} names", "use * in place of the braces")
-    step = 1 if last >= first else -1
-    return [str(n).zfill(len(numbers[1])) for n in range(first, last + step, step)]
-
-
-def _by_parent(pattern: str) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for address in expand_braces(pattern):
-        is_folder = not _is_glob(address) and not address.endswith(".tar")
-        parent, name = (address, "*.tar") if is_folder else split(address)
-        if _is_glob(parent):
-            raise DataError(f"{pattern!r} has a wildcard in a folder's name", "use wildcards in the last part only")
-        groups.setdefault(parent, []).append(name)
-    return groups
-
-
-def _common_start(names: list[str]) -> str:
-    low, high = min(names), max(names)
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return re.split(r"[*?\[]", low[:same], maxsplit=1)[0]
-
-
-def _is_glob(name: str) -> bool:
-    return any(character in name for character in "*?[")
