@@ -63,7 +63,7 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
         _refuse_other(saved.facts["settings"], config, f"{config.output} holds checkpoints of a run")
         if saved.facts["pictures"] != pictures.digest:
             raise DataError(
-                f"{config.images.shards}: the pictures are not those that {config.output}/{saved.name} was trained on",
+                f"images.shards: the pictures are not those that {config.output}/{saved.name} was trained on",
                 "choose another output, or delete the checkpoints there to start over",
             )
         training.restore(saved.tensors, saved.facts)
