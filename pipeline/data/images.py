@@ -15,13 +15,15 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont
 
+from pipeline.data.manifest import Bucket
+
 Pixels = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
 NORMALISATION = "uint8 / 127.5 - 1"
 RESIZE_FILTER = "lanczos"
-CROP_RULE = "short side to resolution, centre crop"
+CROP_RULE = "scaled to cover, centre crop"
 
 # Pillow's raster formats. Not EPS and its like: Pillow hands those to other programs.
 _WANTED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
@@ -79,26 +81,34 @@ def decode(data: bytes, background: Colour = (255, 255, 255)) -> Pixels:
             raise ImageError("unsupported_mode") from error
 
 
-def square(pixels: Pixels, side: int) -> Pixels:
-    """Scale the short side to `side` (Lanczos, antialiased) and crop the centre: [H, W, 3] -> [side, side, 3]."""
+def cover(pixels: Pixels, bucket: Bucket) -> Pixels:
+    """Scale a picture until it just covers the bucket (Lanczos, antialiased), and crop the centre.
+
+    Args:
+        pixels: [H, W, 3].
+        bucket: height h and width w to bring it to.
+
+    Returns:
+        [h, w, 3].
+    """
     height, width = pixels.shape[:2]
-    _, _, top, left, _, _ = (int(n) for n in size_record(height, width, side))
-    scaled_height, scaled_width = _scaled(height, width, side)
+    _, _, top, left, _, _ = (int(n) for n in size_record(height, width, bucket))
+    scaled_height, scaled_width = _scaled(height, width, bucket)
     y, x = height / scaled_height, width / scaled_width  # source pixels per scaled pixel
-    box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
+    box = (left * x, top * y, min((left + bucket[1]) * x, width), min((top + bucket[0]) * y, height))
     # Resizing the crop alone, not the whole: a sliver of 1 x 80,000 would become 64 x 5,120,000 first.
-    return np.array(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS, box=box))
+    return np.array(Image.fromarray(pixels).resize((bucket[1], bucket[0]), Image.Resampling.LANCZOS, box=box))
 
 
-def size_record(height: int, width: int, side: int) -> npt.NDArray[np.int32]:
-    """What `square` did, for the size conditioning of SDXL (Podell et al. 2023, section 2.2).
+def size_record(height: int, width: int, bucket: Bucket) -> npt.NDArray[np.int32]:
+    """What `cover` did, for the size conditioning of SDXL (Podell et al. 2023, section 2.2).
 
     Returns:
         int32 [6]: original height and width, crop top and left (in scaled pixels), target height and width.
     """
-    scaled_height, scaled_width = _scaled(height, width, side)
-    top, left = (scaled_height - side) // 2, (scaled_width - side) // 2
-    return np.array([height, width, top, left, side, side], dtype=np.int32)
+    scaled_height, scaled_width = _scaled(height, width, bucket)
+    top, left = (scaled_height - bucket[0]) // 2, (scaled_width - bucket[1]) // 2
+    return np.array([height, width, top, left, *bucket], dtype=np.int32)
 
 
 def normalise(pixels: Pixels) -> torch.Tensor:
@@ -200,9 +210,11 @@ def _through_profile(image: Image.Image) -> Image.Image:
     return turned or image.convert("RGB")
 
 
-def _scaled(height: int, width: int, side: int) -> tuple[int, int]:
-    short = min(height, width)
-    return max(side, round(height * side / short)), max(side, round(width * side / short))
+def _scaled(height: int, width: int, bucket: Bucket) -> tuple[int, int]:
+    """The size at which the picture covers the bucket: one side fits, the other is at least as long."""
+    if bucket[0] * width >= bucket[1] * height:
+        return bucket[0], max(bucket[1], round(width * bucket[0] / height))
+    return max(bucket[0], round(height * bucket[1] / width)), bucket[1]
 
 
 def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -1,46 +1,57 @@
 """Image shards, as img2dataset and `lathe pack` write them, into samples: KEY.jpg, KEY.txt, KEY.json.
 
-webdataset reads them here, on a stream that is already open and without its decoders: given a name it would run
-`pipe:` addresses in a shell, and its decoders unpickle.
+Names are taken apart as webdataset does it. Its own reader cannot tell a damaged shard from a whole one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
-
-from pipeline.data.tar import members
+from pipeline.data.tar_stream import TarStream
 from pipeline.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset(
     (
         "jpg",
         "jpeg",
+        "jpe",
         "jfif",
         "png",
+        "apng",
         "webp",
         "gif",
         "bmp",
+        "dib",
         "tif",
         "tiff",
         "avif",
         "jp2",
+        "j2k",
+        "jpx",
         "ppm",
         "pgm",
         "pbm",
+        "pnm",
         "tga",
         "ico",
+        "qoi",
     )
 )
-
+MAX_FILE_BYTES = 512 << 20  # of a picture
+MAX_TEXT_BYTES = 8 << 20  # of KEY.txt and KEY.json; parsed JSON takes ten times as much
+MAX_KEY_BYTES = 1000  # in UTF-8
+MAX_CAPTION_CHARS = 65_536
+MAX_CAPTIONS = 256  # of one picture: each is stored
 
 SHARD_DAMAGED = "shard_damaged"
+
+_TEXT_EXTENSIONS = frozenset(("txt", "json"))
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -61,37 +72,26 @@ class Rejected:
     reason: str
 
 
-def read_image_shard(data: bytes, caption_field: str = "caption") -> Iterator[ImageSample | Rejected]:
-    """The samples of one image shard, in file order.
+def read_image_shard(stream: BinaryIO, caption_field: str = "caption") -> Iterator[ImageSample | Rejected]:
+    """The samples of one image shard, in file order, in the memory of one of them.
 
     Args:
-        data: the whole tar.
+        stream: the tar, plain or compressed (gzip, bzip2, xz), from its first byte. It need not seek. It is read to its
+            end unless the tar is damaged, and not closed.
         caption_field: field of KEY.json with one caption or a list of them, where there is no KEY.txt.
 
     Yields:
         A sample, or why there is none: `no_image`, `several_images`, `no_caption`, `caption_not_utf8`,
-        `metadata_not_json`, `unsafe_key`, `duplicate_member`, `duplicate_key`, and at the end `shard_damaged` when the
-        tar could not be read to its end.
+        `caption_too_long`, `too_many_captions`, `metadata_not_json`, `unsafe_key`, `key_too_long`, `file_too_large`,
+        `duplicate_member`, `duplicate_key`, and at the end `shard_damaged` when the tar could not be read to its end.
+        Of a damaged tar the last sample is dropped: what belongs to it may be missing.
     """
-    damage: list[Exception] = []
-
-    def note(error: Exception) -> bool:
-        damage.append(error)
-        return True
-
-    files = tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=note, select_files=_wanted)
-    doubled: set[str] = set()
     seen: set[str] = set()
-    for group in group_by_keys(_once(files, doubled)):
-        key = group["__key__"]
-        if key in seen:
-            yield Rejected(key, "duplicate_key")
-        elif key in doubled:
-            yield Rejected(key, "duplicate_member")
-        else:
-            yield _sample(key, group, caption_field)
-        seen.add(key)
-    if damage or not _is_whole(data):
+    try:
+        for files in _by_key(TarStream(stream)):
+            yield Rejected(files.key, "duplicate_key") if files.key in seen else _sample(files, caption_field)
+            seen.add(files.key)
+    except DataError:
         yield Rejected("", SHARD_DAMAGED)
 
 
@@ -101,72 +101,111 @@ def is_holdout(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _is_whole(data: bytes) -> bool:
-    """tarfile takes a damaged header in the middle, or a file cut between members, for the end."""
-    if data[257:262] != b"ustar":  # compressed (its own checksums tell), or no tar at all
-        return True
+class _Files:
+    """The files of one key as they come, and the first reason why they make no sample."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.problem = ""
+        self.images = 0
+        self._content: dict[str, bytes] = {}
+
+    def add(self, extension: str, size: int, read: Callable[[], bytes]) -> None:
+        """Take in one file; of what cannot become a sample no byte is kept."""
+        is_image = extension in IMAGE_EXTENSIONS
+        self.images += is_image
+        if extension in self._content:
+            self.problem = "duplicate_member"
+        elif size > (MAX_FILE_BYTES if is_image else MAX_TEXT_BYTES):
+            self.problem = self.problem or "file_too_large"
+        self._content[extension] = b"" if self.problem or self.images > 1 else read()
+
+    def image(self) -> bytes:
+        """The picture, where there is one only."""
+        return next(data for extension, data in self._content.items() if extension in IMAGE_EXTENSIONS)
+
+    def text(self, extension: str) -> bytes | None:
+        """Content of KEY.txt or KEY.json, None where there is none."""
+        return self._content.get(extension)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and lower-case extension of a member: the key ends at the first dot of the base name, as in webdataset.
+
+    Both are empty for what webdataset passes over: names without a dot, hidden files, its own `__entries__`.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or (name.startswith("__") and name.partition("/")[0].endswith("__")):
+        return "", ""
+    return folder + slash + stem, extension.lower()
+
+
+def _by_key(tar: TarStream) -> Iterator[_Files]:
+    """Files of one key that stand together. Raises DataError instead of giving the last ones of a damaged tar."""
+    files: _Files | None = None
+    for name, size in tar:
+        key, extension = split_name(name)
+        if extension not in IMAGE_EXTENSIONS and extension not in _TEXT_EXTENSIONS:
+            continue
+        if files is None or key != files.key:
+            if files is not None:
+                yield files
+            files = _Files(key)
+        files.add(extension, size, tar.read)
+    if files is not None:
+        yield files
+
+
+def _sample(files: _Files, caption_field: str) -> ImageSample | Rejected:
+    if problem := _problem_of_files(files):
+        return Rejected(files.key[:MAX_KEY_BYTES] if problem == "key_too_long" else files.key, problem)
     try:
-        for _ in members(data, whole=True):
-            pass
-    except DataError:
-        return False
-    return True
-
-
-def _wanted(name: str) -> bool:
-    extension = (base_plus_ext(name)[1] or "").lower()
-    return extension in IMAGE_EXTENSIONS or extension in {"txt", "json"}
-
-
-def _once(files: Iterable[dict[str, Any]], doubled: set[str]) -> Iterator[dict[str, Any]]:
-    """Drops members that repeat a name within a key, which would end webdataset's grouping, and notes the key."""
-    current, extensions = None, set[str]()
-    for file in files:
-        if file:
-            key, extension = base_plus_ext(file["fname"])
-            if key != current:
-                current, extensions = key, set()
-            if extension.lower() in extensions:
-                doubled.add(key)
-                continue
-            extensions.add(extension.lower())
-        yield file
-
-
-def _sample(key: str, group: dict[str, bytes], caption_field: str) -> ImageSample | Rejected:
-    images = [name for name in group if name in IMAGE_EXTENSIONS]
-    if not _safe(key):
-        return Rejected(key, "unsafe_key")
-    if len(images) != 1:
-        return Rejected(key, "several_images" if images else "no_image")
-    try:
-        metadata = json.loads(group.get("json", b"{}"))
+        metadata = json.loads(files.text("json") or b"{}")
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        return Rejected(key, "metadata_not_json")
+        return Rejected(files.key, "metadata_not_json")
     try:
-        captions = _captions(group.get("txt"), metadata.get(caption_field))
+        captions = _captions(files.text("txt"), metadata.get(caption_field))
     except UnicodeError:
-        return Rejected(key, "caption_not_utf8")
-    if not captions:
-        return Rejected(key, "no_caption")
-    return ImageSample(key, group[images[0]], captions, metadata)
+        return Rejected(files.key, "caption_not_utf8")
+    if problem := _problem_of_captions(captions):
+        return Rejected(files.key, problem)
+    return ImageSample(files.key, files.image(), captions, metadata)
 
 
-def _safe(key: str) -> bool:
-    """Whether the key can name members of an archive that others will unpack."""
+def _problem_of_files(files: _Files) -> str:
+    if files.problem == "duplicate_member":
+        return files.problem
+    if problem := _problem_of_key(files.key) or files.problem:
+        return problem
+    return "" if files.images == 1 else "several_images" if files.images else "no_image"
+
+
+def _problem_of_key(key: str) -> str:
+    """Why the key cannot name members of an archive that others will unpack, or a line in a list; empty if it can."""
     try:
-        key.encode("utf-8")
+        if len(key.encode("utf-8")) > MAX_KEY_BYTES:
+            return "key_too_long"
     except UnicodeEncodeError:
-        return False
-    return not key.startswith("/") and ".." not in key.split("/") and "\0" not in key
+        return "unsafe_key" if len(key) <= MAX_KEY_BYTES else "key_too_long"
+    unsafe = key.startswith("/") or ".." in key.split("/") or _CONTROL.search(key)
+    return "unsafe_key" if unsafe else ""
 
 
 def _captions(text: bytes | None, from_json: Any) -> tuple[str, ...]:
     """Raises UnicodeError for what UTF-8 cannot say, which JSON's escapes can."""
-    single = text.decode("utf-8") if text is not None else from_json
+    single = text.decode("utf-8-sig") if text is not None else from_json
     captions = [c.strip() for c in (single if isinstance(single, list) else [single]) if isinstance(c, str)]
     for caption in captions:
         caption.encode("utf-8")
     return tuple(caption for caption in captions if caption)
+
+
+def _problem_of_captions(captions: tuple[str, ...]) -> str:
+    if not captions:
+        return "no_caption"
+    if max(map(len, captions)) > MAX_CAPTION_CHARS:
+        return "caption_too_long"
+    return "too_many_captions" if len(captions) > MAX_CAPTIONS else ""

@@ -171,10 +171,10 @@ def _originals(shards: str, encoded: Fingerprint, wanted: Collection[str]) -> Ma
     """Pictures by key, as they were encoded. Raises DataError when the image shards lack one."""
     found: dict[str, Pixels] = {}
     for shard in find_shards(shards):
-        for sample in read_image_shard(read_file(shard), encoded.caption_field):
+        for sample in read_image_shard(io.BytesIO(read_file(shard)), encoded.caption_field):
             if isinstance(sample, ImageSample) and sample.key in wanted:
                 pixels = images.decode(sample.image_bytes, encoded.background)
-                found[sample.key] = images.square(pixels, encoded.resolution)
+                found[sample.key] = images.cover(pixels, (encoded.resolution,) * 2)
         if len(found) == len(wanted):
             return found
     missing = sorted(set(wanted) - set(found))

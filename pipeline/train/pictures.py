@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,13 +56,13 @@ def read_pictures(config: ImagesConfig, limit_bytes: int = MEMORY_LIMIT_BYTES) -
         size += pixels.nbytes
         if size > limit_bytes:
             raise DataError(
-                f"{config.shards} holds more than {limit_bytes / 2**30:.0f} GiB of pixels at {config.resolution} px",
+                f"images.shards: more than {limit_bytes / 2**30:.0f} GiB of pixels at {config.resolution} px",
                 "train the autoencoder on a part of the shards: images.shards=.../{000..099}.tar",
             )
     if not parts[False]:
         raise DataError(
-            f"{config.shards} has no picture to train on ({rejected} rejected, {len(parts[True])} held out)",
-            "check images.shards and images.holdout",
+            f"images.shards: no picture to train on ({rejected} rejected, {len(parts[True])} held out)",
+            "look at the image shards, and at images.holdout",
         )
     none = np.empty((0, config.resolution, config.resolution, 3), np.uint8)
     held = np.stack(parts[True]) if parts[True] else none
@@ -70,12 +71,12 @@ def read_pictures(config: ImagesConfig, limit_bytes: int = MEMORY_LIMIT_BYTES) -
 
 def _pixels(config: ImagesConfig) -> Iterator[tuple[str, NDArray[np.uint8] | None]]:
     for shard in find_shards(config.shards):
-        for sample in read_image_shard(read_file(shard), config.caption_field):
+        for sample in read_image_shard(io.BytesIO(read_file(shard)), config.caption_field):
             pixels = None
             if isinstance(sample, ImageSample):
                 try:
                     whole = images.decode(sample.image_bytes, config.background)
-                    pixels = np.ascontiguousarray(images.square(whole, config.resolution))
+                    pixels = np.ascontiguousarray(images.cover(whole, (config.resolution,) * 2))
                 except images.ImageError:
                     pixels = None
             yield sample.key, pixels

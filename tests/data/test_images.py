@@ -214,15 +214,15 @@ def test_probe_reads_the_header_alone():
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
 @settings(deadline=None)
-def test_square_is_resize_then_centre_crop(height, width, side):
+def test_cover_is_resize_then_centre_crop(height, width, side):
     # Mid tones: Pillow rounds and clips between its two passes, whose order may differ.
     pixels = np.random.default_rng(height * 100 + width).integers(100, 156, (height, width, 3), dtype=np.uint8)
-    record = images.size_record(height, width, side)
+    record = images.size_record(height, width, (side, side))
     top, left = int(record[2]), int(record[3])
     scaled = (max(side, round(width * side / min(height, width))), max(side, round(height * side / min(height, width))))
     whole = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.LANCZOS))
     expected = whole[top : top + side, left : left + side]
-    result = images.square(pixels, side)
+    result = images.cover(pixels, (side, side))
     assert (result.dtype, result.shape) == (np.uint8, (side, side, 3))
     assert np.abs(result.astype(int) - expected).max() <= 3
     assert record.dtype == np.int32
@@ -230,8 +230,8 @@ def test_square_is_resize_then_centre_crop(height, width, side):
 
 
 def test_slivers_and_single_pixels():
-    assert images.square(np.full((1, 80_000, 3), 7, np.uint8), 64).tolist() == np.full((64, 64, 3), 7).tolist()
-    assert images.square(np.full((1, 1, 3), 9, np.uint8), 32).tolist() == np.full((32, 32, 3), 9).tolist()
+    assert images.cover(np.full((1, 80_000, 3), 7, np.uint8), (64, 64)).tolist() == np.full((64, 64, 3), 7).tolist()
+    assert images.cover(np.full((1, 1, 3), 9, np.uint8), (32, 32)).tolist() == np.full((32, 32, 3), 9).tolist()
 
 
 def test_normalise_and_back():

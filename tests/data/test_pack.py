@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,7 @@ def config(tmp_path, **fields) -> PackConfig:
 
 def samples(tmp_path) -> list:
     shards = find_shards(str(tmp_path / "out"))
-    return [s for shard in shards for s in read_image_shard(Path(shard).read_bytes())]
+    return [s for shard in shards for s in read_image_shard(io.BytesIO(Path(shard).read_bytes()))]
 
 
 @pytest.fixture
