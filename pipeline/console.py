@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 PLAIN_LINE_SECONDS = 15.0
+_WIDEST_BAR = 40
+_BESIDE_THE_BAR = 60  # columns that name, counts and times take
 
 
 def tell(text: str) -> None:
@@ -24,10 +27,23 @@ def table(facts: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:<12}{value}" for name, value in facts.items())
 
 
-class ProgressLine:
-    """One job's progress: `update(done, total, note)` as often as wanted.
+def duration(seconds: float) -> str:
+    """About how long, in the two largest units: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
-    On a terminal a bar with elapsed and remaining time; elsewhere one plain line every 15 s and one at the end.
+
+class ProgressLine:
+    """One job's progress: `update(done, total, note)` as often as wanted, from any thread.
+
+    On a terminal a bar with elapsed and remaining time, and the note below it; elsewhere one plain line every 15 s and
+    one at the end.
 
     Args:
         name: what is going on, such as "encode".
@@ -37,21 +53,21 @@ class ProgressLine:
     def __init__(self, name: str, unit: str, *, visible: bool = True) -> None:
         self._name, self._unit, self._visible = name, unit, visible
         self._started = self._last_line = time.monotonic()
-        self._done, self._total, self._note = 0, 0, ""
+        self._done, self._total, self._note = 0.0, 0, ""
+        self._eta_seconds: float | None = None
         self._bar: Progress | None = None
         if visible and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description:<10}"),
-                BarColumn(),
+            console = Console(stderr=True)
+            self._bar = _NotedProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=max(5, min(_WIDEST_BAR, console.width - _BESIDE_THE_BAR))),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[unit]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                _Remaining(),
+                console=console,
             )
-            self._task = self._bar.add_task(name, total=None, unit=unit, note="")
+            self._task = self._bar.add_task(name, total=None, unit=unit, note="", eta_seconds=None)
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -66,17 +82,47 @@ class ProgressLine:
         elif kind is None and self._total:
             self._print()
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` are done; `note` is a few words such as the loss."""
-        self._done, self._total, self._note = done, total, note
+    def update(self, done: float, total: int, note: str = "", eta_seconds: float | None = None) -> None:
+        """Show how far the job is.
+
+        Args:
+            done: of `total`; a fraction moves the bar, and is not told as a number.
+            note: a few words, such as the loss.
+            eta_seconds: what is left; None = as the bar's own pace has it, on a terminal.
+        """
+        self._done, self._total, self._note, self._eta_seconds = done, total, note, eta_seconds
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=note, eta_seconds=eta_seconds)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             self._print()
 
     def _print(self) -> None:
         if self._visible:
-            seconds = time.monotonic() - self._started
-            line = f"{self._name}: {self._done}/{self._total} {self._unit} after {seconds:.0f} s  {self._note}"
+            done, total, seconds = int(self._done), self._total, time.monotonic() - self._started
+            left = f", {duration(self._eta_seconds)} left" if self._eta_seconds and done < total else ""
+            line = f"{self._name}: {done}/{total} {self._unit} after {duration(seconds)}{left}  {self._note}"
             tell(line.rstrip())
+
+
+class _NotedProgress(Progress):
+    """The note stands below the bar: beside it, a terminal of 80 columns would cut it."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
+class _Remaining(ProgressColumn):
+    """What is left, as the job tells it, else as the bar's pace has it."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        told = task.fields["eta_seconds"]
+        seconds = task.time_remaining if told is None else told
+        if task.finished or seconds is None:
+            return Text("")
+        return Text(f"{duration(seconds)} left", style="progress.remaining")

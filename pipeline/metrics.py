@@ -21,8 +21,9 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from pipeline.config import MetricsConfig
 from pipeline.errors import SetupError, StorageError
 
-Job = Literal["train", "first_stage"]
+Job = Literal["train", "first_stage", "encode"]
 TRAINING: tuple[Job, ...] = ("train", "first_stage")
+ENCODE: tuple[Job, ...] = ("encode",)
 
 LOG = "metrics.jsonl"
 """The log's name in a folder, which can be appended to."""
@@ -32,12 +33,13 @@ PARTS = "metrics/"
 
 @dataclass(frozen=True)
 class Definition:
-    """One metric: its key in calls and log, its unit, what it means, and the jobs that report it."""
+    """One metric: its key in calls and log, its unit, what it means, the jobs that report it, and its labels."""
 
     key: str
     unit: str
     help: str
     jobs: tuple[Job, ...]
+    labels: tuple[str, ...] = ()
 
     def name(self, job: Job) -> str:
         """The full name that Prometheus knows, such as `lathe_train_loss`."""
@@ -68,7 +70,19 @@ DEFINITIONS = (
     Definition("last_step_timestamp_seconds", "s", "Unix time of the last step that was logged", TRAINING),
     Definition("world_size", "ranks", "Training processes", ("train",)),
     Definition("images_per_second", "images/s", "Images trained on per second, over all ranks", TRAINING),
-    Definition("resident_memory_bytes", "bytes", "Resident memory of this process", TRAINING),
+    Definition("images", "images", "Images that this run of the worker has encoded", ENCODE),
+    Definition("images_per_second", "images/s", "Images that this worker encoded per second, last 30 s", ENCODE),
+    Definition("rejects", "samples", "Samples of this run that could not be used, by reason", ENCODE, ("reason",)),
+    Definition("filtered", "samples", "Samples of this run that nobody wanted, by reason", ENCODE, ("reason",)),
+    Definition("bytes_read", "bytes", "Bytes of source shards that this run of the worker has read", ENCODE),
+    Definition("bytes_written", "bytes", "Bytes of latent shards that this run of the worker has stored", ENCODE),
+    Definition("shards_done", "shards", "Source shards of this worker that are done, over all restarts", ENCODE),
+    Definition("target_shards", "shards", "Source shards of this worker", ENCODE),
+    Definition("eta_seconds", "s", "Time until this worker is done, by bytes of source; NaN = not known yet", ENCODE),
+    Definition("busy_ratio", "1", "Share of the last 30 s that a stage worked, of all its threads", ENCODE, ("stage",)),
+    Definition("storage_retries", "requests", "Requests to storage that this run of the worker repeated", ENCODE),
+    Definition("last_commit_timestamp_seconds", "s", "Unix time of the last source shard that was done", ENCODE),
+    Definition("resident_memory_bytes", "bytes", "Resident memory of this process", (*TRAINING, *ENCODE)),
 )
 
 
@@ -99,7 +113,7 @@ class Metrics:
     def __init__(self, config: MetricsConfig, job: Job, rank: int = 0, log_store: LogStore | None = None) -> None:
         self.registry = CollectorRegistry()
         self._gauges = {
-            d.key: Gauge(d.name(job), f"{d.help} ({d.unit})", registry=self.registry)
+            d.key: Gauge(d.name(job), f"{d.help} ({d.unit})", d.labels, registry=self.registry)
             for d in DEFINITIONS
             if job in d.jobs
         }
@@ -110,9 +124,16 @@ class Metrics:
         if config.prometheus and self._active:
             self._server, self.address = _serve(config, self.registry)
 
-    def set(self, key: str, value: float) -> None:
-        """Set one metric by its short key. Raises KeyError for a key that the table does not have for this job."""
+    def set(self, key: str, value: float, **labels: str) -> None:
+        """Set one metric by its short key and, where the table gives it labels, a value for each of them.
+
+        Raises:
+            KeyError: the table has no such key for this job.
+            ValueError: not the labels of the table.
+        """
         gauge = self._gauges[key]
+        if labels:
+            gauge = gauge.labels(**labels)
         if self._active:
             gauge.set(value)
 

@@ -49,7 +49,7 @@ def test_names_follow_prometheus_conventions():
     names = [d.name(job) for d in DEFINITIONS for job in d.jobs]
     assert len(names) == len(set(names))
     for name in names:
-        assert re.fullmatch(r"lathe_(train|first_stage)_[a-z0-9_]+", name)
+        assert re.fullmatch(r"lathe_(train|first_stage|encode)_[a-z0-9_]+", name)
         assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|percent|total)(_|$)", name), (
             f"{name}: base units, gauges"
         )
@@ -70,6 +70,29 @@ def test_endpoint_serves_what_was_set():
 def test_unknown_key_is_refused():
     with pytest.raises(KeyError):
         Metrics(QUIET, "first_stage").set("world_size", 1.0)
+
+
+def test_labels_tell_the_series_of_one_metric_apart():
+    metrics = Metrics(MetricsConfig(), "encode")
+    try:
+        metrics.set("rejects", 2, reason="not_an_image")
+        metrics.set("rejects", 1, reason='odd "quotes"\n')
+        metrics.set("busy_ratio", 0.5, stage="decode")
+        text = _scrape(metrics.address)
+        assert 'lathe_encode_rejects{reason="not_an_image"} 2.0' in text
+        assert 'lathe_encode_rejects{reason="odd \\"quotes\\"\\n"} 1.0' in text
+        assert 'lathe_encode_busy_ratio{stage="decode"} 0.5' in text
+        assert "lathe_encode_images 0.0" in text
+    finally:
+        metrics.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "labels"), [("rejects", {}), ("rejects", {"stage": "decode"}), ("images", {"reason": "x"})]
+)
+def test_other_labels_than_the_tables_are_refused(key, labels):
+    with pytest.raises(ValueError, match="label"):
+        Metrics(QUIET, "encode").set(key, 1.0, **labels)
 
 
 def test_taken_port_moves_on_to_a_free_one():

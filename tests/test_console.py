@@ -1,0 +1,137 @@
+"""The progress line: plain lines in a log, a bar on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+
+from pipeline import console
+from pipeline.console import ProgressLine, duration
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """What was drawn, line by line, without colours and without what was drawn over in the same way."""
+        seen = [ESCAPES.sub("", line).rstrip() for line in re.split(r"[\r\n]", self.getvalue())]
+        return [line for i, line in enumerate(seen) if line and line not in seen[:i]]
+
+
+def terminal(patch: pytest.MonkeyPatch, columns: int = 120) -> Terminal:
+    """Take the place of stderr; to be called by the test itself, since pytest sets stderr anew for it."""
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
+        patch.delenv(name, raising=False)
+    patch.setenv("TERM", "xterm-256color")
+    patch.setenv("COLUMNS", str(columns))
+    screen = Terminal()
+    patch.setattr(sys, "stderr", screen)
+    return screen
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 s"),
+        (0.6, "1 s"),
+        (119.4, "119 s"),
+        (120, "2 min"),
+        (3569, "59 min"),
+        (3599, "1 h 00 min"),
+        (11_100, "3 h 05 min"),
+        (48 * 3600 - 60, "47 h 59 min"),
+        (52 * 3600, "2 d 4 h"),
+    ],
+)
+def test_durations_read_well(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_a_log_gets_a_line_every_quarter_of_a_minute_and_one_at_the_end(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressLine("encode", "shards") as line:
+        line.update(0, 12)
+        for second in range(1, 32):
+            clock[0] += 1
+            line.update(second / 3, 12, f"{second} images/s", eta_seconds=400 - second)
+        line.update(12, 12, "7 images/s", eta_seconds=0.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "encode: 5/12 shards after 15 s, 6 min left  15 images/s",
+        "encode: 10/12 shards after 30 s, 6 min left  30 images/s",
+        "encode: 12/12 shards after 31 s  7 images/s",
+    ]
+
+
+def test_without_an_estimate_a_log_says_none(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine("train", "steps") as line:
+        clock[0] += 20
+        line.update(3, 12)
+    assert capsys.readouterr().err.splitlines() == ["train: 3/12 steps after 20 s"] * 2
+
+
+def test_a_failure_is_not_followed_by_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with ProgressLine("train", "steps") as line:
+            line.update(3, 12)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert capsys.readouterr().err == ""
+
+
+def test_other_ranks_say_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine("train", "steps", visible=False) as line:
+        clock[0] += 20
+        line.update(3, 12)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_with_what_is_done_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch)
+    with ProgressLine("encode", "shards") as line:
+        line.update(3.5, 12, "412 images/s, 1.2 % rejected, waiting for decode", eta_seconds=754)
+        line._bar.refresh()  # type: ignore[union-attr]
+        line.update(12, 12, "400 images/s", eta_seconds=0.0)
+    drawn = screen.lines()
+    assert any(re.search(r"^encode ━.* +3/12 shards 0:00:00 13 min left$", x) for x in drawn), drawn
+    assert "  412 images/s, 1.2 % rejected, waiting for decode" in drawn
+    assert re.search(r"^encode ━+ 12/12 shards 0:00:00$", drawn[-2])
+    assert drawn[-1] == "  400 images/s"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+def test_bar_and_note_keep_to_a_line_each_of_any_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    screen = terminal(monkeypatch, columns)
+    with ProgressLine("encode", "shards") as line:
+        line.update(
+            3.5, 12_000, "412 images/s, 1.2 % rejected, 30.1 % filtered, waiting for decode", eta_seconds=11_100
+        )
+    drawn = screen.lines()
+    assert any(re.search(r"^encode .*3/12000 shards 0:00:00 3 h 05 min left$", x) for x in drawn), drawn
+    assert all(len(x) <= columns for x in drawn)
+    assert any(x.endswith("waiting for decode" if columns >= 80 else "…") for x in drawn)
+
+
+def test_lines_for_a_person_go_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch)
+    with ProgressLine("encode", "shards") as line:
+        line.update(3, 12, "note")
+        console.tell("a [bold]warning[/]")
+    assert "a [bold]warning[/]" in screen.lines()
