@@ -22,7 +22,7 @@ from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.output import Describes, IncompleteError, Target, claim, claimed, committed, fold_output, missing
 from pipeline.encode.sources import Source, find_sources
 from pipeline.encode.tally import Tally, check_rejects
-from pipeline.encode.worker import Encodes, Work, Worker, decoder_count
+from pipeline.encode.worker import UPLOADERS, Encodes, Work, Worker, decoder_count
 from pipeline.errors import ConfigError
 
 MIN_SEEN = 100  # samples before a shard's end says something about the reject rate
@@ -87,7 +87,11 @@ def encode(
     tallies = tuple(Tally() for _ in targets)
     work = _work(targets, mine, tallies)
     meter = Meter(
-        total_bytes=sum(one.source.bytes for one in work), total_shards=len(work), decoders=decoder_count(config)
+        total_bytes=sum(one.source.bytes for one in work),
+        total_shards=len(mine),
+        decoders=decoder_count(config),
+        uploaders=UPLOADERS,
+        shards_before=len(mine) - len(work),
     )
 
     def tick() -> None:

@@ -35,7 +35,7 @@ from pipeline.encode.tally import unwanted
 from pipeline.storage import Store, open_stream
 
 UPSCALED = "filtered_upscale"
-_UPLOADS = 2
+UPLOADERS = 2
 
 
 class PendingMoments(Protocol):
@@ -109,7 +109,7 @@ class Worker:
         # Steps that wait for the device, in order: while one batch is encoded the next is prepared.
         self._line: deque[Callable[[], None]] = deque()
         self._uploads: deque[Future[tuple[int, Receipt]]] = deque()
-        self._uploaders = ThreadPoolExecutor(_UPLOADS, "upload")
+        self._uploaders = ThreadPoolExecutor(UPLOADERS, "upload")
 
     def run(self, work: Sequence[Work]) -> Generator[tuple[int, Receipt], None, None]:
         """Target's number and receipt of each latent shard, once both are stored. For one call."""
@@ -119,7 +119,7 @@ class Worker:
             with closing(ahead(self._read(work, decoders), depth)) as items:
                 for one in work:
                     self._gather(one, items)
-                    yield from self._uploaded(_UPLOADS * len(self._targets))
+                    yield from self._uploaded(UPLOADERS * len(self._targets))
                 self._advance(0)
             yield from self._uploaded(0)
         finally:

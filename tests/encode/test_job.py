@@ -14,18 +14,20 @@ import torch
 import webdataset
 from diffusers import AutoencoderKL
 
-from pipeline.config import EncodeConfig
+from pipeline.config import BucketsConfig, EncodeConfig, FiltersConfig
 from pipeline.data import images
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar import TarBuilder, read_npy
 from pipeline.encode.job import encode, finalize
-from pipeline.errors import ConfigError, DataError
+from pipeline.encode.meter import Snapshot
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.models.text import Tokenizer
 from pipeline.storage import open_store
 
 SIDE, SHARDS, PER_SHARD = 32, 5, 13
-EXTRAS = {"manifest.json", "fingerprint.json", "rejects.jsonl", "empty.tokens.clip.npy"}
+FINGERPRINTED = {"context_length": "text_towers"}
+EXTRAS = {"manifest.json", "encoding.json", "rejects.jsonl", "empty.tokens.clip.npy"}
 
 
 def picture(seed: int) -> bytes:
@@ -91,6 +93,15 @@ def content(place: Path, output: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((place / output).iterdir())}
 
 
+def without_places(files: dict[str, bytes]) -> dict[str, object]:
+    """The files, but for what they tell of where the image shards are."""
+    trees = {name: json.loads(data) for name, data in files.items() if name.endswith(".json")}
+    for tree in trees.values():
+        tree.pop("source_version", None)
+        tree.pop("images", None)
+    return {**files, **trees}
+
+
 def test_nothing_but_shards_receipts_and_the_manifest_is_there(place):
     names = {f"{i:05d}.tar" for i in range(SHARDS)}
     assert set(content(place, "undisturbed")) == names | {f"{name}.receipt.json" for name in names} | EXTRAS
@@ -118,7 +129,7 @@ def test_plain_webdataset_reads_the_latents_of_diffusers(place):
         width = 6 * (8 + (number * 100 + i) % 3)
         left = (round(width * SIDE / 48) - SIDE) // 2
         assert sample["size.npy"].tolist() == [48, width, 0, left, SIDE, SIDE]
-        pixels = images.square(images.decode(picture(number * 100 + i)), SIDE)
+        pixels = images.cover(images.decode(picture(number * 100 + i)), (SIDE, SIDE))
         with torch.no_grad():
             tensor = torch.from_numpy(pixels / 255.0).float().permute(2, 0, 1)[None] * 2 - 1
             expected = reference.encode(tensor).latent_dist.parameters[0]
@@ -150,19 +161,20 @@ def test_the_manifest_tells_what_is_there(place):
 
 def test_two_workers_write_the_same_bytes(place):
     first = encode(settings(place, "two"), (0, 2))
-    assert (first.shards, first.waiting, first.manifest) == (3, 2, None)
+    assert (first.shards, first.waiting, first.manifests) == (3, 2, ())
     assert "2 shards of other workers" in str(first)
     second = encode(settings(place, "two"), (1, 2))
-    assert second.manifest is not None
+    assert len(second.manifests) == 1
     assert content(place, "two") == content(place, "undisturbed")
 
 
 def test_a_rerun_encodes_nothing_anew(place):
     seen = []
     before = content(place, "undisturbed")
-    summary = encode(settings(place, "undisturbed"), progress=lambda *counts: seen.append(counts))
-    assert (summary.encoded, summary.shards, summary.samples, summary.rejects) == (0, 5, 66, 2)
-    assert seen == [(5, 5, 2)]
+    summary = encode(settings(place, "undisturbed"), progress=seen.append)
+    assert (summary.encoded, summary.shards) == (0, 5)
+    assert (summary.tallies[0].samples, summary.tallies[0].rejects.total()) == (66, 2)
+    assert {(snapshot.shards, snapshot.images) for snapshot in seen} == {(5, 0)}
     assert content(place, "undisturbed") == before
 
 
@@ -171,8 +183,8 @@ def test_a_killed_worker_leaves_nothing_that_a_rerun_would_trust(place):
         "import os, signal, sys\n"
         "from pipeline.config import EncodeConfig\n"
         "from pipeline.encode.job import encode\n"
-        "def progress(done, total, rejects):\n"
-        "    if done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def progress(snapshot):\n"
+        "    if snapshot.shards == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "encode(EncodeConfig.model_validate_json(sys.stdin.read()), progress=progress)\n"
     )
     config = settings(place, "killed")
@@ -187,8 +199,7 @@ def test_a_killed_worker_leaves_nothing_that_a_rerun_would_trust(place):
     for i in range(2):
         encode(config, (i, 2))
     after = content(place, "killed")
-    partial = [name for name in after if name.endswith(".partial")]  # the store's own leftovers, which it never lists
-    assert {name: data for name, data in after.items() if name not in partial} == content(place, "undisturbed")
+    assert after == content(place, "undisturbed")
 
 
 def test_half_written_and_replaced_shards_are_encoded_again(place):
@@ -223,13 +234,17 @@ def test_finalize_names_what_is_missing_and_is_idempotent(place):
         ("images", {"background": (0, 0, 0)}),
         ("images", {"holdout": 0.0}),
         ("images", {"caption_field": "alt"}),
+        ("images", {"flip": True}),
+        ("images", {"max_upscale": 1.5}),
+        ("images", {"buckets": BucketsConfig(step=8)}),
+        ("images", {"filters": FiltersConfig(where="width > 3")}),
         ("text", {"context_length": 24}),
     ],
 )
 def test_another_meaning_is_refused_by_name(place, section, fields):
     config = settings(place, "undisturbed")
     other = config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
-    with pytest.raises(DataError, match=f"these differ: .*{next(iter(fields))}"):
+    with pytest.raises(DataError, match=f"these differ: .*{FINGERPRINTED.get(next(iter(fields)), next(iter(fields)))}"):
         encode(other)
 
 
@@ -273,7 +288,7 @@ def test_added_shards_extend_the_data(place, tmp_path):
         (tmp_path / "images" / f"{i}.tar").write_bytes(image_shard(i))
         summary = encode(config)
         assert summary.encoded == 1
-        hashes.append(summary.manifest.content_hash)
+        hashes.append(summary.manifests[0].content_hash)
     assert hashes[0] != hashes[1]
 
 
@@ -282,9 +297,9 @@ def test_an_empty_shard_and_a_damaged_one_do_not_stop_the_job(place, tmp_path, c
     for name, data in (("a", TarBuilder().finish()), ("b", b"<html>" * 200), ("c", image_shard(0)[:-5000])):
         (tmp_path / "images" / f"{name}.tar").write_bytes(data)
     summary = encode(settings(tmp_path, "out", autoencoder=str(place / "vae")))
-    assert summary.manifest.rejects["shard_damaged"] == 2
+    assert summary.manifests[0].rejects["shard_damaged"] == 2
     assert sum("is damaged: " in message for message in caplog.messages) == 2
-    assert [shard.samples("train") > 0 for shard in summary.manifest.shards] == [False, False, True]
+    assert [shard.samples("train") > 0 for shard in summary.manifests[0].shards] == [False, False, True]
 
 
 def test_settings_that_cannot_be(place, tmp_path):
@@ -296,7 +311,7 @@ def test_settings_that_cannot_be(place, tmp_path):
         encode(settings(place, "images"))
     shutil.copytree(place / "images", tmp_path / "again")
     both = {"shards": f"{{{place}/images,{tmp_path}/again}}/00000.tar", "resolution": SIDE}
-    with pytest.raises(DataError, match=r"several image shards are named 00000\.tar"):
+    with pytest.raises(DataError, match=r"several image shards each, first 00000\.tar"):
         encode(settings(place, "none", images=both))
 
 
@@ -307,9 +322,10 @@ def test_on_s3_the_objects_are_the_same_bytes(place, s3_url):
     section = {"shards": f"{images_url}/{{00000..{SHARDS - 1:05d}}}.tar", "resolution": SIDE, "holdout": 0.2}
     for i in range(2):
         summary = encode(settings(place, "", images=section).model_copy(update={"output": output}), (i, 2))
-    assert load_manifest(f"{output}/manifest.json") == summary.manifest
+    assert load_manifest(f"{output}/manifest.json") == summary.manifests[0]
     store = open_store(output)
-    assert {entry.name: store.read(entry.name) for entry in store.list()} == content(place, "undisturbed")
+    there = {entry.name: store.read(entry.name) for entry in store.list()}
+    assert without_places(there) == without_places(content(place, "undisturbed"))
 
 
 def test_an_error_in_a_stage_ends_the_job(place, tmp_path):
@@ -317,10 +333,130 @@ def test_an_error_in_a_stage_ends_the_job(place, tmp_path):
     shutil.copytree(place / "images", tmp_path / "images")
     config = settings(tmp_path, "out", autoencoder=str(place / "vae"))
 
-    def lose(done: int, total: int, rejects: int) -> None:
-        if done == 0:
-            (tmp_path / "images" / "00004.tar").unlink()
+    def lose(snapshot: Snapshot) -> None:
+        if snapshot.shards == 0:
+            (tmp_path / "images" / "00004.tar").unlink(missing_ok=True)
 
     with pytest.raises(Exception, match=r"00004\.tar"):
         encode(config, progress=lose)
     assert "manifest.json" not in content(tmp_path, "out")
+
+
+def test_several_resolutions_in_one_pass_are_those_of_one_each(place, tmp_path):
+    """Fetched and decoded once; each with its manifest; where one lacks a shard, that one alone is encoded."""
+    section = {"shards": str(place / "images"), "resolution": (SIDE, 16), "holdout": 0.2}
+    summary = encode(settings(tmp_path, "both", images=section, autoencoder=str(place / "vae")))
+    assert [m.fingerprint.resolution for m in summary.manifests] == [SIDE, 16]
+    assert content(tmp_path / "both", str(SIDE)) == content(place, "undisturbed")
+    small = settings(tmp_path, "small", images={**section, "resolution": 16}, autoencoder=str(place / "vae"))
+    encode(small)
+    assert content(tmp_path / "both", "16") == content(tmp_path, "small")
+    (tmp_path / "both" / "16" / "00001.tar.receipt.json").unlink()
+    again = encode(settings(tmp_path, "both", images=section, autoencoder=str(place / "vae")))
+    assert again.encoded == 1
+    assert content(tmp_path / "both", "16") == content(tmp_path, "small")
+
+
+def test_buckets_captions_flips_and_filters(place, tmp_path):
+    """Each picture in the bucket nearest to its shape, encoded as diffusers does; unwanted ones are counted apart."""
+    tar = TarBuilder()
+    shapes = {"wide": (32, 64), "tall": (64, 32), "square": (48, 48), "tiny": (4, 9), "sliver": (8, 300)}
+    for key, (height, width) in shapes.items():
+        rng = np.random.default_rng(len(key))
+        tar.add(f"{key}.png", images.png(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+        tar.add(f"{key}.json", json.dumps({"caption": ["one", "a second"], "punsafe": 0.0}).encode())
+    for key, metadata in (("unsafe", {"punsafe": 0.9}), ("unknown", {}), ("wordless", {"punsafe": 0, "caption": "x"})):
+        tar.add(f"{key}.png", picture(1))
+        tar.add(f"{key}.json", json.dumps({"caption": "a caption", **metadata}).encode())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.tar").write_bytes(tar.finish())
+    section = {
+        "shards": str(tmp_path / "images"),
+        "resolution": SIDE,
+        "buckets": {"step": 8, "max_aspect": 2.0},
+        "flip": True,
+        "filters": {"max_aspect": 4.0, "min_caption_chars": 2, "where": "punsafe < 0.5"},
+    }
+    config = settings(tmp_path, "out", images=section, autoencoder=str(place / "vae"), max_reject_rate=0.0)
+    summary = encode(config)
+    manifest = summary.manifests[0]
+    assert manifest.rejects == {
+        "filtered_where": 2,
+        "filtered_caption": 1,
+        "filtered_aspect": 1,
+        "filtered_upscale": 1,
+    }
+    assert summary.tallies[0].unwanted == 5
+    assert list(manifest.buckets()) == [(24, 40), (32, 32), (40, 24)]
+    reference = AutoencoderKL.from_pretrained(place / "vae").eval()
+    for sample in webdataset.WebDataset(str(tmp_path / "out" / "0.tar"), shardshuffle=False).decode():
+        key, bucket = sample["__key__"], tuple(sample["json"]["bucket"])
+        height, width = shapes[key]
+        rng = np.random.default_rng(len(key))
+        pixels = images.cover(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), bucket)
+        assert sample["size.npy"][:2].tolist() == [height, width]
+        assert sample["json"]["captions"] == ["one", "a second"]
+        for name, seen in (("latent.npy", pixels), ("latent_flip.npy", pixels[:, ::-1].copy())):
+            with torch.no_grad():
+                tensor = torch.from_numpy(seen / 255.0).float().permute(2, 0, 1)[None] * 2 - 1
+                expected = reference.encode(tensor).latent_dist.parameters[0].numpy()
+            np.testing.assert_allclose(sample[name].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_source_that_was_replaced_at_the_same_size_is_encoded_again(place, tmp_path, caplog):
+    shutil.copytree(place / "images", tmp_path / "images")
+    config = settings(tmp_path, "out", autoencoder=str(place / "vae"))
+    encode(config)
+    before = content(tmp_path, "out")
+    changed = bytearray((tmp_path / "images" / "00002.tar").read_bytes())
+    at = changed.index(b"picture 3 of 2")
+    changed[at : at + 7] = b"PICTURE"
+    (tmp_path / "images" / "00002.tar").write_bytes(changed)
+    os.utime(tmp_path / "images" / "00003.tar", ns=(1, 1))  # touched, not changed
+    assert encode(config).encoded == 1
+    assert any("00002.tar has changed" in message for message in caplog.messages)
+    assert {name for name, data in content(tmp_path, "out").items() if data != before[name]} == {
+        "00002.tar",
+        "00002.tar.receipt.json",
+        "00003.tar.receipt.json",  # it knows the source's new version
+        "manifest.json",
+    }
+    assert encode(config).encoded == 0
+
+
+def test_repeated_keys_across_shards_are_used_and_told(place, tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        (tmp_path / "images" / f"{i}.tar").write_bytes(image_shard(0))
+    summary = encode(settings(tmp_path, "out", autoencoder=str(place / "vae")))
+    assert summary.tallies[0].samples == 2 * PER_SHARD
+    assert any(f"{PER_SHARD} keys occur more than once" in message for message in caplog.messages)
+
+
+def test_shards_of_one_name_are_told_by_their_folders(place, tmp_path):
+    for part in ("a", "b"):
+        shutil.copytree(place / "images", tmp_path / "images" / part)
+    section = {"shards": f"{tmp_path}/images/*/0000[01].tar", "resolution": SIDE, "shard_name_parts": 2}
+    manifest = encode(settings(tmp_path, "out", images=section, autoencoder=str(place / "vae"))).manifests[0]
+    assert [shard.name for shard in manifest.shards] == ["a/00000.tar", "a/00001.tar", "b/00000.tar", "b/00001.tar"]
+    assert manifest.shards[0].sha256 != manifest.shards[2].sha256  # KEY.json names the source shard
+
+
+def test_what_was_taken_down_stays_out(place, tmp_path):
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    encode(config)
+    (tmp_path / "out" / "removed.txt").write_text("0000003\n00002.tar\t0020004\n00002.tar\t0030001\n")
+    summary = encode(config)
+    assert summary.encoded == 2
+    assert summary.manifests[0].rejects["removed"] == 2
+    assert summary.tallies[0].samples == SHARDS * PER_SHARD + 1 - 2
+
+
+def test_the_first_failing_upload_ends_the_job(place, tmp_path):
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    (tmp_path / "out" / "00001.tar").mkdir(parents=True)  # a folder where a shard is to go
+    with pytest.raises(StorageError, match=r"00001\.tar"):
+        encode(config)
+    (tmp_path / "out" / "00001.tar").rmdir()
+    encode(config)
+    assert content(tmp_path, "out") == content(place, "undisturbed")

@@ -1,0 +1,148 @@
+"""E1: workers are killed at random instants and restarted in other numbers; the data set becomes the undisturbed one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from pipeline.config import EncodeConfig
+from pipeline.data import images
+from pipeline.data.tar import TarBuilder
+from pipeline.encode.job import encode
+from pipeline.storage import Store, open_store
+from pipeline.storage.s3_client import client
+
+SIDE, SHARDS, PER_SHARD = 96, 5, 40
+KILLS, LONG_KILLS = 6, 20
+LIMIT_SECONDS = 240.0
+PART_MIB = "5"  # latent shards of 6 MB travel in two parts
+
+_fork = multiprocessing.get_context("forkserver")
+_fork.set_forkserver_preload(["pipeline.encode.job", "pipeline.storage.s3"])
+
+
+def work(config: EncodeConfig, share: tuple[int, int]) -> None:
+    os.environ["LATHE_S3_PART_MIB"] = PART_MIB
+    torch.set_num_threads(1)
+    encode(config, share)
+
+
+def start(config: EncodeConfig, workers: int) -> list[BaseProcess]:
+    processes = [_fork.Process(target=work, args=(config, (i, workers)), daemon=True) for i in range(workers)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.join(LIMIT_SECONDS)
+        assert process.exitcode == 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Image shards of noise, and an autoencoder whose latents are large."""
+    place = tmp_path_factory.mktemp("killed")
+    (place / "images").mkdir()
+    for shard in range(SHARDS):
+        tar, rng = TarBuilder(), np.random.default_rng(shard)
+        for i in range(PER_SHARD):
+            shape = [(96, 96), (96, 144), (144, 96)][i % 3]
+            tar.add(f"{shard:03d}{i:03d}.png", images.png(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)))
+            tar.add(f"{shard:03d}{i:03d}.txt", f"picture {i}".encode())
+        tar.add("bad.jpg", b"<html>")
+        tar.add("bad.txt", b"x")
+        (place / "images" / f"{shard}.tar").write_bytes(tar.finish())
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=16,
+        mid_block_add_attention=False,
+    ).save_pretrained(place / "vae")
+    return place
+
+
+def settings(place: Path, output: str) -> EncodeConfig:
+    shards = {"shards": str(place / "images"), "resolution": SIDE, "buckets": {"step": 16}, "holdout": 0.1}
+    return EncodeConfig(
+        images=shards,
+        autoencoder=str(place / "vae"),
+        output=output,
+        batch_size=8,
+        max_reject_rate=0.5,
+        threads=1,
+        metrics={"prometheus": False},
+    )
+
+
+def content(store: Store) -> dict[str, bytes]:
+    return {entry.name: store.read(entry.name) for entry in store.list()}
+
+
+def leftovers(url: str) -> list[str]:
+    """What killed writers left that listings do not show."""
+    if url.startswith("s3://"):
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        answer = client({}).call("list_multipart_uploads", bucket, Prefix=prefix)
+        return [upload["Key"] for upload in answer.get("Uploads", [])]
+    return [str(path) for path in Path(url).rglob("*") if path.name.endswith(".partial")]
+
+
+def prove(place: Path, outputs: str, kills: int) -> None:
+    """Kill until `kills` blows have hit a worker at work, on one output after another."""
+    seed = int(os.environ.get("LATHE_TEST_SEED", time.time_ns() % 2**32))
+    print(f"seed {seed}: LATHE_TEST_SEED={seed} repeats these instants")  # noqa: T201
+    chance = random.Random(seed)
+    finish(start(settings(place, f"{outputs}/undisturbed"), 1))
+    begun = time.monotonic()
+    finish(start(settings(place, f"{outputs}/again"), 1))
+    seconds = time.monotonic() - begun
+    expected = content(open_store(f"{outputs}/undisturbed"))
+    assert content(open_store(f"{outputs}/again")) == expected
+    hits = output = 0
+    while hits < kills:
+        output += 1
+        config = settings(place, f"{outputs}/killed-{output}")
+        for _ in range(chance.randint(1, 4)):
+            processes = start(config, chance.randint(1, 3))
+            time.sleep(chance.uniform(0.1, 1.0) * seconds)
+            for process in processes:
+                hits += process.is_alive()
+                if process.pid is not None:
+                    os.kill(process.pid, signal.SIGKILL)
+                process.join()
+        finish(start(config, 1))  # the last must see every shard through: workers of a share see to theirs alone
+        found = content(open_store(config.output))
+        assert sorted(found) == sorted(expected)
+        assert [name for name in found if found[name] != expected[name]] == []
+        assert leftovers(config.output) == []
+
+
+@pytest.mark.ranks
+def test_killed_workers_lose_and_double_nothing_on_s3(place: Path, s3_url: str) -> None:
+    prove(place, s3_url, KILLS)
+
+
+@pytest.mark.ranks
+def test_killed_workers_lose_and_double_nothing_in_a_folder(place: Path, tmp_path: Path) -> None:
+    prove(place, str(tmp_path), KILLS // 2)
+
+
+@pytest.mark.long
+def test_twenty_killed_workers_lose_and_double_nothing(place: Path, s3_url: str, tmp_path: Path) -> None:
+    prove(place, s3_url, LONG_KILLS)
+    prove(place, str(tmp_path), LONG_KILLS)
