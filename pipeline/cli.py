@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +21,8 @@ from pipeline.config import (
     SampleConfig,
     TrainConfig,
 )
-from pipeline.console import ProgressLine
-from pipeline.errors import ConfigError, LatheError
+from pipeline.console import ProgressLine, tell
+from pipeline.errors import LatheError
 
 
 class _Group(TyperGroup):
@@ -74,6 +75,10 @@ def demo(
     """Run the whole path on this machine: pack, train-vae, encode, train, sample, export, report.
 
     Started again after it was stopped, it goes on where it was.
+
+    ```
+    lathe demo --preset smoke
+    ```
     """
     from pipeline.demo.guided_run import run_demo
 
@@ -82,7 +87,17 @@ def demo(
 
 @app.command()
 def pack(config: Config, overrides: Overrides = None) -> None:
-    """Pack a folder of pictures and captions into WebDataset image shards."""
+    """Pack a folder or a table of pictures and captions into WebDataset image shards.
+
+    A folder holds NAME.png beside NAME.txt, or a metadata.jsonl or metadata.csv. A table (CSV, TSV, JSON lines,
+    Parquet) has columns for pictures and captions; its other columns go along, for the filters of `lathe encode`.
+
+    ```
+    lathe pack configs/demo/pack.yaml source=photos output=s3://mine/images
+    lathe pack configs/demo/pack.yaml source=photos.csv output=shards \\
+        image_column=path caption_column=title on_error=skip
+    ```
+    """
     settings = runfile.load(PackConfig, config, overrides)
     from pipeline.data.pack import pack as run
 
@@ -93,7 +108,14 @@ def pack(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("train-vae")
 def train_vae(config: Config, overrides: Overrides = None) -> None:
-    """Train the first stage: the autoencoder that turns pictures into latents and back."""
+    """Train the first stage: the autoencoder that turns pictures into latents and back.
+
+    Not needed where a pretrained one fits: give `lathe encode` its folder or hub id.
+
+    ```
+    lathe train-vae configs/demo/train-vae.yaml root=my-run
+    ```
+    """
     settings = runfile.load(FirstStageConfig, config, overrides)
     from pipeline.train.first_stage import fit_first_stage
 
@@ -107,33 +129,64 @@ def encode(
     config: Config,
     overrides: Overrides = None,
     task: Annotated[
-        str, typer.Option("--task", metavar="I/N", help="This worker's share: task I of N, counted from 0.")
-    ] = "0/1",
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="I/N",
+            help="This worker's share: task I of N, counted from 0. Default: what a SLURM array, srun, torchrun or "
+            "accelerate says, or an indexed Kubernetes Job with LATHE_TASKS set to its completions; else everything.",
+        ),
+    ] = None,
     fold: Annotated[
         bool, typer.Option("--finalize", help="Encode nothing: only fold the workers' receipts into the manifest.")
     ] = False,
 ) -> None:
-    """Encode image shards into latent shards and a manifest. Run as many workers as you like, each with its --task.
+    """Encode image shards into latent shards and a manifest.
 
-    The worker that finishes last writes the manifest.
+    Run as many workers as you like, each with its share. Stop or lose any of them: the same command goes on where it
+    was, with another number of workers too. The one that finishes last writes the manifest.
+
+    ```
+    lathe encode configs/demo/encode.yaml root=my-run
+    lathe encode run.yaml --task 0/2                    # one of two workers
+    sbatch --array=0-15 --wrap "lathe encode run.yaml"  # each finds its share
+    ```
     """
-    settings, share = runfile.load(EncodeConfig, config, overrides), _task(task)
-    from pipeline.encode.job import encode as run
-    from pipeline.encode.job import finalize
-
+    settings = runfile.load(EncodeConfig, config, overrides)
     if fold:
-        manifest = finalize(settings)
-        _say(f"manifest written: {manifest.samples('train')} to train on, {manifest.samples('holdout')} held out")
+        from pipeline.encode.job import finalize
+
+        for manifest in finalize(settings):
+            _say(f"manifest written: {manifest.samples('train')} to train on, {manifest.samples('holdout')} held out")
         return
 
+    from pipeline.encode.share import find_share
+
+    share = find_share(task, os.environ)  # before torch is loaded: a mistake is told at once
+    from pipeline.encode.job import encode as run
+
+    if share.source:
+        tell(str(share))
     with ProgressLine("encode", "shards") as line:
-        result = run(settings, share, lambda done, total, rejects: line.update(done, total, f"{rejects} rejected"))
+        result = run(
+            settings,
+            (share.index, share.count),
+            lambda now: line.update(now.done, now.total, now.note(), now.eta_seconds),
+        )
     _say(result)
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train the text-to-image model on latent shards. Several ranks: start it with `launchers/accelerate.sh CONFIG`."""
+    """Train the text-to-image model on latent shards.
+
+    Stopped or killed, the same command goes on from the last checkpoint.
+
+    ```
+    lathe train configs/demo/train.yaml root=my-run
+    launchers/accelerate.sh configs/demo/train.yaml root=my-run  # several ranks
+    ```
+    """
     settings = runfile.load(TrainConfig, config, overrides)
     from pipeline.train.trainer import fit
 
@@ -142,7 +195,14 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def sample(config: Config, overrides: Overrides = None) -> None:
-    """Make pictures for prompts, from the EMA weights of a training run."""
+    """Make pictures for prompts, from the EMA weights of a training run.
+
+    They go to `output`, with a contact sheet.
+
+    ```
+    lathe sample configs/demo/sample.yaml root=my-run 'prompts=[red heart]'
+    ```
+    """
     settings = runfile.load(SampleConfig, config, overrides)
     from pipeline.sample import sample as run
 
@@ -153,7 +213,14 @@ def sample(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Score a training run: do its pictures follow their prompts, and what does the autoencoder lose."""
+    """Score a training run: do its pictures follow their prompts, and what does the autoencoder lose.
+
+    The scores go to `output` as evaluation.json.
+
+    ```
+    lathe evaluate configs/demo/evaluate.yaml root=my-run
+    ```
+    """
     settings = runfile.load(EvaluateConfig, config, overrides)
     from pipeline.evaluate.job import evaluate as run
 
@@ -164,7 +231,14 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(config: Config, overrides: Overrides = None) -> None:
-    """Write a training run as a folder that diffusers opens, with no code of Lathe behind it."""
+    """Write a training run as a folder that diffusers opens, with no code of Lathe behind it.
+
+    It holds the EMA weights, and opens with `StableDiffusionPipeline.from_pretrained(FOLDER)`.
+
+    ```
+    lathe export configs/demo/export.yaml root=my-run
+    ```
+    """
     settings = runfile.load(ExportConfig, config, overrides)
     from pipeline.export import export as run
 
@@ -178,7 +252,14 @@ def show_config(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print a run file with every default filled in and every ${reference} resolved."""
+    """Print a run file with every default filled in and every ${reference} resolved.
+
+    Without a file, the bundled ones are listed.
+
+    ```
+    lathe config configs/demo/train.yaml root=my-run steps=500
+    ```
+    """
     if config is None:
         _say("\n".join(runfile.bundled_configs()))
     else:
@@ -194,20 +275,21 @@ def _root(
         raise typer.Exit
 
 
-def _task(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ConfigError(f"--task {text}: not a share", "write I/N with I from 0 to N-1, for example --task 0/4")
-    return int(index), int(count)
-
-
 def _say(result: Any) -> None:
     print(result, flush=True)  # noqa: T201
 
 
+class Warnings(logging.Handler):
+    """Warnings go where stderr is at that moment: above the progress bar, which takes its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one warning."""
+        tell(self.format(record))
+
+
 def main() -> None:
     """Run the command line; a user's error ends it with one line, its remedy and the error's exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Warnings()])
     try:
         app(prog_name="lathe")
     except LatheError as error:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from pipeline import cli
+from pipeline.encode.meter import Meter, Snapshot
 
 COMMANDS = ("demo", "pack", "train-vae", "encode", "train", "sample", "evaluate", "export", "config")
 
 
 def lathe(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pipeline", *arguments], capture_output=True, text=True, check=False)
+
+
+def run(patch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The command in this process."""
+    patch.setattr(sys, "argv", ["lathe", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
 
 
 def test_help_names_every_command() -> None:
@@ -26,7 +40,10 @@ def test_help_names_every_command() -> None:
 def test_every_command_explains_itself(command: str) -> None:
     result = lathe(command, "--help")
     assert result.returncode == 0
-    assert f"lathe {command}" in result.stdout
+    assert f"Usage: lathe {command}" in result.stdout
+    examples = [line for line in result.stdout.splitlines() if line.startswith(f"  lathe {command}")]
+    assert examples, "help shows how the command is typed"
+    assert all(len(line.rstrip()) < 80 for line in examples)
     assert result.stderr == ""
 
 
@@ -76,3 +93,62 @@ def test_an_interrupt_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsy
         cli.main()
     assert left.value.code == 130
     assert capsys.readouterr().err == "stopped; the same command goes on where it was\n"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The shares that `lathe encode` was asked for; nothing is encoded."""
+    shares: list[tuple[int, int]] = []
+
+    def encode(_config: object, share: tuple[int, int], on_progress: Callable[[Snapshot], None]) -> str:
+        shares.append(share)
+        meter = Meter(1000, 2, decoders=1)
+        on_progress(meter.snapshot())
+        meter.count(images=9, rejected={"not_an_image": 1}, shards=2)
+        on_progress(meter.snapshot())
+        return "18 pictures"
+
+    monkeypatch.setattr("pipeline.encode.job.encode", encode)
+    for name in [n for n in os.environ if n.startswith("SLURM_") or n in ("RANK", "WORLD_SIZE", "LATHE_TASKS")]:
+        monkeypatch.delenv(name)
+    return shares
+
+
+def test_encode_tells_once_which_share_it_found(
+    encoded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"ID": 4, "COUNT": 8, "MIN": 1, "MAX": 8, "STEP": 1}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    run(monkeypatch, "encode", "configs/demo/encode.yaml")
+    output = capsys.readouterr()
+    assert output.out == "18 pictures\n"
+    assert re.fullmatch(
+        r"share 3/8: SLURM array task 3 of 8, counted from 0\n"
+        r"encode: 2/2 shards after \d+ s  [\d,]+ images/s, 10\.0 % rejected\n",
+        output.err,
+    )
+    run(monkeypatch, "encode", "configs/demo/encode.yaml", "--task", "1/2")
+    assert "share" not in capsys.readouterr().err
+    assert encoded == [(3, 8), (1, 2)]
+
+
+def test_encode_alone_takes_everything_and_says_nothing_of_shares(
+    encoded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "encode", "configs/demo/encode.yaml")
+    assert encoded == [(0, 1)]
+    assert "share" not in capsys.readouterr().err
+
+
+def test_warnings_go_where_stderr_is_at_that_moment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = cli.Warnings()
+    handler.handle(logging.makeLogRecord({"msg": "one"}))
+    assert capsys.readouterr().err == "one\n"
+    with monkeypatch.context() as patch:
+        elsewhere = io.StringIO()
+        patch.setattr(sys, "stderr", elsewhere)
+        handler.handle(logging.makeLogRecord({"msg": "two"}))
+    assert elsewhere.getvalue() == "two\n"
+    assert capsys.readouterr().err == ""
