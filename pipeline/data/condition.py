@@ -224,7 +224,7 @@ class _Parser:
     def _deeper(self) -> None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            self._fail(f"is more than {MAX_DEPTH} levels deep", self._tokens[self._next][2])
+            self._fail(f"is more than {MAX_DEPTH} levels deep", self._tokens[self._next - 1][2])
 
     def _expected(self, what: str) -> NoReturn:
         kind, token, place = self._tokens[self._next]

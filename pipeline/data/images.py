@@ -20,7 +20,7 @@ from pipeline.data.manifest import Bucket
 Pixels = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
-MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # 256 MiB of RGB
 NORMALISATION = "uint8 / 127.5 - 1"
 RESIZE_FILTER = "lanczos"
 CROP_RULE = "scaled to cover, centre crop"
@@ -29,8 +29,10 @@ CROP_RULE = "scaled to cover, centre crop"
 _WANTED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
 Image.init()
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, of pictures inside an ICO too
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no news, and `_open` bounds the size itself
 
+_TO_8_BITS = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,8 +65,8 @@ def probe(data: bytes) -> tuple[int, int]:
 def decode(data: bytes, background: Colour = (255, 255, 255)) -> Pixels:
     """A picture file as upright RGB pixels.
 
-    EXIF orientation is applied, transparency laid on `background`, 16-bit grey scaled to 8 bits, CMYK taken through its
-    embedded profile; of an animation the first frame counts.
+    EXIF orientation is applied, transparency laid on `background`, 16 bits scaled to 8, CMYK taken through its embedded
+    profile; of an animation the first frame counts.
 
     Raises:
         ImageError: with a reason; whatever else a decoder may throw at damaged input is `damaged_image`.
@@ -183,22 +185,30 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, background: Colour) -> Image.Image:
     """Raises ValueError for modes without a defined way to 8-bit RGB, such as float."""
     if image.mode in {"I", "I;16", "I;16B", "I;16L", "I;16N"}:
-        return _from_16_bits(image)
+        return _from_16_bits(image, background)
     if image.mode == "F":
         raise ValueError("float samples have no known range")
     if image.mode == "CMYK" and image.info.get("icc_profile"):
         return _through_profile(image)
-    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    values: npt.NDArray[Any] = np.asarray(image).astype(np.int64)
+def _from_16_bits(image: Image.Image, background: Colour) -> Image.Image:
+    """Grey of 16 bits; a PNG may name one value that is transparent."""
+    values: npt.NDArray[Any] = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("more than 16 bits a sample")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    grey = np.empty(values.shape, np.uint8)
+    for row, scaled in zip(values, grey, strict=True):  # whole pictures would take 8 bytes a pixel on the way
+        scaled[:] = _TO_8_BITS[row]
+    rgb = Image.fromarray(grey).convert("RGB")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        rgb.paste(background, mask=Image.fromarray(values == transparent))
+    return rgb
 
 
 def _through_profile(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -44,17 +45,21 @@ def test_modes_without_transparency(mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 def test_exif_orientation(orientation, format_):
+    if format_ == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow is built without AVIF")
     # The stored picture is the upright one, transformed by the inverse of what EXIF says.
     inverse = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
     upright = quarters().resize((64, 32), Image.Resampling.NEAREST)
     stored = upright if inverse is None else upright.transpose(Image.Transpose(inverse))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = (
-        {"quality": 95, "subsampling": 0} if format_ == "JPEG" else {"lossless": True} if format_ == "WEBP" else {}
-    )
+    options = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    }.get(format_, {})
     pixels = images.decode(file(stored, format_, exif=exif, **options))
     assert pixels.shape == (32, 64, 3)
     assert np.abs(pixels.astype(int) - np.asarray(upright)).max() < 12
@@ -101,17 +106,73 @@ def test_16_bit_grey_is_scaled(format_):
     assert images.decode(file(Image.fromarray(values), format_))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
 
 
-def test_16_bit_rgb():
-    row = struct.pack(">6H", 65535, 0, 0, 0, 32896, 65535)
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0)
-    data = (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
-    )
-    assert images.decode(data).tolist() == [[[255, 0, 0], [0, 128, 255]]]
+def png16(colour_type: int, *samples: int, width: int, transparency: bytes = b"") -> bytes:
+    """A PNG of one row with 16 bits a sample, which Pillow does not write in colour."""
+    header = struct.pack(">2I5B", width, 1, 16, colour_type, 0, 0, 0)
+    row = b"\0" + struct.pack(f">{len(samples)}H", *samples)
+    extra = chunk(b"tRNS", transparency) if transparency else b""
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def tiff16(*samples: int, width: int, channels: int) -> bytes:
+    """A TIFF of one row with 16 bits a sample; the fourth channel is unassociated alpha."""
+    data = struct.pack(f"<{len(samples)}H", *samples)
+    bits = struct.pack(f"<{channels}H", *[16] * channels)
+    entries = [(256, 4, 1, width), (257, 4, 1, 1), (258, 3, channels, 8 + len(data)), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(273, 4, 1, 8), (277, 3, 1, channels), (278, 4, 1, 1), (279, 4, 1, len(data))]
+    entries += [(338, 3, 1, 2)] if channels == 4 else []
+    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data) + len(bits)) + data + bits + table
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png16(2, 65535, 0, 0, 0, 32896, 65535, width=2), [[255, 0, 0], [0, 128, 255]]),
+        (png16(6, 65535, 0, 0, 65535, 9, 9, 9, 0, width=2), [[255, 0, 0], [255, 255, 255]]),
+        (png16(4, 32896, 65535, 9, 0, width=2), [[128, 128, 128], [255, 255, 255]]),
+        (png16(0, 32896, 7, width=2, transparency=b"\0\7"), [[128, 128, 128], [255, 255, 255]]),
+        (tiff16(65535, 0, 0, 0, 32896, 65535, width=2, channels=3), [[255, 0, 0], [0, 128, 255]]),
+        (tiff16(65535, 0, 0, 65535, 9, 9, 9, 0, width=2, channels=4), [[255, 0, 0], [255, 255, 255]]),
+    ],
+    ids=["PNG RGB", "PNG RGBA", "PNG LA", "PNG transparent grey", "TIFF RGB", "TIFF RGBA"],
+)
+def test_16_bits_with_colour_or_alpha(data, expected):
+    assert images.decode(data).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "format_",
+    ["PNG", "TIFF", "BMP", "DIB", "TGA", "PPM", "ICO", "QOI", "JPEG", "JPEG2000", "WEBP", "AVIF", "GIF"],
+)
+def test_formats(format_):
+    if format_ not in images._FORMATS or format_ not in Image.SAVE:
+        pytest.skip(f"this Pillow is built without {format_}")
+    image = quarters().resize((64, 32), Image.Resampling.NEAREST)
+    pixels = images.decode(file(image, format_, **({"sizes": [(64, 32)]} if format_ == "ICO" else {})))
+    lossy = format_ in {"JPEG", "WEBP", "AVIF"}
+    middles = np.s_[8::16, 16::32]
+    assert np.abs(pixels[middles].astype(int) - np.asarray(image)[middles]).max() <= (12 if lossy else 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"])
+def test_modes_of_tiff(mode):
+    image = Image.new("RGB", (4, 4), (200, 100, 50)).convert("P" if mode == "PA" else "RGB").convert(mode)
+    expected = (124, 124, 124) if mode in {"L", "LA"} else (200, 100, 50)
+    pixels = images.decode(file(image, "TIFF"))
+    assert np.abs(pixels.astype(int) - expected).max() <= 4
+
+
+def test_a_palette_with_alpha():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 255, 9, 9, 9, 0], "RGBA")
+    image.putpixel((1, 0), 1)
+    assert images.decode(file(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 @pytest.mark.parametrize("values", [np.array([[0.1, 200.0]], np.float32), np.array([[-4, 1 << 20]], np.int32)])
@@ -151,9 +212,10 @@ def cmyk_profile() -> bytes:
     return head.ljust(128, b"\0") + struct.pack(">I", 3) + table + body
 
 
-def test_an_embedded_cmyk_profile_decides_the_colours():
+@pytest.mark.parametrize("format_", ["TIFF", "JPEG"])
+def test_an_embedded_cmyk_profile_decides_the_colours(format_):
     image = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    pixels = images.decode(file(image, "TIFF", icc_profile=cmyk_profile()))
+    pixels = images.decode(file(image, format_, icc_profile=cmyk_profile()))
     assert np.abs(pixels[0, 0].astype(int) - 119).max() <= 3  # Lab 50 in sRGB
 
 
@@ -172,9 +234,15 @@ def bomb(side: int) -> bytes:
     return data[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
 
 
+def icon(png: bytes) -> bytes:
+    """An ICO of 16 x 16 pixels, it says."""
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        (icon(bomb(10_000)), "too_many_pixels"),
         (b"", "empty_file"),
         (b"<html><body>404</body></html>", "not_an_image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not_an_image"),
@@ -212,21 +280,22 @@ def test_probe_reads_the_header_alone():
         images.probe(b"text")
 
 
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 40))
 @settings(deadline=None)
-def test_cover_is_resize_then_centre_crop(height, width, side):
+def test_cover_is_resize_then_centre_crop(height, width, rows, columns):
     # Mid tones: Pillow rounds and clips between its two passes, whose order may differ.
     pixels = np.random.default_rng(height * 100 + width).integers(100, 156, (height, width, 3), dtype=np.uint8)
-    record = images.size_record(height, width, (side, side))
+    record = images.size_record(height, width, (rows, columns))
     top, left = int(record[2]), int(record[3])
-    scaled = (max(side, round(width * side / min(height, width))), max(side, round(height * side / min(height, width))))
+    factor = max(Fraction(rows, height), Fraction(columns, width))
+    scaled = (max(columns, round(width * factor)), max(rows, round(height * factor)))
     whole = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.LANCZOS))
-    expected = whole[top : top + side, left : left + side]
-    result = images.cover(pixels, (side, side))
-    assert (result.dtype, result.shape) == (np.uint8, (side, side, 3))
+    expected = whole[top : top + rows, left : left + columns]
+    result = images.cover(pixels, (rows, columns))
+    assert (result.dtype, result.shape) == (np.uint8, (rows, columns, 3))
     assert np.abs(result.astype(int) - expected).max() <= 3
     assert record.dtype == np.int32
-    assert record.tolist() == [height, width, top, left, side, side]
+    assert record.tolist() == [height, width, (scaled[1] - rows) // 2, (scaled[0] - columns) // 2, rows, columns]
 
 
 def test_slivers_and_single_pixels():
