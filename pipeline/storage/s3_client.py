@@ -110,6 +110,10 @@ class S3Client:
         """Close the connections and stop the loop."""
 
         async def leave() -> None:
+            requests = asyncio.all_tasks() - {asyncio.current_task()}  # of threads that the process does not wait for
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
             if self._fs._s3 is not None:
                 await self._fs._s3creator.__aexit__(None, None, None)
 

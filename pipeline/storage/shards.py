@@ -139,7 +139,9 @@ def _lines(url: str) -> Iterator[tuple[str, str]]:
 
 
 def _wanted(said: str, address: str) -> _Wanted:
-    if not address.strip("/") or (address.startswith("s3://") and _is_glob(address.split("/")[2])):
+    is_s3 = address.startswith("s3://")
+    first = address.split("/")[2] if is_s3 else address.strip("/")
+    if not first or (is_s3 and _is_glob(first)):
         raise DataError(
             f"{said} names no folder or bucket", "give a folder or a file, such as s3://bucket/shards/*.tar"
         )

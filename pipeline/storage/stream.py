@@ -72,6 +72,7 @@ class Stream(io.BufferedIOBase, BinaryIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """The next `size` bytes, fewer only at the end; all that is left by default. Raises StorageError."""
+        self._check_open()
         left = self.size - self.bytes_read
         wanted = left if size is None or size < 0 else min(size, left)
         pieces = []
@@ -83,8 +84,7 @@ class Stream(io.BufferedIOBase, BinaryIO):
 
     def read1(self, size: int = -1, /) -> bytes:
         """At most `size` of the next bytes, without waiting for a second part. Raises StorageError."""
-        if self.closed:
-            raise ValueError("read of a closed stream")
+        self._check_open()
         if self._position == len(self._part) and self.bytes_read < self.size:
             self._digest()
             self._part, self._position, self._hashed = memoryview(b""), 0, 0  # freed before the next is waited for
@@ -107,6 +107,10 @@ class Stream(io.BufferedIOBase, BinaryIO):
             self._part, self._position, self._hashed = memoryview(b""), 0, 0
             self._parts.stop()
         super().close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("read of a closed stream")
 
     def _digest(self) -> None:
         self._hash.update(self._part[self._hashed : self._position])  # late, since many small updates are slow
