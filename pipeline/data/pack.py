@@ -1,37 +1,31 @@
-"""`lathe pack`: a folder of captioned pictures into WebDataset image shards. The pictures' bytes stay as they are."""
+"""`lathe pack`: a folder or a table of captioned pictures into WebDataset image shards. The bytes stay as they are."""
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
 
 from webdataset.writer import TarWriter
 
 from pipeline.config import PackConfig
-from pipeline.data import images
-from pipeline.data.samples import IMAGE_EXTENSIONS
+from pipeline.data.picture_folder import find_items
+from pipeline.data.picture_item import Item, UnusableError, safe_key
+from pipeline.data.picture_tables import PictureTables, is_table
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import Store, local_path, open_store
 
+__all__ = ["PackSummary", "attribution", "pack", "safe_key"]
+
 ATTRIBUTION = "ATTRIBUTION.txt"
-_TABLES = ("metadata.jsonl", "metadata.csv")
-_REMEDY = "write NAME.txt beside NAME.png, or a metadata.jsonl with file_name and text"
 
 
-@dataclass(frozen=True)
-class Item:
-    """One picture of the folder."""
+@dataclass
+class Skipped:
+    """Pictures that were left out for one reason."""
 
-    key: str
-    path: Path
-    caption: str
-    metadata: dict[str, Any] = field(default_factory=dict)
+    count: int
+    first: str  # what was wrong with the first of them
 
 
 @dataclass(frozen=True)
@@ -41,47 +35,50 @@ class PackSummary:
     pictures: int
     shards: int
     written: int  # shards that were not there already
+    skipped: dict[str, Skipped] = field(default_factory=dict)  # by reason
 
     def __str__(self) -> str:
-        return f"packed {self.pictures} pictures in {self.shards} shards ({self.written} written)"
+        lines = [f"packed {self.pictures} pictures in {self.shards} shards ({self.written} written)"]
+        if self.skipped:
+            lines.append(f"skipped {sum(skipped.count for skipped in self.skipped.values())}:")
+            lines += [f"  {why}: {skipped.count}, first: {skipped.first}" for why, skipped in self.skipped.items()]
+        return "\n".join(lines)
 
 
 def pack(config: PackConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> PackSummary:
-    """Write the folder's pictures as shards `00000.tar`, `00001.tar`, ...: KEY.png, KEY.txt and KEY.json.
+    """Write the source's pictures as shards `00000.tar`, `00001.tar`, ...: KEY.png, KEY.txt and KEY.json.
 
-    The same folder gives the same bytes; shards that are there already are not written again.
+    The same source gives the same bytes; shards that are there already are not written again. One shard is in memory at
+    a time.
 
     Args:
-        config: source, output and shard size.
-        progress: called with (pictures done, pictures in all).
+        config: source, output, columns of a table, shard size.
+        progress: called with (pictures seen, pictures in all).
 
     Raises:
-        DataError: no pictures, a picture without caption, two of one key, a file that is no picture, or an output
-            that holds other shards.
+        DataError: no pictures, a picture without caption, two of one key, a file that is no picture, a table that
+            cannot be used, or an output that holds other shards.
         StorageError: source or output cannot be reached.
+        SetupError: a Parquet table, and no pyarrow.
     """
-    items = find_items(local_path(config.source))
-    store = open_store(config.output)
-    starts = range(0, len(items), config.samples_per_shard)
-    names = [f"{i:05d}.tar" for i in range(len(starts))]
-    there = {entry.name: entry.size for entry in store.list() if entry.name.endswith(".tar")}
-    if strange := sorted(set(there) - set(names)):
-        raise DataError(
-            f"{config.output} holds shards that this folder does not give: {strange[0]}",
-            "choose another output, or delete them if they are not needed",
-        )
-    progress(0, len(items))
-    written = 0
-    for name, start in zip(names, starts, strict=True):
-        part = items[start : start + config.samples_per_shard]
-        data = _shard(part)
-        if there.get(name) != len(data) or store.read(name) != data:
-            store.write(name, data)
-            written += 1
-        progress(start + len(part), len(items))
-    if config.attribution:
-        store.write(ATTRIBUTION, (config.attribution.strip() + "\n").encode("utf-8", "replace"))
-    return PackSummary(len(items), len(names), written)
+    found, what = _open_source(config)
+    shards = _Shards(config, open_store(config.output), what, most=-(-len(found) // config.samples_per_shard))
+    progress(0, len(found))
+    for seen, item in enumerate(found, 1):
+        try:
+            if isinstance(item, UnusableError):
+                raise item
+            shards.add(item)
+        except UnusableError as error:
+            if config.on_error == "fail":
+                raise
+            shards.skip(error)
+        if shards.is_full:
+            shards.write()
+            progress(seen, len(found))
+    summary = shards.finish()
+    progress(len(found), len(found))
+    return summary
 
 
 def attribution(store: Store) -> str:
@@ -89,138 +86,86 @@ def attribution(store: Store) -> str:
     return store.read(ATTRIBUTION).decode("utf-8", "replace").strip() if store.exists(ATTRIBUTION) else ""
 
 
-def find_items(folder: Path) -> list[Item]:
-    """The pictures of a folder with their captions, in the table's order or, without a table, by name.
+def _open_source(config: PackConfig) -> tuple[list[Item | UnusableError] | PictureTables, str]:
+    """What is to be packed, in order, and what to call where it is from."""
+    if "://" in config.source:
+        raise StorageError(f"source: {config.source} is no local path", "copy the pictures to this machine first")
+    if is_table(config.source):
+        return PictureTables(config), "this table"
+    return find_items(local_path(config.source), skip=config.on_error == "skip"), "this folder"
+
+
+class _Shards:
+    """The output: the shard that is being filled, and what was done.
+
+    Args:
+        config: output, samples per shard, attribution.
+        store: of the output.
+        source: what the pictures are from, for a person.
+        most: shards that there can be.
 
     Raises:
-        DataError: see `pack`.
-        StorageError: no such folder.
+        DataError: the output holds others.
     """
-    if not folder.is_dir():
-        raise StorageError(f"{folder}: no such folder", "set source to a local folder of pictures")
-    pictures = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
-        and _visible(path.relative_to(folder))
-        and not path.is_dir()
-    }
-    tables = [folder / name for name in _TABLES if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise DataError(f"{folder} has both {_TABLES[0]} and {_TABLES[1]}", "keep one of them")
-    if not pictures:
-        raise DataError(f"{folder} holds no pictures", "set source to a folder of .png, .jpg, .webp, ... files")
-    captions = _from_table(tables[0], pictures) if tables else _from_text_files(pictures)
-    missing = [name for name in pictures if not captions.get(name, ("", {}))[0]]
-    if missing:
-        raise DataError(f"{len(missing)} of {len(pictures)} pictures have no caption, first {missing[0]}", _REMEDY)
-    items = [Item(safe_key(name), pictures[name], *captions[name]) for name in captions]
-    _refuse_duplicates(items)
-    return items
 
+    def __init__(self, config: PackConfig, store: Store, source: str, most: int) -> None:
+        self._config, self._store, self._source = config, store, source
+        self._there = {entry.name: entry.size for entry in store.list() if entry.name.endswith(".tar")}
+        self._refuse_others(most)
+        self._samples: list[dict[str, str | bytes]] = []
+        self._pictures, self._shards, self._written = 0, 0, 0
+        self._skipped: dict[str, Skipped] = {}
 
-def safe_key(name: str) -> str:
-    """The sample key of a file: its path without suffix, and without what would change its meaning in a shard.
+    @property
+    def is_full(self) -> bool:
+        return len(self._samples) == self._config.samples_per_shard
 
-    Dots of the file's name (a key ends at the first), control characters and bytes that are not UTF-8 become `_`;
-    so does a leading `__`, by which webdataset knows its own entries.
-    """
-    path = PurePosixPath(name)
-    key = (path.parent / path.stem.replace(".", "_")).as_posix()
-    return "".join(c if c.isprintable() else "_" for c in re.sub("^__", "_", key))
+    def add(self, item: Item) -> None:
+        """Raises as `Item.members`."""
+        self._samples.append(item.members())
 
+    def skip(self, error: UnusableError) -> None:
+        self._skipped.setdefault(error.reason, Skipped(0, error.message)).count += 1
 
-def _visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
+    def write(self) -> None:
+        """Close the shard; it is written where it is not there already."""
+        name, data = f"{self._shards:05d}.tar", _tar(self._samples)
+        if self._there.get(name) != len(data) or self._store.read(name) != data:
+            self._store.write(name, data)
+            self._written += 1
+        self._shards += 1
+        self._pictures += len(self._samples)
+        self._samples = []
 
+    def finish(self) -> PackSummary:
+        """Write what is left.
 
-def _refuse_duplicates(items: Sequence[Item]) -> None:
-    seen: dict[str, Item] = {}
-    for item in items:
-        if item.key in seen:
+        Raises:
+            DataError: there was not one usable picture, or shards of an earlier packing are left over.
+        """
+        if self._samples:
+            self.write()
+        if not self._pictures:
+            reasons = ", ".join(f"{reason}: {skipped.count}" for reason, skipped in self._skipped.items())
+            first = next(iter(self._skipped.values())).first
+            raise DataError(f"no picture can be used ({reasons}); {first}", "mend the source, or name other columns")
+        self._refuse_others(self._shards)
+        if self._config.attribution:
+            text = (self._config.attribution.strip() + "\n").encode("utf-8", "replace")
+            self._store.write(ATTRIBUTION, text)
+        return PackSummary(self._pictures, self._shards, self._written, self._skipped)
+
+    def _refuse_others(self, shards: int) -> None:
+        if strange := sorted(set(self._there) - {f"{i:05d}.tar" for i in range(shards)}):
             raise DataError(
-                f"{seen[item.key].path.name} and {item.path.name} would both have the key {item.key!r}", "rename one"
+                f"{self._config.output} holds shards that {self._source} does not give: {strange[0]}",
+                "choose another output, or delete them if they are not needed",
             )
-        seen[item.key] = item
 
 
-_Captions = dict[str, tuple[str, dict[str, Any]]]  # file name -> caption, further columns
-
-
-def _from_text_files(pictures: dict[str, Path]) -> _Captions:
-    captions: _Captions = {}
-    for name, path in pictures.items():
-        text = path.with_suffix(".txt")
-        try:
-            captions[name] = (text.read_text(encoding="utf-8-sig").strip() if text.is_file() else "", {})
-        except UnicodeDecodeError as error:
-            raise DataError(f"{text} is not UTF-8", "save it as UTF-8") from error
-    return captions
-
-
-def _from_table(table: Path, pictures: dict[str, Path]) -> _Captions:
-    captions: _Captions = {}
-    for line, row in _rows(table):
-        name, text = row.pop("file_name", None), row.pop("text", None)
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise DataError(f"{table}:{line} lacks file_name or text", "every row needs both, as strings")
-        name = name.removeprefix("./")
-        if name not in pictures:
-            raise DataError(
-                f"{table}:{line} names {name}, which is no picture of the folder", "correct or drop the row"
-            )
-        if name in captions:
-            raise DataError(f"{table}:{line} names {name} a second time", "keep one row for each picture")
-        captions[name] = (text.strip(), row)
-    return captions
-
-
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-        if table.suffix == ".csv":
-            for row in (reader := csv.DictReader(io.StringIO(text, newline=""), strict=True)):
-                yield reader.line_num, {name: value for name, value in row.items() if isinstance(name, str)}
-            return
-        for line, content in enumerate(text.split("\n"), 1):
-            if content.strip():
-                row = _json_row(table, line, content)
-                if not isinstance(row, dict):
-                    raise DataError(f"{table}:{line} is not a JSON object", _REMEDY)
-                yield line, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
-    except (csv.Error, ValueError) as error:
-        raise DataError(f"{table} cannot be read: {error}", "mend the row") from error
-
-
-def _json_row(table: Path, line: int, content: str) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{table}:{line} is not JSON: {error.msg} at column {error.colno}", "mend the row") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets within brackets
-        raise DataError(f"{table}:{line} cannot be read", "mend the row") from error
-
-
-def _shard(items: Sequence[Item]) -> bytes:
+def _tar(samples: Iterable[dict[str, str | bytes]]) -> bytes:
     stream = io.BytesIO()
     with TarWriter(stream, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
-        for item in items:
-            tar.write(_members(item))
+        for sample in samples:
+            tar.write(sample)
     return stream.getvalue()
-
-
-def _members(item: Item) -> dict[str, str | bytes]:
-    try:
-        data = item.path.read_bytes()
-        images.probe(data)
-    except OSError as error:
-        raise StorageError(f"{item.path}: {error.strerror or error}", "make the file readable") from error
-    except images.ImageError as error:
-        raise DataError(f"{item.path} is not a usable picture: {error.reason}", "mend or remove the file") from error
-    sample: dict[str, str | bytes] = {"__key__": item.key, item.path.suffix.lower()[1:]: data}
-    sample["txt"] = item.caption.encode("utf-8", "replace")
-    if item.metadata:
-        sample["json"] = json.dumps({"caption": item.caption, **item.metadata}, sort_keys=True).encode("ascii")
-    return sample

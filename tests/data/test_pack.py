@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -151,6 +152,60 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, names, texts, message):
         pack(config(tmp_path))
     assert caught.value.remedy
     assert "\n" not in caught.value.message
+
+
+def test_what_is_unusable_may_be_skipped(tmp_path):
+    fill(tmp_path / "in", ["a.png", "b.png", "c.png"])
+    (tmp_path / "in" / "b.png").write_text("no picture")
+    (tmp_path / "in" / "metadata.jsonl").write_text(
+        table(*({"file_name": name, "text": "x"} for name in ("z.png", "b.png", "c.png")))
+    )
+    summary = pack(config(tmp_path, on_error="skip"))
+    assert [sample.key for sample in samples(tmp_path)] == ["c"]
+    assert {reason: skipped.count for reason, skipped in summary.skipped.items()} == {
+        "not_an_image": 1,
+        "missing_file": 1,
+        "no_caption": 1,
+    }
+    assert f"no_caption: 1, first: {tmp_path}/in/a.png has no caption" in str(summary)
+
+
+def test_a_folder_of_tables_says_how_to_pack_them(tmp_path):
+    (tmp_path / "in" / "data").mkdir(parents=True)
+    (tmp_path / "in" / "data" / "train.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="holds no pictures") as caught:
+        pack(config(tmp_path))
+    assert caught.value.remedy == f"to pack its tables, set source={tmp_path}/in/**/*.parquet"
+
+
+GIF = bytes.fromhex(
+    "47494638396101000100800000000000ffffff21f90401000000002c000000000100010000020244010" + "03b"
+)  # its bytes depend on no library
+PACKED = {  # SHA-256 of the shards' names and bytes, as the first release wrote them
+    "text": "916e2d3fe0c90c59f532398f4a95a58026481268ab6eb6f8b1c974d0ec9c7a59",
+    "table": "9ac62f583329f2d299eec869cca665dc1cae431238ca6131930cd5a133d3a323",
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_the_bytes_are_those_of_earlier_releases(tmp_path, kind):
+    names = ["b.gif", "a.v2.GIF", "d/é c.gif", "__x__/" + "n" * 120 + ".gif"]
+    rows = []
+    for i, name in enumerate(names):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(GIF)
+        if kind == "text":
+            path.with_suffix(".txt").write_text(f" a {path.name} ü\n")
+        columns = {"n": i, "caption": "c", "f": float("nan")} if i % 2 else {}
+        rows.append({"file_name": name, "text": f"a {name} ü", **columns})
+    if kind == "table":
+        (tmp_path / "in" / "metadata.jsonl").write_text(table(*rows))
+    pack(config(tmp_path, samples_per_shard=3))
+    digest = hashlib.sha256()
+    for shard in sorted((tmp_path / "out").iterdir()):
+        digest.update(shard.name.encode() + shard.read_bytes())
+    assert digest.hexdigest() == PACKED[kind]
 
 
 def test_a_missing_folder(tmp_path):
