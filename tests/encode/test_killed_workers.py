@@ -118,8 +118,7 @@ def prove(place: Path, outputs: str, kills: int) -> None:
             time.sleep(chance.uniform(0.1, 1.0) * seconds)
             for process in processes:
                 hits += process.is_alive()
-                if process.pid is not None:
-                    os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 process.join()
         finish(start(config, chance.randint(1, 3)))
         found = content(open_store(config.output))
