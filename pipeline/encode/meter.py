@@ -32,7 +32,7 @@ class Snapshot:
         filtered: samples that nobody wanted, by reason.
         shards: source shards done, with those of earlier runs.
         total: source shards of this worker.
-        done: as `shards`, with a fraction for what of the next ones is read.
+        done: as `shards`, with a fraction for what is done of the next ones.
         bytes_read: of the source shards.
         bytes_written: of latent shards and receipts.
         elapsed_seconds: since the run began.
@@ -63,7 +63,7 @@ class Snapshot:
         rejects, filtered = sum(self.rejected.values()), sum(self.filtered.values())
         finished = self.shards >= self.total
         rate = self.images / self.elapsed_seconds if finished and self.elapsed_seconds else self.images_per_second
-        words = [f"{_round(rate)} images/s"]
+        words = [f"{_round(rate)} images/s"] if self.images else []
         if rejects:  # of the wanted ones, as max_reject_rate has it
             words.append(f"{_percent(rejects / (self.images + rejects))} rejected")
         if filtered:
@@ -102,7 +102,7 @@ class Meter:
         threads = {"fetch": 1, "decode": decoders, "encode": 1, "upload": uploaders}
         self._started = now = clock()
         self._stages = {stage: _Busy(self._lock, clock, now, threads[stage]) for stage in STAGES}
-        self._images = self._read = self._written = 0
+        self._images = self._read = self._parsed = self._written = 0
         self._rejected: Counter[str] = Counter()
         self._filtered: Counter[str] = Counter()
         self._marks = deque([self._mark(now)])
@@ -119,11 +119,24 @@ class Meter:
         rejected: Mapping[str, int] | None = None,
         filtered: Mapping[str, int] | None = None,
         read: int = 0,
+        parsed: int = 0,
         written: int = 0,
         shards: int = 0,
     ) -> None:
-        """Add to the counts: pictures encoded, samples left out by reason, bytes read and written, shards done."""
+        """Add to the counts.
+
+        Args:
+            images: pictures encoded.
+            rejected: samples that could not be used, by reason.
+            filtered: samples that nobody wanted, by reason.
+            read: bytes of source shards.
+            parsed: samples found in them. Those that are in line for the encoder are not done with, so that without
+                this count the time left is told too short by as much as is read ahead.
+            written: bytes of latent shards.
+            shards: source shards done.
+        """
         with self._lock:
+            self._parsed += parsed
             self._images += images
             self._read += read
             self._written += written
@@ -164,14 +177,19 @@ class Meter:
         if seconds < _MARK_SECONDS:
             return
         fading = math.exp(-seconds / _PACE_SECONDS)
-        self._pace_bytes = self._pace_bytes * fading + self._read - last.read
+        self._pace_bytes = self._pace_bytes * fading + self._used() - last.used
         self._pace_seconds = self._pace_seconds * fading + seconds
         self._marks.append(self._mark(now))
         while len(self._marks) > 1 and self._marks[1].time <= now - WINDOW_SECONDS:
             self._marks.popleft()
 
     def _mark(self, now: float) -> _Mark:
-        return _Mark(now, self._images, self._read, tuple(self._stages[stage].until(now) for stage in STAGES))
+        return _Mark(now, self._images, self._used(), tuple(self._stages[stage].until(now) for stage in STAGES))
+
+    def _used(self) -> float:
+        """Bytes of source that are done with: those read, less the part of the samples that are still in line."""
+        finished = self._images + self._rejected.total() + self._filtered.total()
+        return self._read * min(finished / self._parsed, 1.0) if self._parsed else float(self._read)
 
     def _shares(self, now: _Mark) -> tuple[dict[Stage, float], float]:
         """Busy shares and pictures per second since the window's first mark."""
@@ -186,22 +204,22 @@ class Meter:
         return busy, (now.images - first.images) / seconds
 
     def _done(self) -> float:
-        """Never a whole shard ahead of what is stored, as reading may be."""
+        """Never a whole shard ahead of what is stored."""
         before = self._total_shards - self._pending
-        read = before + self._pending * self._read / self._total_bytes if self._total_bytes else 0.0
-        return min(max(read, self._shards), self._shards + 0.99, max(self._total_shards, self._shards))
+        used = before + self._pending * self._used() / self._total_bytes if self._total_bytes else 0.0
+        return min(max(used, self._shards), self._shards + 0.99, max(self._total_shards, self._shards))
 
     def _eta(self) -> float | None:
         if self._shards >= self._total_shards:
             return 0.0
-        left = self._total_bytes - self._read
+        left = self._total_bytes - self._used()
         return left * self._pace_seconds / self._pace_bytes if left > 0 and self._pace_bytes else None
 
 
 class _Mark(NamedTuple):
     time: float
     images: int
-    read: int
+    used: float  # bytes
     busy: tuple[float, ...]  # thread-seconds of each stage
 
 

@@ -52,7 +52,7 @@ def test_before_anything_happened_nothing_is_claimed(clock: Clock) -> None:
     assert (first.images, first.images_per_second, first.eta_seconds, first.bottleneck) == (0, 0.0, None, "")
     assert (first.shards, first.total, first.done) == (0, 4, 0.0)
     assert set(first.busy.values()) == {0.0}
-    assert first.note() == "0 images/s"
+    assert first.note() == ""
 
 
 def test_the_rate_is_that_of_the_last_half_minute(clock: Clock) -> None:
@@ -133,6 +133,25 @@ def test_time_left_is_told_by_the_bytes_of_this_run(clock: Clock) -> None:
     meter.count(shards=1)
     done = meter.snapshot()
     assert (done.shards, done.done, done.eta_seconds) == (12, 12, 0.0)
+
+
+def test_samples_that_wait_for_the_encoder_are_not_done(clock: Clock) -> None:
+    meter = Meter(10_000, 1, decoders=1, clock=clock)
+    meter.count(read=10_000, parsed=100)  # a small shard is read at once
+    clock.passes(10)
+    meter.count(images=15, rejected={"a": 3}, filtered={"b": 2})
+    now = meter.snapshot()
+    assert now.done == pytest.approx(0.2)
+    assert now.eta_seconds == pytest.approx(40)
+
+
+def test_a_stall_is_told(clock: Clock) -> None:
+    meter = Meter(1000, 2, decoders=1, clock=clock)
+    meter.count(images=5)
+    for _ in range(100):
+        clock.passes(1)
+        meter.snapshot()
+    assert meter.snapshot().note() == "0 images/s"
 
 
 def test_time_left_follows_a_change_of_speed(clock: Clock) -> None:
