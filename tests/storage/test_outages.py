@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 from pipeline.demo import object_store
 from pipeline.demo.object_store import EmbeddedObjectStore
 from pipeline.errors import StorageError
-from pipeline.storage import open_store
+from pipeline.storage import counters, open_store, open_stream
 
 RETRY = "LATHE_STORAGE_RETRY_SECONDS"
 
@@ -79,6 +80,44 @@ class TestOutages:
         done.set()
         back.join()
         assert ["answer" in line for line in caplog.messages] == [True, True]  # gone, and back
+
+    def test_a_stream_goes_on_once_the_server_is_back(
+        self, own_server: EmbeddedObjectStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in own_server.environment().items():
+            monkeypatch.setenv(name, value)
+        data = os.urandom(2_000_000)
+        open_store(own_server.url).write("x", data)
+        before = counters()
+        with open_stream(f"{own_server.url}/x", part_bytes=100_000) as stream, ThreadPoolExecutor(1) as pool:
+            came = stream.read(150_000)
+            assert own_server.pid
+            os.kill(own_server.pid, signal.SIGKILL)
+            own_server.stop()
+            rest = pool.submit(stream.read)
+            time.sleep(0.7)
+            assert not rest.done()
+            own_server.start()
+            assert came + rest.result() == data
+            assert stream.sha256() == hashlib.sha256(data).hexdigest()
+        now = counters()
+        assert now["retries"] > before["retries"]
+        assert now["requests"] - before["requests"] >= now["retries"] - before["retries"] + 21
+        assert now["bytes_read"] - before["bytes_read"] == len(data)
+
+    def test_a_stream_whose_server_stays_away(
+        self, own_server: EmbeddedObjectStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {**own_server.environment(), RETRY: "1"}.items():
+            monkeypatch.setenv(name, value)
+        open_store(own_server.url).write("x", bytes(1_000_000))
+        errors = counters()["errors"]
+        with open_stream(f"{own_server.url}/x", part_bytes=100_000) as stream:
+            stream.read(1)
+            own_server.stop()
+            with pytest.raises(StorageError, match="did not answer for 1 s"):
+                stream.read()
+        assert counters()["errors"] > errors
 
     def test_a_server_that_hangs(self, own_server: EmbeddedObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(RETRY, "1")

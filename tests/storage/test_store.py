@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import Entry, Store, fetch_folder, open_store, read_file, split
+from pipeline.storage import Entry, Store, counters, fetch_folder, open_store, read_file, split
 
 
 class TestEveryStore:
@@ -44,6 +44,63 @@ class TestEveryStore:
         assert store.list("b/") == everything[2:]
         assert store.list("b/2") == everything[3:]
         assert store.list("c/") == []
+
+    def test_a_listing_goes_only_where_it_is_told(self, store: Store) -> None:
+        for name in ("a/1", "a/b/2", "a/c/3", "ab/4", "d/5", "6"):
+            store.write(name, b"")
+
+        def names(prefix: str, *into: str) -> list[str]:
+            return [entry.name for entry in store.list(prefix, into=lambda folder: folder in into)]
+
+        assert names("") == ["6"]
+        assert names("", "a", "a/c", "b") == ["6", "a/1", "a/c/3"]
+        assert names("a/") == ["a/1"]
+        assert names("a", "a", "ab", "d") == ["a/1", "ab/4"]
+
+    def test_versions_tell_a_new_content(self, store: Store) -> None:
+        store.write("x", b"old")
+        (old,) = store.list()
+        assert store.open("x").version == old.version != ""
+        time.sleep(0.01)  # a file system's clock may be as coarse as that
+        store.write("x", b"new")
+        (new,) = store.list()
+        assert new.version != old.version
+        assert new == old, "versions take no part in comparisons"
+        assert '"' not in new.version
+
+    def test_an_open_file_is_read_in_ranges(self, store: Store) -> None:
+        store.write("x", b"0123456789")
+        file = store.open("x")
+        assert file.size == 10
+        for start, end in ((0, 4), (3, 3), (8, 99), (10, 12), (50, 60)):
+            assert file.read(start, end) == b"0123456789"[start:end]
+        file.close()
+
+    def test_a_sweep_leaves_files_alone(self, store: Store) -> None:
+        store.write("a/x", b"x")
+        assert store.sweep(["a/x", "never", "no/such"]) == 0
+        assert store.read("a/x") == b"x"
+        with pytest.raises(StorageError, match="not a name inside"):
+            store.sweep(["../x"])
+
+    def test_bytes_and_requests_are_counted(self, store: Store, tmp_path: Path) -> None:
+        before = counters()
+        assert set(before) == {"requests", "retries", "errors", "bytes_read", "bytes_written"}
+        store.write("x", b"12345")
+        store.read("x", 1, 3)
+        store.download("x", tmp_path / "y")
+        store.upload(tmp_path / "y", "z")
+        store.open("x").read(0, 5)
+        with pytest.raises(StorageError):
+            store.read("missing")
+        now = counters()
+        assert {name: now[name] - before[name] for name in now if name != "requests"} == {
+            "retries": 0,
+            "errors": 0,
+            "bytes_read": 12,
+            "bytes_written": 10,
+        }
+        assert now["requests"] - before["requests"] >= 5
 
     def test_a_file_is_made_once_where_it_must_be_absent(self, store: Store) -> None:
         assert store.write("claim", b"first", if_absent=True)
@@ -153,6 +210,10 @@ class TestAddresses:
             split(url)
 
 
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 class TestFolder:
     def test_a_full_disk_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
         store = open_store(str(tmp_path))
@@ -182,6 +243,47 @@ class TestFolder:
         store = open_store(str(tmp_path))
         assert store.read("f") in (b"a" * 3_000_000, b"b" * 3_000_000)
         assert store.list() == [Entry("f", 3_000_000)]  # what a killed writer leaves is not listed
+
+    def test_what_a_killed_writer_left_is_swept(self, tmp_path: Path) -> None:
+        code = (
+            "import os, sys; from pathlib import Path; from pipeline.storage.local import write_whole\n"
+            "write_whole(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), 9))"
+        )
+        names = ["a.tar", "a.tar.json", "deep/b", "n" * 250, "n" * 249 + "m", "é" * 120]
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            assert subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False).returncode == -9
+        (tmp_path / ".a.tar.mine.partial").touch()
+        store = open_store(str(tmp_path))
+        assert store.list() == []
+        assert store.sweep(names, older_than_seconds=60) == 0
+        for name in names:
+            left = len(_files(tmp_path))
+            assert store.sweep([name]) == 1
+            assert len(_files(tmp_path)) == left - 1
+        assert _files(tmp_path) == [tmp_path / ".a.tar.mine.partial"]
+
+    def test_a_writer_that_is_swept_begins_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store, sync = open_store(str(tmp_path)), os.fsync
+        left = iter(range(3))
+
+        def sweep_then_sync(descriptor: int) -> None:
+            if next(left, None) is not None:
+                assert store.sweep(["x", "y"]) == 1
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sweep_then_sync)
+        (tmp_path / "source").write_bytes(b"source")
+        assert store.write("x", b"data")
+        left = iter(range(3))
+        assert store.write("y", b"data", if_absent=True)
+        store.upload(tmp_path / "source", "x")
+        assert store.read("x") == b"source"
+        left = iter(range(4))
+        with pytest.raises(StorageError, match="x: another process clears unfinished files") as caught:
+            store.write("x", b"new")
+        assert "other jobs" in caught.value.remedy
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "x", "y"]  # and nothing unfinished
 
     def test_a_file_in_place_of_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "f").write_text("x")
