@@ -28,7 +28,7 @@ class Takedown:
         for line in self._lines - self._anywhere:
             shard, _, key = line.partition("\t")
             self._in_shard.setdefault(shard, set()).add(key)
-        self._hashes = {key_hash(key) for key in self._anywhere}
+        self._hashes = {key_hash(key): key for key in self._anywhere}
 
     def __bool__(self) -> bool:
         return bool(self._lines)
@@ -47,9 +47,12 @@ class Takedown:
         """Whether a latent shard still holds one of the samples."""
         if not self._lines:
             return False
-        there = self._in_shard.get(receipt.source)
-        hashes = self._hashes | {key_hash(key) for key in there} if there else self._hashes
-        return not hashes.isdisjoint(receipt.hashes())
+        return not self.keys(receipt.source).keys().isdisjoint(receipt.hashes())
+
+    def keys(self, source: str) -> dict[int, str]:
+        """Keys that were taken down from the image shard `source`, by the hash that receipts know them by."""
+        there = self._in_shard.get(source)
+        return self._hashes | {key_hash(key): key for key in there} if there else self._hashes
 
     def to_bytes(self) -> bytes:
         """The file: sorted lines, UTF-8."""

@@ -1,0 +1,132 @@
+"""One latent shard without the samples that were taken down: the other samples' bytes as they were."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pipeline.data.manifest import Block, BucketRange, Receipt, Reject, key_hash, pack_hashes
+from pipeline.data.tar import BLOCK, members, read_npy
+from pipeline.encode.latent_shard import LatentSums
+from pipeline.encode.takedown import REASON
+from pipeline.errors import DataError
+
+_AGAIN = "delete its receipt, and run `lathe encode` again: this shard alone is encoded anew, without the samples"
+_LATENT = "latent.npy"
+
+
+@dataclass(frozen=True)
+class _Sample:
+    hash: int  # of its key
+    data: memoryview  # its members, headers included
+    latent: memoryview  # its latent.npy
+
+
+def without(data: bytes, receipt: Receipt, keys: Mapping[int, str]) -> tuple[bytes, Receipt]:
+    """The shard and its receipt without some samples, as if these had never been encoded; memory of two shards.
+
+    Args:
+        data: the shard, as its receipt has it, or already without some of the samples: a writer may have been killed
+            between shard and receipt.
+        receipt: the one that is there.
+        keys: the samples' keys by their hashes.
+
+    Raises:
+        DataError: the shard is neither.
+    """
+    try:
+        there = _numbered(list(_samples(memoryview(data))), receipt, keys)
+        if hashlib.sha256(data).hexdigest() != receipt.sha256:
+            _check_rest(there, receipt)
+    except DataError as error:
+        raise DataError(f"{receipt.shard} is not what its receipt says: {error.message}", _AGAIN) from error
+    kept = {number: sample for number, sample in there.items() if sample.hash not in keys}
+    rewritten = b"".join([*(sample.data for sample in kept.values()), bytes(2 * BLOCK)])
+    buckets = tuple(_ranges(receipt, list(kept)))
+    samples = list(kept.values())
+    sums = LatentSums(len(receipt.statistics.sum))
+    for part in buckets:
+        for sample in samples[part.train[0] : part.train[1]]:
+            sums.add(part.bucket, read_npy(sample.latent))
+    removed = (Reject(key=keys[hashed], reason=REASON) for hashed in receipt.hashes() if hashed in keys)
+    changes = {
+        "bytes": len(rewritten),
+        "sha256": hashlib.sha256(rewritten).hexdigest(),
+        "buckets": buckets,
+        "blocks": tuple(_blocks(samples, buckets, max((block.samples for block in receipt.blocks), default=1))),
+        "keys": pack_hashes(sample.hash for sample in samples),
+        "statistics": sums.total(),
+        "rejects": (*receipt.rejects, *removed),
+    }
+    return rewritten, receipt.model_copy(update=changes)
+
+
+def _samples(view: memoryview) -> Iterator[_Sample]:
+    """The samples of a whole tar, each from the end of the one before it. Raises DataError."""
+    key, start, end, latent = "", 0, 0, memoryview(b"")
+    for name, offset, size in members(view, whole=True):
+        folder, slash, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        following = folder + slash + stem
+        if end and (following != key or (extension == _LATENT and latent)):
+            yield _Sample(key_hash(key), view[start:end], latent)
+            start, latent = end, memoryview(b"")
+        key, end = following, offset + size + -size % BLOCK
+        if extension == _LATENT:
+            latent = view[offset : offset + size]
+    if end:
+        yield _Sample(key_hash(key), view[start:end], latent)
+
+
+def _numbered(found: list[_Sample], receipt: Receipt, keys: Mapping[int, str]) -> dict[int, _Sample]:
+    """The samples by their numbers in the receipt, of which only those of `keys` may lack. Raises DataError."""
+    numbered: dict[int, _Sample] = {}
+    for number, hashed in enumerate(receipt.hashes()):
+        if len(numbered) < len(found) and found[len(numbered)].hash == hashed:
+            numbered[number] = found[len(numbered)]
+        elif hashed not in keys:
+            raise DataError(f"sample {number} is missing")
+    if len(numbered) < len(found):
+        raise DataError(f"it has {len(found) - len(numbered)} samples more")
+    return numbered
+
+
+def _check_rest(there: Mapping[int, _Sample], receipt: Receipt) -> None:
+    """What is left of a shard that lost samples is undamaged, as far as blocks that lost none can tell."""
+    if len(there) == receipt.samples():
+        raise DataError("its checksum is another")
+    for block in receipt.blocks:
+        numbers = range(block.first_sample, block.first_sample + block.samples)
+        if all(number in there for number in numbers):
+            crc32 = 0
+            for number in numbers:
+                crc32 = zlib.crc32(there[number].data, crc32)
+            if crc32 != block.crc32:
+                raise DataError(f"the checksum of the block at sample {block.first_sample} is another")
+
+
+def _ranges(receipt: Receipt, kept: list[int]) -> Iterator[BucketRange]:
+    """The buckets that have samples left, counted anew; `kept` are their numbers in the receipt."""
+    at = 0
+    for part in receipt.buckets:
+        train = sum(part.train[0] <= number < part.train[1] for number in kept)
+        holdout = sum(part.holdout[0] <= number < part.holdout[1] for number in kept)
+        if train + holdout:
+            yield BucketRange(bucket=part.bucket, train=(at, at + train), holdout=(at + train, at + train + holdout))
+        at += train + holdout
+
+
+def _blocks(samples: list[_Sample], buckets: tuple[BucketRange, ...], most: int) -> Iterator[Block]:
+    """Blocks of `most` samples, cut anew within each range: so the encoder would have cut them."""
+    offset = 0
+    for first, end in (span for part in buckets for span in (part.train, part.holdout)):
+        for start in range(first, end, most):
+            inside = samples[start : min(start + most, end)]
+            length, crc32 = 0, 0
+            for sample in inside:
+                length += len(sample.data)
+                crc32 = zlib.crc32(sample.data, crc32)
+            yield Block(first_sample=start, samples=len(inside), offset=offset, length=length, crc32=crc32)
+            offset += length

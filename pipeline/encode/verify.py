@@ -1,0 +1,302 @@
+"""`lathe verify`: does a latent data set hold what its manifest says, and are its latents those of its pictures?
+
+The shards are read through once, several at a time, one block of each in memory. Nothing in the data set is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from pipeline.data.fold import fold, provenance, shard_entry
+from pipeline.data.manifest import Receipt, ShardEntry, load_manifest, load_receipt
+from pipeline.encode.overlap import mapped
+from pipeline.encode.takedown import read_takedown
+from pipeline.encode.verify_files import (
+    RejectsCheck,
+    check_encoding,
+    check_leftovers,
+    check_manifest,
+    check_prompt,
+)
+from pipeline.encode.verify_keys import Draw, KeyIndex, Place
+from pipeline.encode.verify_pictures import PictureCheck, find_autoencoder, find_pictures, sheet
+from pipeline.encode.verify_report import REMEDIES, Check, Notes, VerifyReport
+from pipeline.encode.verify_sample import read_sample, stored_sample
+from pipeline.encode.verify_shard import ShardCheck
+from pipeline.errors import DataError, LatheError, StorageError
+from pipeline.storage import open_store, open_stream, split
+
+SHEET = "verify.png"
+REPORT = "verify.json"
+DECODED = 8  # samples, where their number is not given
+_NAMED_KEYS = 20  # of those that occur twice; to name one its blocks are read
+_PIECE = 1 << 20
+Progress = Callable[[int, int, str], None]  # done, total, a few words
+
+
+@dataclass
+class _Looked:
+    """What one shard gave."""
+
+    notes: Notes = field(default_factory=Notes)
+    receipt: Receipt | None = None  # where it is usable
+    hashes: array[int] = field(default_factory=lambda: array("Q"))  # of the keys found; without reading, those noted
+    bytes: int = 0
+    numbers: int = 0
+
+
+def verify(
+    manifest_url: str,
+    *,
+    images: str | Sequence[str] | None = None,
+    autoencoder: str | None = None,
+    decode: int | None = None,
+    output: str | None = None,
+    quick: bool = False,
+    seed: int = 0,
+    progress: Progress = lambda done, total, note: None,
+) -> VerifyReport:
+    """Hold a whole data set against its manifest.
+
+    Args:
+        manifest_url: address of `manifest.json`.
+        images: where the image shards are, where they have moved since; see `images.shards` of a run file.
+        autoencoder: where the autoencoder is, where it has moved since.
+        decode: samples that are held against their source pictures, spread over the buckets; 0 = none, None = 8 where
+            pictures and autoencoder are in reach.
+        output: folder or `s3://` prefix for the report, `verify.json`, and the contact sheet, `verify.png`.
+        quick: look at manifest, receipts and sizes only, and read of the shards no more than the samples compared.
+        seed: draws the samples that are compared.
+        progress: called after each shard with (shards done, shards, a few words).
+
+    Returns:
+        Every check with what it found. A check that fails raises nothing.
+
+    Raises:
+        DataError: what stands at `manifest_url` is no manifest.
+        StorageError: it is not there, or the store cannot be reached.
+    """
+    began = time.monotonic()
+    job = _Verification(manifest_url, quick, DECODED if decode is None else decode, seed)
+    job.look(progress)
+    job.compare(images, autoencoder, wanted=decode is not None)
+    report = VerifyReport(manifest_url, quick, time.monotonic() - began, job.bytes, job.checks())
+    if output is not None:
+        store = open_store(output)
+        store.write(REPORT, report.to_json().encode())
+        if job.sheet is not None:
+            store.write(SHEET, job.sheet)
+    return report
+
+
+class _Verification:
+    """One data set on its way through the checks."""
+
+    def __init__(self, url: str, quick: bool, samples: int, seed: int) -> None:
+        self._manifest, self._store, self._quick = load_manifest(url), open_store(split(url)[0]), quick
+        self._digest = self._manifest.fingerprint.digest()
+        self._sizes = {entry.name: entry.size for entry in self._store.list()}
+        self._takedown = read_takedown(self._store)
+        self._notes, self._keys, self._draw = Notes(), KeyIndex(), Draw(samples, seed)
+        self._rejects = RejectsCheck(self._store, self._sizes, self._notes)
+        self._samples, self._receipts, self._numbers, self.bytes = samples, 0, 0, 0
+        self._compared: list[dict[str, Any]] = []
+        self._sources: dict[str, str] = {}
+        self.sheet: bytes | None = None  # PNG
+
+    def look(self, progress: Progress) -> None:
+        """Everything but the comparison with the pictures."""
+        manifest, notes = self._manifest, self._notes
+        check_manifest(manifest, notes)
+        check_encoding(self._store, self._sizes, manifest, notes)
+        check_prompt(self._store, self._sizes, manifest, notes)
+        workers = min(8, 2 * (os.cpu_count() or 1))
+        with ThreadPoolExecutor(workers, "verify") as pool:
+            check_leftovers(self._store, self._sizes, manifest, pool, notes)
+            self._refold(self._gather(mapped(pool, self._look, manifest.shards, ahead=2 * workers), progress))
+        self._rejects.finish(manifest)
+        self._name_repeated()
+
+    def _gather(self, results: Iterator[_Looked], progress: Progress) -> Iterator[Receipt]:
+        """The usable receipts, in the manifest's order."""
+        total = len(self._manifest.shards)
+        for number, looked in enumerate(results):
+            self._notes.merge(looked.notes)
+            self._keys.add(looked.hashes)
+            self.bytes += looked.bytes
+            self._numbers += looked.numbers
+            if looked.receipt is not None:
+                self._receipts += 1
+                self._draw.add(number, looked.receipt)
+                self._rejects.add(looked.receipt)
+                yield looked.receipt
+            progress(number + 1, total, f"{self.bytes / 1e6:.0f} MB read" if self.bytes else "")
+
+    def _look(self, entry: ShardEntry) -> _Looked:
+        """One shard with its receipt; runs beside others."""
+        looked = _Looked()
+        self._check_receipt(entry, looked)
+        there = self._sizes.get(entry.name)
+        if there != entry.bytes:
+            said = "missing" if there is None else f"{there} bytes, the manifest says {entry.bytes}"
+            looked.notes.add("files", f"{entry.name}: {said}")
+        if looked.receipt is not None:
+            looked.hashes = looked.receipt.hashes()
+        if there is not None and not self._quick:
+            try:
+                self._read_through(entry, looked)
+            except StorageError as error:
+                looked.notes.add("files", f"{entry.name}: {error.message}")
+        return looked
+
+    def _check_receipt(self, entry: ShardEntry, looked: _Looked) -> None:
+        notes = looked.notes
+        if entry.receipt not in self._sizes:
+            notes.add("receipts", f"{entry.receipt}: missing")
+            return
+        try:
+            receipt = load_receipt(self._store, entry.receipt)
+        except LatheError as error:
+            notes.add("receipts", error.message)
+            return
+        found = shard_entry(receipt)
+        for name in ShardEntry.model_fields:
+            if (one := getattr(found, name)) != (other := getattr(entry, name)):
+                notes.add("receipts", f"{entry.receipt}: {name} is {_short(one)}, the manifest says {_short(other)}")
+        if receipt.fingerprint != self._digest:
+            said = f"of fingerprint {receipt.fingerprint[:16]}..., the manifest's is {self._digest[:16]}..."
+            notes.add("fingerprint", f"{entry.receipt}: {said}")
+        statistics = receipt.statistics
+        columns = (statistics.sum, statistics.sum_squares, statistics.sum_variance)
+        if any(len(column) != self._manifest.latent_channels or not all(map(isfinite, column)) for column in columns):
+            notes.add(
+                "receipts", f"{entry.receipt}: its statistics are not {self._manifest.latent_channels} finite sums"
+            )
+            return
+        if self._takedown.touches(receipt):
+            notes.add("removed", f"{entry.name}: it still holds samples that were taken down")
+        looked.receipt = receipt
+
+    def _read_through(self, entry: ShardEntry, looked: _Looked) -> None:
+        parent = self._store.url.rstrip("/")
+        with open_stream(f"{parent}/{entry.name}", parts_ahead=2) as stream:
+            if looked.receipt is not None:
+                check = ShardCheck(self._manifest, entry, looked.receipt, looked.notes)
+                check.run(stream)
+                looked.hashes, looked.numbers = check.hashes, check.numbers
+            else:
+                while stream.read(_PIECE):
+                    pass
+                if stream.sha256() != entry.sha256:
+                    looked.notes.add("checksums", f"{entry.name}: its SHA-256 is not the manifest's")
+            looked.bytes = stream.bytes_read
+
+    def _refold(self, receipts: Iterator[Receipt]) -> None:
+        """The receipts give the manifest that is there."""
+        manifest = self._manifest
+        try:
+            again = fold(receipts, provenance(manifest))
+        except DataError as error:
+            for _ in receipts:
+                pass
+            self._notes.add("statistics", error.message)
+            return
+        if self._receipts < len(manifest.shards):
+            return  # told already, and the sums cannot be the same
+        for name in ("mean", "std"):
+            for channel, (one, other) in enumerate(zip(getattr(again, name), getattr(manifest, name), strict=False)):
+                if one != other:
+                    said = f"{name} of channel {channel} is {other:.9g}, the receipts give {one:.9g}"
+                    self._notes.add("statistics", f"manifest.json: {said}")
+        if again.environments != manifest.environments:
+            self._notes.add("manifest", "manifest.json: its environments are not those of the receipts")
+
+    def _name_repeated(self) -> None:
+        for number, (hashed, places) in enumerate(self._keys.repeated()):
+            keys = {self._key(place) for place in places} if number < _NAMED_KEYS else {None}
+            if None not in keys and len(keys) == len(places):
+                continue  # different keys of one hash
+            name = repr(keys.pop()) if len(keys) == 1 and None not in keys else f"of hash {hashed:016x}"
+            where = ", ".join(f"{self._manifest.shards[shard].name} sample {sample}" for shard, sample in places[:4])
+            self._notes.add("keys", f"key {name} occurs {len(places)} times: {where}")
+
+    def _key(self, place: Place) -> str | None:
+        shard, sample = place
+        try:
+            return read_sample(self._store, load_receipt(self._store, self._manifest.shards[shard].receipt), sample)[0]
+        except LatheError:
+            return None
+
+    def compare(self, images: str | Sequence[str] | None, autoencoder: str | None, *, wanted: bool) -> None:
+        """Hold the samples drawn against their pictures; what is out of reach fails where it was asked for."""
+        places = self._draw.places()
+        if not places:
+            return
+        manifest, notes = self._manifest, self._notes
+        self._sources = find_pictures(manifest, self._store.url, images, notes, wanted=wanted or images is not None)
+        model = find_autoencoder(manifest, autoencoder, notes, wanted=wanted or autoencoder is not None)
+        if not self._sources or model is None:
+            return
+        samples = []
+        for shard, sample in places:
+            try:
+                receipt = load_receipt(self._store, manifest.shards[shard].receipt)
+                samples.append(stored_sample(self._store, receipt, sample))
+            except LatheError as error:
+                notes.add("pictures", error.message)
+        compared = list(PictureCheck(manifest, model, self._sources, notes).run(samples))
+        self._compared = [one.measures() for one in compared]
+        self.sheet = sheet(compared) if compared else None
+
+    def checks(self) -> tuple[Check, ...]:
+        """The report's lines."""
+        manifest, check = self._manifest, self._notes.check
+        shards, samples = f"{len(manifest.shards)} shards", manifest.samples("train") + manifest.samples("holdout")
+        held_out, buckets = manifest.samples("holdout"), len(manifest.buckets("train") | manifest.buckets("holdout"))
+        lines = [
+            check("manifest", f"content hash, {shards}, {samples} samples"),
+            check("receipts", f"{self._receipts} receipts of {shards}"),
+            check("fingerprint", f"{self._digest[:16]}..."),
+            check("files", f"sizes of {shards} and the empty prompt"),
+            check("samples", "the empty prompt" if self._quick else f"files, types and shapes of {samples} samples"),
+            check("keys", f"{len(self._keys)} keys, each once"),
+            check("rejects", f"{self._rejects.reasons.total()} samples left out"),
+            check("removed", f"{len(self._takedown)} samples to be taken down"),
+            check("leftovers", "files that are not the data set's"),
+        ]
+        if self._quick:
+            lines.append(check("statistics", "mean and std as the receipts give them"))
+        else:
+            lines += [
+                check("checksums", f"SHA-256 of {shards}, CRC-32 of their blocks"),
+                check("blocks", "byte ranges tile the shards"),
+                check("finite", f"{self._numbers} numbers"),
+                check("split", f"{buckets} buckets, {held_out} samples held out"),
+                check("statistics", f"mean and std of {manifest.latent_channels} channels, summed anew"),
+            ]
+        if self._samples:
+            lines += [
+                check("sources", f"{len(self._sources)} image shards"),
+                check("autoencoder", manifest.autoencoder),
+                check("pictures", self._told_compared(), {"samples": self._compared}),
+            ]
+        return tuple(sorted(lines, key=lambda line: list(REMEDIES).index(line.name)))
+
+    def _told_compared(self) -> str:
+        if not self._compared:
+            return "none compared"
+        psnr = sum(one["psnr"] for one in self._compared) / len(self._compared)
+        off = max(one["mean_difference"] for one in self._compared)
+        return f"{len(self._compared)} encoded afresh, at most {off:.2g} standard deviations off; decoded {psnr:.1f} dB"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

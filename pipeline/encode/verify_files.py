@@ -1,0 +1,141 @@
+"""What stands beside the latent shards, held against the manifest: the manifest itself, the rest of its folder."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from pathlib import PurePosixPath
+
+from pydantic import ValidationError
+
+from pipeline.data.fold import content_hash
+from pipeline.data.manifest import (
+    MANIFEST,
+    RECEIPT_SUFFIX,
+    REJECTS,
+    REMOVED,
+    Manifest,
+    Receipt,
+    load_receipt,
+)
+from pipeline.encode.output import ENCODING, Encoding
+from pipeline.encode.rejects import reject_lines
+from pipeline.encode.verify_report import Notes
+from pipeline.encode.verify_sample import SampleCheck, size_text, text_rules
+from pipeline.errors import LatheError
+from pipeline.storage import Store
+
+Sizes = Mapping[str, int]  # of the files in the manifest's folder, in bytes
+
+
+def check_manifest(manifest: Manifest, notes: Notes) -> None:
+    """Whether the manifest agrees with itself."""
+
+    def fail(said: str) -> None:
+        notes.add("manifest", f"{MANIFEST}: {said}")
+
+    if (found := content_hash(manifest.shards)) != manifest.content_hash:
+        fail(f"its content hash is {manifest.content_hash[:16]}..., that of its shards {found[:16]}...")
+    for name, count in Counter(shard.name for shard in manifest.shards).items():
+        if count > 1:
+            fail(f"{name} is listed {count} times")
+    for shard in manifest.shards:
+        if shard.receipt != shard.name + RECEIPT_SUFFIX:
+            fail(f"{shard.name} has a receipt of another name, {shard.receipt}")
+    for name in ("mean", "std"):
+        values = getattr(manifest, name)
+        if len(values) != manifest.latent_channels:
+            fail(f"{name} of {len(values)} channels, the latents have {manifest.latent_channels}")
+        if not all(math.isfinite(value) for value in values) or (name == "std" and min(values, default=1) <= 0):
+            fail(f"{name} has numbers that cannot be: {list(values)}")
+    for bucket in manifest.fingerprint.buckets:
+        if any(side % manifest.downsampling_factor for side in bucket):
+            fail(f"bucket {size_text(bucket)} is no multiple of the downsampling factor {manifest.downsampling_factor}")
+    if manifest.fingerprint.dtype != "float16":
+        fail(f"its latents are {manifest.fingerprint.dtype}, and this Lathe knows float16")
+
+
+def check_encoding(store: Store, sizes: Sizes, manifest: Manifest, notes: Notes) -> None:
+    """Whether the folder was claimed for what the manifest says."""
+    if ENCODING not in sizes:
+        return  # a copy of the data set may leave it out
+    try:
+        encoding = Encoding.model_validate_json(store.read(ENCODING))
+    except ValidationError:
+        notes.add("fingerprint", f"{ENCODING} cannot be read")
+        return
+    for name in encoding.fingerprint.difference(manifest.fingerprint):
+        notes.add("fingerprint", f"{ENCODING}: {name} is another than in {MANIFEST}")
+    for name in ("latent_channels", "downsampling_factor", "scaling_factor", "shift_factor"):
+        if (one := getattr(encoding, name)) != (other := getattr(manifest, name)):
+            notes.add("fingerprint", f"{ENCODING}: {name} is {one}, {MANIFEST} says {other}")
+
+
+def check_prompt(store: Store, sizes: Sizes, manifest: Manifest, notes: Notes) -> None:
+    """Whether the empty prompt is there, as the shards have captions."""
+    samples = SampleCheck(manifest, "", notes.add)
+    for stem, rule in text_rules(manifest, "").items():
+        name = f"empty.{stem}.npy"
+        if name in sizes:
+            samples.array(name, store.read(name), rule)
+        else:
+            notes.add("files", f"{name}: missing; it is the empty prompt")
+
+
+def check_leftovers(store: Store, sizes: Sizes, manifest: Manifest, pool: Executor, notes: Notes) -> None:
+    """What stands in the folders of the data set and is not part of it."""
+    listed = {name for shard in manifest.shards for name in (shard.name, shard.receipt)}
+    folders = {str(PurePosixPath(name).parent) for name in listed} | {"."}
+    known = {MANIFEST, REJECTS, REMOVED, ENCODING, *(f"empty.{stem}.npy" for stem in text_rules(manifest, ""))}
+    extra = [name for name in sizes if name not in listed | known and str(PurePosixPath(name).parent) in folders]
+    receipts = [name for name in extra if name.endswith(RECEIPT_SUFFIX)]
+    digest = manifest.fingerprint.digest()
+
+    def other_fingerprint(name: str) -> str:
+        try:
+            found = load_receipt(store, name).fingerprint
+        except LatheError as error:
+            return error.message
+        return "" if found == digest else f"{name}: of fingerprint {found[:16]}..., the manifest's is {digest[:16]}..."
+
+    for said in filter(None, pool.map(other_fingerprint, receipts)):
+        notes.add("fingerprint", said)
+    for name in extra:
+        notes.add("leftovers", f"{name}: {sizes[name]} bytes, not in the manifest", "warn")
+
+
+class RejectsCheck:
+    """Holds `rejects.jsonl` against the receipts, given in the manifest's order."""
+
+    def __init__(self, store: Store, sizes: Sizes, notes: Notes) -> None:
+        self._notes, self._line, self._differs = notes, 0, False
+        self._file = io.BytesIO(store.read(REJECTS) if REJECTS in sizes else b"")
+        self.reasons: Counter[str] = Counter()
+        if REJECTS not in sizes:
+            notes.add("rejects", f"{REJECTS}: missing")
+            self._differs = True
+
+    def add(self, receipt: Receipt) -> None:
+        """Take in the next receipt."""
+        self.reasons.update(reject.reason for reject in receipt.rejects)
+        for wanted in reject_lines(receipt):
+            self._line += 1
+            found = b"" if self._differs else self._file.readline()
+            if not self._differs and found != wanted.encode("ascii"):
+                said = found.decode("utf-8", "replace").strip()[:200] or "nothing"
+                self._fail(f"{REJECTS}: line {self._line} is {said}, the receipts say {wanted.strip()[:200]}")
+
+    def finish(self, manifest: Manifest) -> None:
+        """All receipts were given."""
+        if not self._differs and self._file.readline():
+            self._fail(f"{REJECTS}: more than the {self._line} lines that the receipts have")
+        for reason in sorted({*self.reasons, *manifest.rejects}):
+            if (one := self.reasons[reason]) != (other := manifest.rejects.get(reason, 0)):
+                self._fail(f"{MANIFEST}: {other} samples are {reason}, the receipts have {one}")
+
+    def _fail(self, said: str) -> None:
+        self._differs = True
+        self._notes.add("rejects", said)

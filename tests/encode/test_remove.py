@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from latent_set import CHANNELS, HOLDOUT, PER_SHARD, SHARDS, build, key, save_autoencoder, write_pictures
+
+from pipeline.data.manifest import load_manifest, load_receipt
+from pipeline.data.samples import is_holdout
+from pipeline.encode.remove import read_keys, remove
+from pipeline.encode.takedown import read_takedown
+from pipeline.encode.verify import verify
+from pipeline.errors import DataError, StorageError
+from pipeline.storage import open_store
+from pipeline.storage.local import LocalStore
+
+ASKED = [key(0, 1), key(0, 2), key(0, 3), f"00002.tar\t{key(2, 5)}", f"00000.tar\t{key(2, 6)}", "nobody"]
+GONE = {key(0, 1), key(0, 2), key(0, 3), key(2, 5)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("remove")
+    write_pictures(place / "images")
+    save_autoencoder(place / "vae")
+    build(place)
+    return place
+
+
+@pytest.fixture
+def copy(place, tmp_path) -> Path:
+    return shutil.copytree(place / "latents", tmp_path / "latents")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, tmp_path_factory) -> dict[str, bytes]:
+    """The files after an undisturbed removal."""
+    folder = shutil.copytree(place / "latents", tmp_path_factory.mktemp("undisturbed") / "latents")
+    remove(f"{folder}/manifest.json", ASKED)
+    return files(folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_rest_is_as_if_the_samples_had_never_been_encoded(place, copy, tmp_path):
+    summary = remove(f"{copy}/manifest.json", ASKED)
+    assert (summary.removed, summary.shards, summary.already) == (4, 2, 0)
+    assert summary.unknown == (f"00000.tar\t{key(2, 6)}", "nobody")
+
+    (tmp_path / "fresh").mkdir()
+    for name in ("images", "vae"):
+        (tmp_path / "fresh" / name).symlink_to(place / name)
+    build(tmp_path / "fresh", alter=lambda _, samples: [(s, h) for s, h in samples if s.key not in GONE])
+    fresh, store = open_store(str(tmp_path / "fresh" / "latents")), open_store(str(copy))
+    for shard in range(SHARDS):
+        name = f"{shard:05d}.tar"
+        assert store.read(name) == fresh.read(name)
+        one, other = (load_receipt(where, f"{name}.receipt.json") for where in (store, fresh))
+        removed = [reject.key for reject in one.rejects if reject.reason == "removed"]
+        assert set(removed) == {gone for gone in GONE if gone.startswith(f"{shard:02d}")}
+        assert one.model_copy(update={"rejects": other.rejects}) == other
+    one, other = load_manifest(f"{copy}/manifest.json"), load_manifest(f"{tmp_path}/fresh/latents/manifest.json")
+    assert (one.mean, one.std, one.shards, one.content_hash) == (
+        other.mean,
+        other.std,
+        other.shards,
+        other.content_hash,
+    )
+    assert one.rejects == {"no_caption": 3, "removed": 4}
+    assert one.content_hash != load_manifest(f"{place}/latents/manifest.json").content_hash
+
+
+def test_what_is_left_is_verified_and_noted(copy):
+    remove(f"{copy}/manifest.json", ASKED)
+    report = verify(f"{copy}/manifest.json", decode=6)
+    assert report.ok, str(report)
+    assert "38 keys" in str(report)
+    takedown = read_takedown(open_store(str(copy)))
+    assert takedown.holds("00001.tar", "nobody")
+    assert (copy / "removed.txt").read_text() == "".join(f"{line}\n" for line in sorted(ASKED))
+    lines = [json.loads(line) for line in (copy / "rejects.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in lines if line["reason"] == "removed"} == GONE
+
+
+def test_untouched_files_stay_and_a_second_run_writes_nothing(place, copy):
+    remove(f"{copy}/manifest.json", ASKED)
+    changed = {name for name, data in files(copy).items() if files(place / "latents").get(name) != data}
+    rewritten = {f"{shard}.tar{suffix}" for shard in ("00000", "00002") for suffix in ("", ".receipt.json")}
+    assert changed == rewritten | {"removed.txt", "rejects.jsonl", "manifest.json"}
+    before = {path: path.stat().st_mtime_ns for path in copy.iterdir()}
+    summary = remove(f"{copy}/manifest.json", ASKED)
+    assert (summary.removed, summary.already, summary.shards, len(summary.unknown)) == (0, 4, 0, 2)
+    assert {path: path.stat().st_mtime_ns for path in copy.iterdir()} == before
+
+
+def test_in_two_steps_it_gives_the_same_latents(copy, undisturbed):
+    remove(f"{copy}/manifest.json", ASKED[2:])
+    remove(f"{copy}/manifest.json", ASKED[:2])
+    after = files(copy)
+    assert after.keys() == undisturbed.keys()
+    assert {name for name in after if after[name] != undisturbed[name]} <= {"00000.tar.receipt.json", "rejects.jsonl"}
+
+
+def test_a_dry_run_writes_nothing(place, copy):
+    summary = remove(f"{copy}/manifest.json", ASKED, dry_run=True)
+    assert (summary.removed, summary.shards) == (4, 2)
+    assert "would be taken down" in str(summary)
+    assert files(copy) == files(place / "latents")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+def test_killed_at_any_write_and_run_again_it_gives_the_same_bytes(place, tmp_path, monkeypatch, undisturbed, written):
+    """From the n-th write on nothing more gets through; the n-th itself, or not."""
+    writes = 0
+    limit = 1 << 30
+
+    def failing(method):
+        def call(self, *args, **options):
+            nonlocal writes
+            writes += 1
+            if writes > limit or (writes == limit and not written):
+                raise Killed
+            result = method(self, *args, **options)
+            if writes == limit:
+                raise Killed
+            return result
+
+        return call
+
+    monkeypatch.setattr(LocalStore, "write", failing(LocalStore.write))
+    monkeypatch.setattr(LocalStore, "upload", failing(LocalStore.upload))
+    total = 7  # removed.txt, two shards with receipts, rejects, manifest
+    for number in range(1, total + 1):
+        folder = shutil.copytree(place / "latents", tmp_path / str(number))
+        writes, limit = 0, number
+        with pytest.raises(Killed):
+            remove(f"{folder}/manifest.json", ASKED)
+        writes, limit = 0, 1 << 30
+        noted = (folder / "removed.txt").exists()
+        remove(f"{folder}/manifest.json", ["nobody"] if noted else ASKED)  # what was asked for is noted first
+        assert files(folder) == undisturbed
+    folder = shutil.copytree(place / "latents", tmp_path / "whole")
+    writes = 0
+    remove(f"{folder}/manifest.json", ASKED)
+    assert writes == total
+
+
+def test_a_killed_run_with_more_keys_later(copy, monkeypatch):
+    """The shard has lost some samples, its receipt knows of none, and now another is to go."""
+    whole = LocalStore.write
+
+    def no_receipts(self, name, *args, **options):
+        if name.endswith("00000.tar.receipt.json"):
+            raise Killed
+        return whole(self, name, *args, **options)
+
+    monkeypatch.setattr(LocalStore, "write", no_receipts)
+    with pytest.raises(Killed):
+        remove(f"{copy}/manifest.json", [key(0, 1)])
+    monkeypatch.undo()
+    assert remove(f"{copy}/manifest.json", [key(0, 2), key(0, 3)]).removed == 3
+    report = verify(f"{copy}/manifest.json", decode=0)
+    assert report.status == "ok", str(report)
+
+
+def test_damage_is_not_given_new_checksums(copy):
+    data = bytearray((copy / "00002.tar").read_bytes())
+    data[5000] ^= 1
+    (copy / "00002.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"00002.tar is not what its receipt says"):
+        remove(f"{copy}/manifest.json", ASKED)
+    assert (copy / "00002.tar").read_bytes() == data
+
+
+def test_damage_is_found_in_a_shard_that_a_killed_run_has_rewritten(copy, monkeypatch):
+    whole = LocalStore.write
+
+    def no_receipts(self, name, *args, **options):
+        if name.endswith(".receipt.json"):
+            raise Killed
+        return whole(self, name, *args, **options)
+
+    monkeypatch.setattr(LocalStore, "write", no_receipts)
+    with pytest.raises(Killed):
+        remove(f"{copy}/manifest.json", [key(1, 0)])
+    monkeypatch.undo()
+    data = bytearray((copy / "00001.tar").read_bytes())
+    data[700] ^= 1  # in the first latent, of another bucket
+    (copy / "00001.tar").write_bytes(data)
+    with pytest.raises(DataError, match="the checksum of the block at sample"):
+        remove(f"{copy}/manifest.json", [])
+
+
+@pytest.mark.parametrize("change", ["cut", "exchanged"])
+def test_a_shard_that_is_another_is_left_alone(copy, change):
+    other = (copy / "00001.tar").read_bytes()
+    (copy / "00000.tar").write_bytes(other if change == "exchanged" else other[:3000])
+    with pytest.raises(DataError, match=r"00000.tar is not what its receipt says: .*(missing|tar)") as caught:
+        remove(f"{copy}/manifest.json", [key(0, 0)])
+    assert "lathe encode" in caught.value.remedy
+
+
+def test_a_whole_shard_and_the_whole_data_set(copy):
+    shard = [key(1, i) for i in range(PER_SHARD)]
+    assert remove(f"{copy}/manifest.json", shard).removed == PER_SHARD
+    receipt = load_receipt(open_store(str(copy)), "00001.tar.receipt.json")
+    assert (receipt.bytes, receipt.buckets, receipt.blocks, receipt.statistics.count) == (1024, (), (), 0)
+    assert receipt.statistics.sum == (0.0,) * CHANNELS
+    assert verify(f"{copy}/manifest.json", decode=0).ok
+    before = files(copy)
+    trained = [key(s, i) for s in range(SHARDS) for i in range(PER_SHARD) if not is_holdout(key(s, i), HOLDOUT)]
+    with pytest.raises(DataError, match="no picture would be left to train on"):
+        remove(f"{copy}/manifest.json", trained)
+    assert files(copy) == before
+
+
+def test_other_resolutions_are_told(place, tmp_path):
+    shutil.copytree(place / "latents", tmp_path / "32")
+    for name in ("64", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    summary = remove(f"{tmp_path}/32/manifest.json", ASKED, dry_run=True)
+    assert summary.siblings == (f"{tmp_path}/64/manifest.json",)
+    assert f"{tmp_path}/64/manifest.json" in str(summary)
+
+
+def test_keys_are_read_from_a_file(tmp_path):
+    path = tmp_path / "keys.txt"
+    path.write_bytes("\ufeffa/é\r\n\n00001.tar\tb\n".encode())
+    assert read_keys(str(path)) == ["a/é", "00001.tar\tb"]
+    for content, said in ((b"\n\n", "names no key"), (b"\xff\n", "is not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            read_keys(str(path))
+    with pytest.raises(StorageError):
+        read_keys(str(tmp_path / "nothing"))
+
+
+def test_on_s3(place, s3_url):
+    store = open_store(s3_url)
+    for path in (place / "latents").iterdir():
+        store.upload(path, path.name)
+    assert remove(f"{s3_url}/manifest.json", ASKED).removed == 4
+    assert verify(f"{s3_url}/manifest.json", decode=0).status == "ok"
