@@ -160,8 +160,9 @@ def _by_key(tar: TarStream) -> Iterator[_Files]:
 def _sample(files: _Files, caption_field: str) -> ImageSample | Rejected:
     if problem := _problem_of_files(files):
         return Rejected(files.key[:MAX_KEY_BYTES] if problem == "key_too_long" else files.key, problem)
+    text = files.text("json")
     try:
-        metadata = json.loads(files.text("json") or b"{}")
+        metadata = json.loads(b"{}" if text is None else text)
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
