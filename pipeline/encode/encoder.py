@@ -17,7 +17,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import __version__
 from pipeline.config import EncodeConfig
@@ -62,6 +62,8 @@ class Encoder:
             self._captions = CaptionEncoder(config.text, self._device, config.batch_size)
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.environment: Environment = self._environment()
+        if config.compile:
+            self._compile()
 
     def check_buckets(self) -> None:
         """Raise ConfigError where a picture size is no multiple of the autoencoder's downsampling factor."""
@@ -177,10 +179,16 @@ class Encoder:
             torch.backends.cudnn.allow_tf32 = False  # which float32 would mean 10 bits of mantissa
         if config.precision == "float32" and not config.compile:
             return self._float32.to(self._device)
-        model = copy.deepcopy(self._float32).to(device=self._device, dtype=getattr(torch, config.precision))
-        if config.compile:
-            model.encoder.compile(dynamic=True)  # once for all batches: what it computes must not depend on the first
-        return model
+        # diffusers' own `to` warns of every cast
+        return nn.Module.to(copy.deepcopy(self._float32), device=self._device, dtype=getattr(torch, config.precision))
+
+    def _compile(self) -> None:
+        """Compile once for all sizes, before the first batch: what is computed must not depend on which that is."""
+        self._model.encoder.compile(dynamic=True)
+        settings = self._config.images
+        sizes = {size for resolution in settings.resolutions for size in bucket_sizes(resolution, settings.buckets)}
+        height, width = min(sizes, key=lambda size: (size[0] == size[1], size))  # a square would be a special case
+        self._enqueue(np.zeros((min(2, self._config.batch_size), height, width, 3), np.uint8))
 
     @contextmanager
     def _told_errors(self) -> Iterator[None]:

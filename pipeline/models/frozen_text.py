@@ -71,7 +71,7 @@ class FrozenTower:
         self.pooled_width = int(tower.output_dim) if config.pooled else 0
 
     def weights_hash(self) -> str:
-        """SHA-256 of the float32 weights, and of heads and activation, which they do not show; in any precision the same."""
+        """SHA-256 of the float32 weights, and of heads and activation, which they do not show; in every precision."""
         return self._hash
 
     @torch.inference_mode()
@@ -108,10 +108,13 @@ class FrozenTower:
 def _find(config: TowerConfig) -> Iterator[_Source]:
     """The tower's files, here for as long as the context lasts. Only names of the hub and tags are looked for there."""
     name = config.model
+    is_folder = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    if config.pretrained and (is_folder or "://" in name or name.startswith(_HUB)):
+        raise ConfigError(f"text tower {config.name}: {name} has weights of its own", "leave pretrained out")
     if "://" in name:
         with tempfile.TemporaryDirectory(prefix="lathe-tower-") as folder:
             yield _in_folder(fetch_folder(name, Path(folder)), config)
-    elif name.startswith((".", "/", "~")) or Path(name).is_dir():
+    elif is_folder:
         yield _in_folder(Path(name).expanduser(), config)
     elif name.startswith(_HUB):
         hub_id = name.removeprefix(_HUB)
@@ -122,10 +125,6 @@ def _find(config: TowerConfig) -> Iterator[_Source]:
 
 
 def _in_folder(folder: Path, config: TowerConfig) -> _Source:
-    if config.pretrained:
-        raise ConfigError(
-            f"text tower {config.name}: {config.model} is a folder and has weights of its own", "leave pretrained out"
-        )
     if not (folder / HF_CONFIG_NAME).is_file():
         raise DataError(
             f"text tower {config.name}: {config.model} has no {HF_CONFIG_NAME}",
