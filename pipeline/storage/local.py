@@ -158,6 +158,7 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool
     Raises:
         FileExistsError: the name is taken, and `replace` is off.
         OSError: as the operating system says; see `translated`.
+        StorageError: it was swept again and again.
     """
     for tries_left in reversed(range(1 + _ANEW)):
         partial = path.with_name(f".{_stem(path.name)}.{secrets.token_hex(6)}{_PARTIAL}")
@@ -172,7 +173,10 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool
         finally:
             partial.unlink(missing_ok=True)
         if not tries_left:
-            raise FileNotFoundError(errno.ENOENT, "another process clears unfinished files here", str(partial))
+            raise StorageError(
+                f"{path}: another process clears unfinished files here again and again",
+                "end the other jobs that write to the same output, then run the same command again",
+            )
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -254,10 +258,6 @@ def _explain(path: Path, error: OSError) -> StorageError:
             "free some disk space or raise the quota, or write to another disk; nothing was left half-written",
         )
     if isinstance(error, FileNotFoundError):
-        if str(error.filename).endswith(_PARTIAL) and path.parent.is_dir():
-            return StorageError(
-                f"{path}: {error.strerror}", "end the other jobs that write here, then run the same command again"
-            )
         return StorageError(
             f"{path}: no such file", f"check the path; its nearest existing folder is {_existing(path)}"
         )
