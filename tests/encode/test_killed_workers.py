@@ -27,7 +27,7 @@ LIMIT_SECONDS = 240.0
 PARTS = {"LATHE_S3_PART_MIB": "5"}  # latent shards of 6 MB travel in two parts
 
 _fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload(["encode_worker", "pipeline.storage.s3"])
+_fork.set_forkserver_preload(["pipeline.encode.job", "pipeline.storage.s3"])
 
 
 def start(config: EncodeConfig, workers: int) -> list[BaseProcess]:
