@@ -164,7 +164,7 @@ def _number(field: bytes, at: int, base: int = 8) -> int:
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     try:
-        return int(field.split(b"\0")[0].strip() or b"0", base)
+        return int(field.split(b"\0", 1)[0].strip() or b"0", base)
     except ValueError as error:
         raise DataError(f"damaged tar header at byte {at}", "the file is damaged: fetch or write it again") from error
 
@@ -176,7 +176,7 @@ def _header_name(header: bytes) -> str:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
