@@ -22,7 +22,7 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.console import ProgressLine, tell
-from pipeline.errors import LatheError
+from pipeline.errors import DataError, LatheError
 
 
 class _Group(TyperGroup):
@@ -54,6 +54,11 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="FIELD=VALUE", help="Fields to set, dotted: `optimizer.learning_rate=1e-4 steps=500`."),
+]
+
+
+ManifestUrl = Annotated[
+    str, typer.Argument(metavar="MANIFEST", help="Address of a data set's manifest.json, local or s3://.")
 ]
 
 
@@ -173,6 +178,85 @@ def encode(
             (share.index, share.count),
             lambda now: line.update(now.done, now.total, now.note(), now.eta_seconds),
         )
+    _say(result)
+
+
+@app.command()
+def verify(
+    manifest: ManifestUrl,
+    *,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--images", metavar="URL", help="Where the image shards are, if they have moved; may be repeated."
+        ),
+    ] = None,
+    autoencoder: Annotated[
+        str | None, typer.Option("--autoencoder", metavar="URL", help="Where the autoencoder is, if it has moved.")
+    ] = None,
+    decode: Annotated[
+        int | None,
+        typer.Option(
+            "--decode",
+            metavar="N",
+            min=0,
+            help="Samples to decode and hold against their pictures; 0 = none. Default: 8, if the pictures are there.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", metavar="URL", help="Folder or s3:// prefix for verify.json and the contact sheet, verify.png."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not read the shards through: manifest, receipts and sizes only.")
+    ] = False,
+) -> None:
+    """Hold a latent data set against its manifest, its checksums and its source pictures.
+
+    Exit code 4 where a check fails. Nothing in the data set is changed.
+
+    ```
+    lathe verify s3://mine/latents/manifest.json --output verified
+    ```
+    """
+    from pipeline.encode.verify import verify as run
+
+    with ProgressLine("verify", "shards") as line:
+        report = run(
+            manifest,
+            images=images or None,
+            autoencoder=autoencoder,
+            decode=decode,
+            output=output,
+            quick=quick,
+            progress=line.update,
+        )
+    _say(report)
+    if not report.ok:
+        raise typer.Exit(DataError.exit_code)
+
+
+@app.command()
+def remove(
+    manifest: ManifestUrl,
+    keys: Annotated[str, typer.Option("--keys", metavar="FILE", help="One sample a line: KEY, or SHARD, a tab, KEY.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing, only tell what would go.")] = False,
+) -> None:
+    """Take samples down from a finished data set, without encoding anew.
+
+    A later `lathe encode` leaves them out too. Stopped on the way, the same command goes on.
+
+    ```
+    lathe remove s3://mine/latents/manifest.json --keys takedown.txt --dry-run
+    ```
+    """
+    from pipeline.encode.remove import read_keys
+    from pipeline.encode.remove import remove as run
+
+    with ProgressLine("remove", "shards") as line:
+        result = run(manifest, read_keys(keys), dry_run=dry_run, progress=line.update)
     _say(result)
 
 

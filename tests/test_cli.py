@@ -9,25 +9,39 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from pipeline import cli
 from pipeline.encode.meter import Meter, Snapshot
+from pipeline.encode.verify_report import Check, Status, VerifyReport
 
-COMMANDS = ("demo", "pack", "train-vae", "encode", "train", "sample", "evaluate", "export", "config")
+COMMANDS = (
+    "demo",
+    "pack",
+    "train-vae",
+    "encode",
+    "verify",
+    "remove",
+    "train",
+    "sample",
+    "evaluate",
+    "export",
+    "config",
+)
 
 
 def lathe(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pipeline", *arguments], capture_output=True, text=True, check=False)
 
 
-def run(patch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """The command in this process."""
+def run(patch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command in this process; its exit code."""
     patch.setattr(sys, "argv", ["lathe", *arguments])
     with pytest.raises(SystemExit) as left:
         cli.main()
-    assert not left.value.code
+    return int(left.value.code or 0)
 
 
 def test_help_names_every_command() -> None:
@@ -61,6 +75,8 @@ def test_help_does_not_wait_for_torch() -> None:
         (("train", "configs/demo/encode.yaml"), 2, "is for `lathe encode`"),
         (("encode", "configs/demo/encode.yaml", "--task", "2/2"), 2, "--task 2/2"),
         (("encode", "configs/demo/encode.yaml", "--task", "x"), 2, "--task x"),
+        (("verify", "nowhere/manifest.json"), 3, "nowhere"),
+        (("remove", "nowhere/manifest.json", "--keys", "no-keys.txt"), 3, "no-keys.txt"),
         (("config", "configs/demo/train.yaml", "steps=0"), 2, "steps:"),
     ],
 )
@@ -119,7 +135,7 @@ def test_encode_tells_once_which_share_it_found(
 ) -> None:
     for name, value in {"ID": 4, "COUNT": 8, "MIN": 1, "MAX": 8, "STEP": 1}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    run(monkeypatch, "encode", "configs/demo/encode.yaml")
+    assert run(monkeypatch, "encode", "configs/demo/encode.yaml") == 0
     output = capsys.readouterr()
     assert output.out == "18 pictures\n"
     assert re.fullmatch(
@@ -127,7 +143,7 @@ def test_encode_tells_once_which_share_it_found(
         r"encode: 2/2 shards after \d+ s  [\d,]+ images/s, 10\.0 % rejected\n",
         output.err,
     )
-    run(monkeypatch, "encode", "configs/demo/encode.yaml", "--task", "1/2")
+    assert run(monkeypatch, "encode", "configs/demo/encode.yaml", "--task", "1/2") == 0
     assert "share" not in capsys.readouterr().err
     assert encoded == [(3, 8), (1, 2)]
 
@@ -135,7 +151,7 @@ def test_encode_tells_once_which_share_it_found(
 def test_encode_alone_takes_everything_and_says_nothing_of_shares(
     encoded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(monkeypatch, "encode", "configs/demo/encode.yaml")
+    assert run(monkeypatch, "encode", "configs/demo/encode.yaml") == 0
     assert encoded == [(0, 1)]
     assert "share" not in capsys.readouterr().err
 
@@ -152,3 +168,40 @@ def test_warnings_go_where_stderr_is_at_that_moment(
         handler.handle(logging.makeLogRecord({"msg": "two"}))
     assert elsewhere.getvalue() == "two\n"
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 4)])
+def test_verify_ends_with_a_code_of_its_own_where_a_check_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: Status, code: int
+) -> None:
+    asked: dict[str, object] = {}
+
+    def verify(manifest: str, **options: object) -> VerifyReport:
+        asked.update(options, manifest=manifest)
+        check = Check("finite", status, "9 numbers", 0, (), "")
+        return VerifyReport(manifest, quick=True, seconds=1.0, bytes_read=0, checks=(check,))
+
+    monkeypatch.setattr("pipeline.encode.verify.verify", verify)
+    arguments = ("--images", "a.tar", "--images", "b/*.tar", "--decode", "3", "--output", "out", "--quick")
+    assert run(monkeypatch, "verify", "m/manifest.json", *arguments) == code
+    output = capsys.readouterr()
+    assert output.out.startswith(f"{status:<5} finite")
+    assert output.err == ""
+    del asked["progress"]
+    expected = {"images": ["a.tar", "b/*.tar"], "autoencoder": None, "decode": 3, "output": "out", "quick": True}
+    assert asked == {**expected, "manifest": "m/manifest.json"}
+
+
+def test_remove_reads_the_keys_and_tells_what_went(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def remove(manifest: str, keys: list[str], *, dry_run: bool, progress: object) -> str:
+        return f"{manifest} {keys} {dry_run}"
+
+    monkeypatch.setattr("pipeline.encode.remove.remove", remove)
+    (tmp_path / "keys.txt").write_text("one\n00001.tar\ttwo\n")
+    keys = ("--keys", str(tmp_path / "keys.txt"))
+    assert run(monkeypatch, "remove", "manifest.json", *keys) == 0
+    assert capsys.readouterr().out == "manifest.json ['one', '00001.tar\\ttwo'] False\n"
+    assert run(monkeypatch, "remove", "manifest.json", *keys, "--dry-run") == 0
+    assert capsys.readouterr().out.endswith("True\n")
