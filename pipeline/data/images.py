@@ -131,6 +131,13 @@ def png(pixels: Pixels) -> bytes:
     return stream.getvalue()
 
 
+def jpeg(pixels: Pixels, quality: int = 90) -> bytes:
+    """One picture as a JPEG file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
 def contact_sheet(
     images: Sequence[Pixels] | Pixels, columns: int, labels: Sequence[str] | None = None, gap: int = 4
 ) -> bytes:

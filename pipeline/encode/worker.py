@@ -234,7 +234,8 @@ class Worker:
     def _reject(self, shard: _Open, number: int, key: str, reason: str) -> None:
         shard.shards[number].reject(key, reason)
         if number == shard.work.targets[0]:
-            self._meter.count(**{"filtered" if unwanted(reason) else "rejected": {reason: 1}})
+            one = {reason: 1}
+            self._meter.count(filtered=one if unwanted(reason) else None, rejected=None if unwanted(reason) else one)
 
     def _finish(self, shard: _Open, identity: SourceIdentity) -> None:
         def upload(number: int) -> tuple[int, Receipt]:
