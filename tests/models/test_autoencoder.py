@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,16 @@ def test_what_is_saved_is_loaded(model: AutoencoderKL, tmp_path: Path) -> None:
     assert not loaded.training
     assert loaded.config.scaling_factor == 1.0
     assert autoencoder.weights_hash(loaded) == autoencoder.weights_hash(model)
+
+
+def test_a_local_folder_needs_no_network(model: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was touched")
+
+    autoencoder.save(model, open_store(str(tmp_path)))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    autoencoder.load(str(tmp_path))
 
 
 def test_hash_sees_one_bit_and_dtype(model: AutoencoderKL) -> None:
