@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.buckets import nearest_bucket, scale
-from pipeline.data.filters import Filters
+from pipeline.data.filters import UPSCALE, Filters
 from pipeline.data.manifest import RECEIPT_SUFFIX, Bucket, Environment, Receipt
 from pipeline.data.samples import ImageSample, Rejected, is_holdout, read_image_shard
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity
@@ -34,7 +34,6 @@ from pipeline.encode.takedown import REASON as REMOVED
 from pipeline.encode.tally import unwanted
 from pipeline.storage import Store, open_stream
 
-UPSCALED = "filtered_upscale"
 UPLOADERS = 2
 
 
@@ -167,7 +166,7 @@ class Worker:
             for target in targets:
                 bucket = nearest_bucket(height, width, self._targets[target].buckets)
                 if scale(height, width, bucket) > self._config.images.max_upscale:
-                    fitted[target] = UPSCALED
+                    fitted[target] = UPSCALE
                 else:
                     size = images.size_record(height, width, bucket)
                     fitted[target] = _Fitted(bucket, images.cover(pixels, bucket), size)
