@@ -63,7 +63,7 @@ class ParquetTable:
     def _batch_rows(self) -> int:
         facts = self._file.metadata
         size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
-        return min(max(_BATCH_BYTES * len(self) // max(size, 1), 1), 1024)
+        return int(min(max(_BATCH_BYTES * len(self) // max(size, 1), 1), 1024))
 
 
 @contextmanager
