@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from pipeline.data.buckets import nearest_bucket, scale
 from pipeline.data.filters import UPSCALE, Filters
 from pipeline.data.manifest import RECEIPT_SUFFIX, Bucket, Environment, Receipt
 from pipeline.data.samples import ImageSample, Rejected, is_holdout, read_image_shard
-from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity
+from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity, Text
 from pipeline.encode.meter import Meter
 from pipeline.encode.output import Target
 from pipeline.encode.overlap import ahead
@@ -52,7 +52,7 @@ class Encodes(Protocol):
     environment: Environment
 
     def start(self, pixels: images.Pixels, flip: bool) -> PendingMoments: ...  # noqa: D102
-    def text(self, captions: Sequence[str]) -> list[dict[str, npt.NDArray[Any]]]: ...  # noqa: D102
+    def text(self, captions: Sequence[str]) -> list[Text]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Worker:
                     while stream.read(1 << 20):
                         pass
                 self._meter.count(read=stream.bytes_read - counted)
-                identity = SourceIdentity(one.source.name, stream.bytes_read, stream.sha256(), one.source.version)
+                identity = SourceIdentity(one.source.name, stream.bytes_read, stream.sha256(), stream.version)
             yield identity
 
     def _wanted(self, sample: ImageSample | Rejected, work: Work, decoders: Executor) -> _Decoding | Rejected:
@@ -213,8 +213,8 @@ class Worker:
             for i, (sample, fitted) in enumerate(batch):
                 mirrored = None if flipped is None else flipped[i]
                 text = tuple(next(texts) for _ in captions[i])
-                if not (np.isfinite(moments[i]).all() and (mirrored is None or np.isfinite(mirrored).all())):
-                    self._reject(shard, number, sample.key, "non_finite_latent")
+                if reason := _not_finite(moments[i], mirrored, text):
+                    self._reject(shard, number, sample.key, reason)
                     continue
                 encoded = EncodedSample(sample.key, captions[i], bucket, moments[i], mirrored, text, fitted.size)
                 shard.shards[number].add(encoded, holdout=is_holdout(sample.key, self._config.images.holdout))
@@ -255,6 +255,17 @@ class Worker:
             result = self._uploads.popleft().result()
             self._tick()
             yield result
+
+
+def _not_finite(
+    moments: npt.NDArray[np.float16], mirrored: npt.NDArray[np.float16] | None, text: Iterable[Text]
+) -> str | None:
+    """Why a sample may not reach a shard: float32 was tried before."""
+    if not np.isfinite(moments).all() or (mirrored is not None and not np.isfinite(mirrored).all()):
+        return "non_finite_latent"
+    if not all(np.isfinite(values).all() for caption in text for values in caption.values()):
+        return "non_finite_text"
+    return None
 
 
 def decoder_count(config: EncodeConfig) -> int:
