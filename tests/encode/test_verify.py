@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from latent_set import CHANNELS, HOLDOUT, SHARDS, build, key, save_autoencoder, write_pictures
+from small_models import clip, save_clip
 
+from pipeline.config import EncodeConfig
 from pipeline.data.fold import fold, provenance
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
+from pipeline.encode.job import encode
+from pipeline.encode.remove import remove
 from pipeline.encode.verify import verify
 from pipeline.encode.verify_report import VerifyReport
 from pipeline.errors import DataError, StorageError
@@ -443,3 +447,62 @@ def test_a_data_set_on_s3(place, s3_url):
     data[4000] ^= 4
     store.write("00002.tar", bytes(data))
     assert "00002.tar" in failures(verify(f"{s3_url}/manifest.json", decode=0))["checksums"]
+
+
+def job(place: Path, output: Path, text: dict) -> EncodeConfig:
+    tree = {
+        "images": {
+            "shards": str(place / "images"),
+            "resolution": [32, 48],
+            "buckets": {"max_aspect": 2, "step": 8},
+            "flip": True,
+            "holdout": HOLDOUT,
+            "filters": {"max_caption_chars": 18},
+        },
+        "autoencoder": str(place / "vae"),
+        "output": str(output),
+        "max_reject_rate": 0.5,
+        "batch_size": 4,
+        "block_samples": 3,
+        "threads": 1,
+        "metrics": {"prometheus": False},
+        "text": text,
+    }
+    return EncodeConfig.model_validate(tree)
+
+
+def test_what_the_encode_job_writes_passes_and_stays_after_a_takedown(place, tmp_path):
+    config = job(place, tmp_path, {"context_length": 8})
+    encode(config)
+    for resolution in (32, 48):
+        report = verify(f"{tmp_path}/{resolution}/manifest.json", decode=5)
+        assert failures(report) == {}
+        assert len(next(check for check in report.checks if check.name == "pictures").measures["samples"]) == 5
+    summary = remove(f"{tmp_path}/32/manifest.json", [key(1, 0), key(2, 3)])
+    assert (summary.removed, summary.siblings) == (2, (f"{tmp_path}/48/manifest.json",))
+    before = {path: path.read_bytes() for path in (tmp_path / "32").iterdir()}
+    encode(config)  # finds nothing to do
+    assert {path: path.read_bytes() for path in (tmp_path / "32").iterdir()} == before
+    assert verify(f"{tmp_path}/32/manifest.json", decode=3).ok
+    # A shard that is encoded anew is laid out as the takedown left it; float16's last places know their batch.
+    store, name = open_store(f"{tmp_path}/32"), "00001.tar.receipt.json"
+    left = load_receipt(store, name)
+    store.delete([name])
+    encode(config)
+    anew = load_receipt(store, name)
+    assert (anew.keys, anew.buckets, anew.bytes) == (left.keys, left.buckets, left.bytes)
+    assert [block.offset for block in anew.blocks] == [block.offset for block in left.blocks]
+    assert {reject.key: reject.reason for reject in anew.rejects} == {r.key: r.reason for r in left.rejects}
+
+
+@pytest.mark.parametrize("padding", ["full", "trimmed"])
+def test_text_of_frozen_towers(place, tmp_path, padding):
+    """Members, shapes and numbers of cached text, and the empty prompt."""
+    tower = {"name": "one", "model": save_clip(tmp_path / "clip", clip()), "layer": "penultimate", "pooled": True}
+    text = {"mode": "cached", "context_length": 20, "padding": padding, "towers": [tower]}
+    config = job(place, tmp_path / "out", text)
+    encode(config)
+    manifest = f"{tmp_path}/out/32/manifest.json"
+    assert failures(verify(manifest, decode=0)) == {}
+    (tmp_path / "out" / "32" / "empty.pooled.one.npy").unlink()
+    assert "empty.pooled.one.npy: missing" in failures(verify(manifest, decode=0))["files"]
