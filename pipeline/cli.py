@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -47,6 +48,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
 )
+
+bench = typer.Typer(
+    help="Measure this machine at one job, against what is possible and against the usual way.\n\n"
+    "```\nlathe bench encode --json figures.json\n```",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(bench, name="bench")
 
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="Run file in YAML, or a bundled one: see `lathe config`.")
@@ -239,6 +248,33 @@ def verify(
 
 
 @app.command()
+def inspect(
+    address: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL",
+            help="Shard, receipt, manifest, checkpoint, autoencoder, exported pipeline, or a folder of these.",
+        ),
+    ],
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=0, help="Of a shard, how many of the first samples are shown.")
+    ] = 6,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON, with plain numbers.")] = False,
+) -> None:
+    """Print what stands at an address, for a person.
+
+    Of shards and weights only the headers and the first samples are read.
+
+    ```
+    lathe inspect s3://mine/latents/00000.tar
+    ```
+    """
+    from pipeline.operate.inspect import describe
+
+    _say(describe(address, samples=samples, as_json=as_json).rstrip())
+
+
+@app.command()
 def remove(
     manifest: ManifestUrl,
     keys: Annotated[str, typer.Option("--keys", metavar="FILE", help="One sample a line: KEY, or SHARD, a tab, KEY.")],
@@ -327,6 +363,46 @@ def export(config: Config, overrides: Overrides = None) -> None:
     from pipeline.export import export as run
 
     _say(run(settings))
+
+
+@bench.command("encode")
+def bench_encode(
+    root: Annotated[
+        str, typer.Option("--root", metavar="URL", help="Where its shards go. Default: a folder that is deleted again.")
+    ] = "",
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", min=1, help="Rounds; the figures are their medians.")
+    ] = 3,
+    figures: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write every figure there, local or s3://.")
+    ] = None,
+) -> None:
+    """Is the device ever idle while `lathe encode` works, and does memory grow with the data?
+
+    The usual loop (fetch, decode, encode, write in turn) is measured beside it. What goes to --root stays there.
+
+    ```
+    lathe bench encode --root s3://mine/bench --json figures.json
+    ```
+    """
+    from pipeline.operate.bench.encode import EncodeBench
+    from pipeline.operate.bench.encode import bench_encode as run
+    from pipeline.storage import open_store, split
+
+    result = run(EncodeBench(root=root, repeats=repeats), tell)
+    if figures is not None:
+        folder, name = split(figures)
+        open_store(folder).write(name, (json.dumps(result, indent=1) + "\n").encode())
+    simulated, real = result["simulated_device"], result["sd_autoencoder"]
+    _say(
+        f"simulated device: job at {simulated['job_over_device']:.3f} of its rate, usual loop at "
+        f"{simulated['naive_over_device']:.3f}"
+    )
+    _say(
+        f"SD autoencoder: job at {real['job_over_model']:.3f} of the bare model's rate, usual loop at "
+        f"{real['naive_over_model']:.3f}"
+    )
+    _say(f"memory: {result['bytes_per_added_shard']:,.0f} bytes for each added source shard")
 
 
 @app.command("config")

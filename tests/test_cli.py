@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from pipeline import cli
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.verify_report import Check, Status, VerifyReport
+from pipeline.operate.bench.encode import EncodeBench
 
 COMMANDS = (
     "demo",
@@ -23,11 +25,13 @@ COMMANDS = (
     "train-vae",
     "encode",
     "verify",
+    "inspect",
     "remove",
     "train",
     "sample",
     "evaluate",
     "export",
+    "bench",
     "config",
 )
 
@@ -50,11 +54,11 @@ def test_help_names_every_command() -> None:
         assert command in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "bench encode"])
 def test_every_command_explains_itself(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, command, "--help") == 0
+    assert run(monkeypatch, *command.split(), "--help") == 0
     output = capsys.readouterr()
     assert f"Usage: lathe {command}" in output.out
     examples = [line for line in output.out.splitlines() if line.startswith(f"  lathe {command}")]
@@ -78,6 +82,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (("encode", "configs/demo/encode.yaml", "--task", "2/2"), 2, "--task 2/2"),
         (("encode", "configs/demo/encode.yaml", "--task", "x"), 2, "--task x"),
         (("verify", "nowhere/manifest.json"), 3, "nowhere"),
+        (("inspect", "nowhere/manifest.json"), 3, "nowhere"),
         (("remove", "nowhere/manifest.json", "--keys", "no-keys.txt"), 3, "no-keys.txt"),
         (("config", "configs/demo/train.yaml", "steps=0"), 2, "steps:"),
     ],
@@ -219,3 +224,38 @@ def test_remove_reads_the_keys_and_tells_what_went(
     assert capsys.readouterr().out == "manifest.json ['one', '00001.tar\\ttwo'] False\n"
     assert run(monkeypatch, "remove", "manifest.json", *keys, "--dry-run") == 0
     assert capsys.readouterr().out.endswith("True\n")
+
+
+def test_bench_writes_every_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    figures = {
+        "encode_over_device": 0.97,
+        "bytes_per_added_shard": 3210.4,
+        "simulated_device": {"job_over_device": 0.97, "naive_over_device": 0.5},
+        "sd_autoencoder": {"job_over_model": 0.98, "naive_over_model": 0.9},
+    }
+    asked = []
+
+    def bench_encode(sizes: EncodeBench, say: Callable[[str], None]) -> dict[str, object]:
+        asked.append(sizes)
+        say("round 1")
+        return figures
+
+    monkeypatch.setattr("pipeline.operate.bench.encode.bench_encode", bench_encode)
+    assert run(monkeypatch, "bench", "encode", "--repeats", "2", "--json", str(tmp_path / "figures.json")) == 0
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert asked == [EncodeBench(repeats=2)]
+    output = capsys.readouterr()
+    assert output.err == "round 1\n"
+    assert "job at 0.970 of its rate, usual loop at 0.500" in output.out
+    assert "3,210 bytes" in output.out
+
+
+def test_inspect_prints_what_is_described(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        "pipeline.operate.inspect.describe", lambda url, samples, as_json: f"{url} {samples} {as_json}\n\n"
+    )
+    assert run(monkeypatch, "inspect", "a.tar") == 0
+    assert run(monkeypatch, "inspect", "a.tar", "--samples", "2", "--json") == 0
+    assert capsys.readouterr().out == "a.tar 6 False\na.tar 2 True\n"
