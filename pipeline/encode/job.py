@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.config import EncodeConfig
+from pipeline.console import table, tell
 from pipeline.data.filters import Filters
 from pipeline.data.manifest import Manifest, Receipt
 from pipeline.data.samples import SHARD_DAMAGED
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.output import Describes, IncompleteError, Target, claim, claimed, committed, fold_output, missing
+from pipeline.encode.reporter import Reporter
 from pipeline.encode.sources import Source, find_sources
 from pipeline.encode.tally import Tally, check_rejects
 from pipeline.encode.worker import UPLOADERS, Encodes, Work, Worker, decoder_count
 from pipeline.errors import ConfigError
+from pipeline.metrics import Metrics
 
 MIN_SEEN = 100  # samples before a shard's end says something about the reject rate
 Progress = Callable[[Snapshot], None]
@@ -57,7 +60,7 @@ class EncodeSummary:
 def encode(
     config: EncodeConfig,
     share: tuple[int, int] = (0, 1),
-    progress: Progress = lambda snapshot: None,
+    progress: Progress | None = None,
     encoder: EncodesAndDescribes | None = None,
 ) -> EncodeSummary:
     """Encode this worker's share, and fold the manifest if it is the last to finish.
@@ -68,7 +71,7 @@ def encode(
     Args:
         config: the job, the same for all workers.
         share: (index, count): takes every count-th source shard from the index-th on, counted from 0.
-        progress: called after each batch and each shard.
+        progress: called at the start, once a second and at the end, from one thread at a time.
         encoder: stands in for the one that `config` describes.
 
     Raises:
@@ -93,17 +96,13 @@ def encode(
         uploaders=UPLOADERS,
         shards_before=len(mine) - len(work),
     )
-
-    def tick() -> None:
-        progress(meter.snapshot())
-
-    tick()
-    with closing(Worker(config, encoder, targets, meter, tick).run(work)) as finished:
-        for number, receipt in finished:
-            tallies[number].add(receipt)
-            _warn_of_damage(receipt)
-            check_rejects(tallies[number], config.max_reject_rate, MIN_SEEN)
-    tick()
+    with closing(Metrics(config.metrics, "encode")) as metrics:
+        tell(_introduction(config, encoder, targets, sources=sources, work=work, metrics=metrics.address))
+        with Reporter(meter, metrics, progress), closing(Worker(config, encoder, targets, meter).run(work)) as finished:
+            for number, receipt in finished:
+                tallies[number].add(receipt)
+                _warn_of_damage(receipt)
+                check_rejects(tallies[number], config.max_reject_rate, MIN_SEEN)
     for tally in tallies:
         check_rejects(tally, config.max_reject_rate)
     waiting, manifests = _fold(config, targets, sources, alone=count == 1)
@@ -146,6 +145,32 @@ def _fold(
         if alone:
             raise
         return error.shards, ()
+
+
+def _introduction(
+    config: EncodeConfig,
+    encoder: Encodes,
+    targets: Sequence[Target],
+    *,
+    sources: Sequence[Source],
+    work: Sequence[Work],
+    metrics: str,
+) -> str:
+    sizes = [
+        f"{target.encoding.fingerprint.resolution} px"
+        + (f" in {len(target.buckets)} buckets" if config.images.buckets else "")
+        for target in targets
+    ]
+    text = config.text.mode + "".join(f", {tower.name}" for tower in config.text.towers)
+    facts = {
+        "shards": f"{len(work)} to encode of {len(sources)} ({sum(one.source.bytes for one in work) / 2**20:,.0f} MiB)",
+        "pictures": ", ".join(sizes) + (", mirrored too" if config.images.flip else ""),
+        "autoencoder": f"{config.autoencoder}, {config.precision} on {encoder.environment.get('device', '?')}",
+        "text": f"{text}, {config.text.context_length} tokens",
+        "metrics": metrics,
+        "output": config.output,
+    }
+    return table({name: said for name, said in facts.items() if said})
 
 
 def _warn_of_damage(receipt: Receipt) -> None:

@@ -92,18 +92,10 @@ class _Open:
 
 
 class Worker:
-    """Args: the job, what encodes, where to, what is measured, and what is called after each batch."""
+    """Args: the job, what encodes, where to, and what is measured."""
 
-    def __init__(
-        self,
-        config: EncodeConfig,
-        encoder: Encodes,
-        targets: Sequence[Target],
-        meter: Meter,
-        tick: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._config, self._encoder, self._targets = config, encoder, targets
-        self._meter, self._tick = meter, tick
+    def __init__(self, config: EncodeConfig, encoder: Encodes, targets: Sequence[Target], meter: Meter) -> None:
+        self._config, self._encoder, self._targets, self._meter = config, encoder, targets, meter
         self._filters = Filters(config.images.filters)
         # Steps that wait for the device, in order: while one batch is encoded the next is prepared.
         self._line: deque[Callable[[], None]] = deque()
@@ -220,7 +212,6 @@ class Worker:
                 shard.shards[number].add(encoded, holdout=is_holdout(sample.key, self._config.images.holdout))
                 if number == shard.work.targets[0]:
                     self._meter.count(images=1)
-            self._tick()
 
         self._line.append(take)
         self._advance(1)
@@ -252,9 +243,7 @@ class Worker:
     def _uploaded(self, keep: int) -> Iterator[tuple[int, Receipt]]:
         """What is stored; waits until no more than `keep` uploads are under way, which bounds the memory."""
         while self._uploads and (len(self._uploads) > keep or self._uploads[0].done()):
-            result = self._uploads.popleft().result()
-            self._tick()
-            yield result
+            yield self._uploads.popleft().result()
 
 
 def _not_finite(
