@@ -113,7 +113,7 @@ def describe_shard(store: Store, name: str, size: int, samples: int) -> Descript
             facts["seen"] = (
                 f"the first {contents.at / size:.0%}: about {contents.samples * size // contents.at:,} samples"
             )
-    if any("latent.npy" in sample.members for sample in contents.first):
+    if has_receipt or contents.counts["latent.npy"]:
         return Description("latent shard", url, facts, _latents(ranges, contents.first, contents.samples))
     return Description("image shard", url, facts, [_pictures(ranges, contents.first, contents.samples)])
 
@@ -202,9 +202,9 @@ def _pictures(ranges: BinaryIO, first: list[_Sample], total: int) -> Section:
 
 
 def _latents(ranges: BinaryIO, first: list[_Sample], total: int) -> list[Section]:
-    sample = first[0]
     arrays = [
         (extension, *_array(_read(ranges, place, _ARRAY_HEADER)), Size(place[1]))
+        for sample in first[:1]
         for extension, place in sample.members.items()
     ]
     rows = []

@@ -149,7 +149,7 @@ def test_parquet_values_are_said_in_json(place):
         "price": pa.array([Decimal("1.50")]),
         "nan": pa.array([float("nan")]),
         "inf": pa.array([float("inf")], pa.float32()),
-        "half": pa.array([0.5], pa.float16()),
+        "half": pa.array([np.float16(0.5)], pa.float16()),
         "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
         "kind": pa.array(["x"]).dictionary_encode(),
         "a.b": pa.array([2**62]),

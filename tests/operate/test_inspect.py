@@ -177,6 +177,16 @@ def test_latents_and_their_records(encoded):
     assert len(text.splitlines()) < 40
 
 
+def test_no_samples_and_a_shard_without_any(tmp_path):
+    shard = LatentShard("0.tar", channels=2, block_samples=4)
+    shard.reject("bad", "not_an_image")
+    data, receipt = shard.finish("0.tar", SourceIdentity("0.tar", 9, "s", "v"), "f", {})
+    write(str(tmp_path), {"0.tar": bytes(data), f"0.tar{RECEIPT_SUFFIX}": receipt.to_bytes(), "1.tar": latents("1")[0]})
+    assert json.loads(describe(f"{tmp_path}/0.tar", as_json=True))["samples"]["rejected"] == 1
+    found = json.loads(describe(f"{tmp_path}/1.tar", samples=0, as_json=True))
+    assert (found["kind"], found["samples"], found["first_samples"]) == ("latent shard", 6, [])
+
+
 def test_latents_without_their_records(encoded):
     store = open_store(encoded)
     store.delete([MANIFEST])
