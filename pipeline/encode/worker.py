@@ -125,7 +125,7 @@ class Worker:
                 while True:
                     with self._meter.busy("fetch"):
                         sample = next(samples, None)
-                    self._meter.count(read=stream.bytes_read - counted)
+                    self._meter.count(read=stream.bytes_read - counted, parsed=sample is not None)
                     counted = stream.bytes_read
                     if sample is None:
                         break
