@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import isfinite
+from statistics import mean
 from typing import Any
 
 from pipeline.data.fold import fold, provenance, shard_entry
@@ -26,7 +27,7 @@ from pipeline.encode.verify_files import (
     check_prompt,
 )
 from pipeline.encode.verify_keys import Draw, KeyIndex, Place
-from pipeline.encode.verify_pictures import PictureCheck, find_autoencoder, find_pictures, sheet
+from pipeline.encode.verify_pictures import PictureCheck, check_quality, find_autoencoder, find_pictures, sheet
 from pipeline.encode.verify_report import REMEDIES, Check, Notes, VerifyReport
 from pipeline.encode.verify_sample import read_sample, stored_sample
 from pipeline.encode.verify_shard import ShardCheck
@@ -121,7 +122,7 @@ class _Verification:
         with ThreadPoolExecutor(workers, "verify") as pool:
             check_leftovers(self._store, self._sizes, manifest, pool, notes)
             self._refold(self._gather(mapped(pool, self._look, manifest.shards, ahead=2 * workers), progress))
-        self._rejects.finish(manifest)
+        self._rejects.finish(manifest, complete=self._receipts == len(manifest.shards))
         self._name_repeated()
 
     def _gather(self, results: Iterator[_Looked], progress: Progress) -> Iterator[Receipt]:
@@ -137,6 +138,8 @@ class _Verification:
                 self._draw.add(number, looked.receipt)
                 self._rejects.add(looked.receipt)
                 yield looked.receipt
+            else:
+                self._rejects.skip()
             progress(number + 1, total, f"{self.bytes / 1e6:.0f} MB read" if self.bytes else "")
 
     def _look(self, entry: ShardEntry) -> _Looked:
@@ -253,7 +256,9 @@ class _Verification:
                 notes.add("pictures", error.message)
         compared = list(PictureCheck(manifest, model, self._sources, notes).run(samples))
         self._compared = [one.measures() for one in compared]
-        self.sheet = sheet(compared) if compared else None
+        if compared:
+            check_quality(compared, notes)
+            self.sheet = sheet(compared)
 
     def checks(self) -> tuple[Check, ...]:
         """The report's lines."""
@@ -265,7 +270,10 @@ class _Verification:
             check("receipts", f"{self._receipts} receipts of {shards}"),
             check("fingerprint", f"{self._digest[:16]}..."),
             check("files", f"sizes of {shards} and the empty prompt"),
-            check("samples", "the empty prompt" if self._quick else f"files, types and shapes of {samples} samples"),
+            check(
+                "samples",
+                "the empty prompt" if self._quick else f"files, types and shapes of {len(self._keys)} samples",
+            ),
             check("keys", f"{len(self._keys)} keys, each once"),
             check("rejects", f"{self._rejects.reasons.total()} samples left out"),
             check("removed", f"{len(self._takedown)} samples to be taken down"),
@@ -292,7 +300,7 @@ class _Verification:
     def _told_compared(self) -> str:
         if not self._compared:
             return "none compared"
-        psnr = sum(one["psnr"] for one in self._compared) / len(self._compared)
+        psnr = mean(one["psnr"] for one in self._compared)
         off = max(one["mean_difference"] for one in self._compared)
         return f"{len(self._compared)} encoded afresh, at most {off:.2g} standard deviations off; decoded {psnr:.1f} dB"
 

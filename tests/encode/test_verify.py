@@ -218,6 +218,11 @@ def test_damage_is_found_and_named(copy, damage, check, said):
     assert found.remedy in str(report)
 
 
+def test_of_a_missing_receipt_nothing_else_is_blamed(copy):
+    (copy / RECEIPT).unlink()
+    assert set(failures(verify(f"{copy}/manifest.json", decode=3))) == {"receipts"}
+
+
 def change(number: int, **fields):
     """An alteration of one sample of shard 1; `holdout` moves it to the other split."""
 
