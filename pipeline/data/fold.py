@@ -24,7 +24,10 @@ from pipeline.errors import DataError
 
 def content_hash(shards: Sequence[ShardEntry]) -> str:
     """SHA-256 of the shard list (names, content, counts, order), hexadecimal."""
-    return hashlib.sha256(canonical([shard.model_dump(mode="json") for shard in shards])).hexdigest()
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(shard.to_bytes())
+    return digest.hexdigest()
 
 
 def shard_entry(receipt: Receipt) -> ShardEntry:
