@@ -24,6 +24,7 @@ from pipeline.config import (
 )
 from pipeline.console import ProgressLine, tell
 from pipeline.errors import DataError, LatheError
+from pipeline.stopping import SAID, PromptStop, Stopped
 
 
 class _Group(TyperGroup):
@@ -32,8 +33,10 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Stopped as stop:  # it has told so
+            raise typer.Exit(stop.exit_code) from stop
         except KeyboardInterrupt as stop:
-            print("stopped; the same command goes on where it was", file=sys.stderr)  # noqa: T201
+            tell(SAID)
             raise typer.Exit(130) from stop
 
 
@@ -107,8 +110,8 @@ def pack(config: Config, overrides: Overrides = None) -> None:
     Parquet) has columns for pictures and captions; its other columns go along, for the filters of `lathe encode`.
 
     ```
-    lathe pack configs/demo/pack.yaml source=photos output=s3://mine/images
-    lathe pack configs/demo/pack.yaml source=photos.csv output=shards \\
+    lathe pack configs/pack.yaml source=photos output=s3://mine/images
+    lathe pack configs/pack.yaml source=photos.csv output=shards \\
         image_column=path caption_column=title on_error=skip
     ```
     """
@@ -167,13 +170,21 @@ def encode(
     ```
     """
     settings = runfile.load(EncodeConfig, config, overrides)
-    if fold:
-        from pipeline.encode.job import finalize
+    with PromptStop():
+        if fold:
+            _finalize(settings)
+        else:
+            _encode(settings, task)
 
-        for manifest in finalize(settings):
-            _say(f"manifest written: {manifest.samples('train')} to train on, {manifest.samples('holdout')} held out")
-        return
 
+def _finalize(settings: EncodeConfig) -> None:
+    from pipeline.encode.job import finalize
+
+    for manifest in finalize(settings):
+        _say(f"manifest written: {manifest.samples('train')} to train on, {manifest.samples('holdout')} held out")
+
+
+def _encode(settings: EncodeConfig, task: str | None) -> None:
     from pipeline.encode.share import find_share
 
     share = find_share(task, os.environ)  # before torch is loaded: a mistake is told at once
