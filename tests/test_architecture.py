@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pipeline"
 FLOORS: list[set[str]] = [
     {"errors"},
     {"config", "metrics", "randomness", "console", "tether"},
-    {"runfile"},
+    {"runfile", "stopping"},
     {"storage"},
     {"runtime", "data", "models", "diffusion"},
     {"generate"},

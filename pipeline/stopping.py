@@ -1,0 +1,88 @@
+"""Ctrl-C and SIGTERM end a command promptly, whatever it is at: a silent server, a long call of a library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from pipeline.console import tell
+
+GRACE_SECONDS = 1.5
+SAID = "stopped; the same command goes on where it was"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = "\x1b[?25h"  # a live progress bar hides it
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop.
+
+    Args:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+class PromptStop:
+    """While it is entered, SIGINT and SIGTERM raise `Stopped`, and leaving it by that tells so in one line.
+
+    A process that has not ended a moment later is ended, as `kill -9` would: only for work that survives that. Further
+    signals change nothing, since launchers send them twice. For the main thread; in others it does nothing.
+    """
+
+    def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
+        self._grace_seconds = grace_seconds
+        self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
+        self._pipe: tuple[int, int] | None = None
+        self._telling = threading.Lock()
+        self._signalled = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            # Python calls handlers between two of the main thread's steps; the byte arrives while a step takes long.
+            self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+            threading.Thread(target=self._watch, args=(self._pipe[0],), name="stopping", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Stopped):
+            self._tell()
+        if self._pipe is not None and not self._signalled:  # else it is watched until it ends
+            signal.set_wakeup_fd(self._wakeup_before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            os.close(self._pipe[1])  # ends the watch
+            self._pipe = None
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if not self._signalled:
+            self._signalled = True
+            raise Stopped(number)
+
+    def _watch(self, signals: int) -> None:
+        while number := os.read(signals, 1):
+            if number[0] in _SIGNALS:
+                time.sleep(self._grace_seconds)
+                self._tell()
+                os._exit(128 + number[0])
+        os.close(signals)
+
+    def _tell(self) -> None:
+        """Once, by whoever comes first; it is not let go of again."""
+        if self._telling.acquire(blocking=False):
+            with suppress(OSError):  # whoever watched may have gone
+                tell(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{SAID}")

@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM: one line, the conventional exit code, and no waiting for what takes long."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pipeline.stopping import SAID, PromptStop
+
+START = "import hashlib, sys, threading, time\nfrom pipeline.stopping import PromptStop, Stopped\n"
+IN_PYTHON = "time.sleep(60)"
+IN_A_LIBRARY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+WITH_A_THREAD_LEFT = "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("work", [IN_PYTHON, IN_A_LIBRARY, WITH_A_THREAD_LEFT])
+def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work: str) -> None:
+    code = START + (
+        "try:\n"
+        "    with PromptStop(0.3):\n"
+        "        print('begun', flush=True)\n"
+        f"        {work}\n"
+        "except Stopped as stop:\n"
+        "    sys.exit(stop.exit_code)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.1)  # it is at its work now
+    began = time.monotonic()
+    for _ in range(3):  # a launcher may send it several times
+        process.send_signal(number)
+        time.sleep(0.02)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - began < 2
+    assert (process.returncode, said) == (128 + number, f"{SAID}\n")
+
+
+def test_what_was_before_comes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads = threading.active_count()
+    with PromptStop():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    deadline = time.monotonic() + 5
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+    assert capsys.readouterr().err == ""
+
+
+def test_in_another_thread_it_does_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def enter() -> None:
+        with PromptStop():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [before]
