@@ -241,7 +241,7 @@ def verify(
     lathe verify s3://mine/latents/manifest.json --output verified
     ```
     """
-    from pipeline.encode.verify import verify as run
+    from pipeline.encode.verify.job import verify as run
 
     with ProgressLine("verify", "shards") as line:
         report = run(
@@ -299,8 +299,8 @@ def remove(
     lathe remove s3://mine/latents/manifest.json --keys takedown.txt --dry-run
     ```
     """
-    from pipeline.encode.remove import read_keys
-    from pipeline.encode.remove import remove as run
+    from pipeline.encode.takedown.job import read_keys
+    from pipeline.encode.takedown.job import remove as run
 
     with ProgressLine("remove", "shards") as line:
         result = run(manifest, read_keys(keys), dry_run=dry_run, progress=line.update)

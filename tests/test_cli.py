@@ -16,7 +16,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.encode.meter import Meter, Snapshot
-from pipeline.encode.verify_report import Check, Status, VerifyReport
+from pipeline.encode.verify.report import Check, Status, VerifyReport
 from pipeline.operate.bench.encode import EncodeBench
 
 COMMANDS = (
@@ -200,7 +200,7 @@ def test_verify_ends_with_a_code_of_its_own_where_a_check_fails(
         check = Check("finite", status, "9 numbers", 0, (), "")
         return VerifyReport(manifest, quick=True, seconds=1.0, bytes_read=0, checks=(check,))
 
-    monkeypatch.setattr("pipeline.encode.verify.verify", verify)
+    monkeypatch.setattr("pipeline.encode.verify.job.verify", verify)
     arguments = ("--images", "a.tar", "--images", "b/*.tar", "--decode", "3", "--output", "out", "--quick")
     assert run(monkeypatch, "verify", "m/manifest.json", *arguments) == code
     output = capsys.readouterr()
@@ -217,7 +217,7 @@ def test_remove_reads_the_keys_and_tells_what_went(
     def remove(manifest: str, keys: list[str], *, dry_run: bool, progress: object) -> str:
         return f"{manifest} {keys} {dry_run}"
 
-    monkeypatch.setattr("pipeline.encode.remove.remove", remove)
+    monkeypatch.setattr("pipeline.encode.takedown.job.remove", remove)
     (tmp_path / "keys.txt").write_text("one\n00001.tar\ttwo\n")
     keys = ("--keys", str(tmp_path / "keys.txt"))
     assert run(monkeypatch, "remove", "manifest.json", *keys) == 0

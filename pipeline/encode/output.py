@@ -35,7 +35,7 @@ from pipeline.data.pack import attribution
 from pipeline.data.tar import npy_bytes
 from pipeline.encode.overlap import mapped
 from pipeline.encode.sources import Source
-from pipeline.encode.takedown import Takedown, read_takedown
+from pipeline.encode.takedown.keys import Takedown, read_takedown
 from pipeline.encode.tally import Tally, check_rejects
 from pipeline.errors import DataError
 from pipeline.storage import Store, open_store, open_stream, split

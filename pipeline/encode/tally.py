@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pipeline.data.manifest import FILTERED, Receipt
-from pipeline.encode.takedown import REASON as REMOVED
+from pipeline.encode.takedown.keys import REASON as REMOVED
 from pipeline.errors import DataError
 
 

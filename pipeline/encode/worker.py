@@ -30,7 +30,7 @@ from pipeline.encode.meter import Meter
 from pipeline.encode.output import Target
 from pipeline.encode.overlap import ahead
 from pipeline.encode.sources import Source
-from pipeline.encode.takedown import REASON as REMOVED
+from pipeline.encode.takedown.keys import REASON as REMOVED
 from pipeline.encode.tally import unwanted
 from pipeline.storage import Store, open_stream
 

@@ -17,9 +17,9 @@ from pipeline.data.fold import fold, provenance
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
 from pipeline.encode.job import encode
-from pipeline.encode.remove import remove
-from pipeline.encode.verify import verify
-from pipeline.encode.verify_report import VerifyReport
+from pipeline.encode.takedown.job import remove
+from pipeline.encode.verify.job import verify
+from pipeline.encode.verify.report import VerifyReport
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 

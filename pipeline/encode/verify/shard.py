@@ -16,8 +16,8 @@ from pipeline.data.manifest import Block, Bucket, Manifest, Receipt, ShardEntry,
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar import BLOCK
 from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
-from pipeline.encode.verify_report import Notes
-from pipeline.encode.verify_sample import Parts, SampleCheck, grouped, size_text
+from pipeline.encode.verify.report import Notes
+from pipeline.encode.verify.sample import Parts, SampleCheck, grouped, size_text
 from pipeline.errors import DataError
 from pipeline.storage.stream import Stream
 

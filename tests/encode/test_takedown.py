@@ -9,9 +9,9 @@ from latent_set import CHANNELS, HOLDOUT, PER_SHARD, SHARDS, build, key, save_au
 
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
-from pipeline.encode.remove import read_keys, remove
-from pipeline.encode.takedown import read_takedown
-from pipeline.encode.verify import verify
+from pipeline.encode.takedown.job import read_keys, remove
+from pipeline.encode.takedown.keys import read_takedown
+from pipeline.encode.verify.job import verify
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 from pipeline.storage.local import LocalStore

@@ -18,19 +18,19 @@ from typing import Any
 from pipeline.data.fold import fold, provenance, shard_entry
 from pipeline.data.manifest import Receipt, ShardEntry, load_manifest, load_receipt
 from pipeline.encode.overlap import mapped
-from pipeline.encode.takedown import read_takedown
-from pipeline.encode.verify_files import (
+from pipeline.encode.takedown.keys import read_takedown
+from pipeline.encode.verify.files import (
     RejectsCheck,
     check_encoding,
     check_leftovers,
     check_manifest,
     check_prompt,
 )
-from pipeline.encode.verify_keys import Draw, KeyIndex, Place
-from pipeline.encode.verify_pictures import PictureCheck, check_quality, find_autoencoder, find_pictures, sheet
-from pipeline.encode.verify_report import REMEDIES, Check, Notes, VerifyReport
-from pipeline.encode.verify_sample import read_sample, stored_sample
-from pipeline.encode.verify_shard import ShardCheck
+from pipeline.encode.verify.keys import Draw, KeyIndex, Place
+from pipeline.encode.verify.pictures import PictureCheck, check_quality, find_autoencoder, find_pictures, sheet
+from pipeline.encode.verify.report import REMEDIES, Check, Notes, VerifyReport
+from pipeline.encode.verify.sample import read_sample, stored_sample
+from pipeline.encode.verify.shard import ShardCheck
 from pipeline.errors import DataError, LatheError, StorageError
 from pipeline.storage import open_store, open_stream, split
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.data.manifest import Block, BucketRange, Receipt, Reject, key_hash, pack_hashes
 from pipeline.data.tar import BLOCK, members, read_npy
 from pipeline.encode.latent_shard import LatentSums
-from pipeline.encode.takedown import REASON
+from pipeline.encode.takedown.keys import REASON
 from pipeline.errors import DataError
 
 _AGAIN = "delete its receipt, and run `lathe encode` again: this shard alone is encoded anew, without the samples"

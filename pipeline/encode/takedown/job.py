@@ -31,8 +31,8 @@ from pipeline.data.manifest import (
 )
 from pipeline.encode.overlap import mapped
 from pipeline.encode.rejects import reject_lines
-from pipeline.encode.remove_shard import without
-from pipeline.encode.takedown import Takedown, read_takedown
+from pipeline.encode.takedown.keys import Takedown, read_takedown
+from pipeline.encode.takedown.shard import without
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import Store, open_store, read_file, split
 

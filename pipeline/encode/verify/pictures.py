@@ -22,8 +22,8 @@ from pipeline.data.samples import ImageSample, read_image_shard
 from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.encode.encoder import find_device
 from pipeline.encode.sources import find_sources
-from pipeline.encode.verify_report import Notes
-from pipeline.encode.verify_sample import Stored, size_text
+from pipeline.encode.verify.report import Notes
+from pipeline.encode.verify.sample import Stored, size_text
 from pipeline.errors import LatheError
 from pipeline.models import autoencoder
 from pipeline.storage import open_stream

@@ -23,8 +23,8 @@ from pipeline.data.manifest import (
 )
 from pipeline.encode.output import ENCODING, Encoding
 from pipeline.encode.rejects import reject_lines
-from pipeline.encode.verify_report import Notes
-from pipeline.encode.verify_sample import SampleCheck, size_text, text_rules
+from pipeline.encode.verify.report import Notes
+from pipeline.encode.verify.sample import SampleCheck, size_text, text_rules
 from pipeline.errors import LatheError
 from pipeline.storage import Store
 
