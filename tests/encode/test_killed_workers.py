@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from encode_worker import run_worker
+from encode_worker import FORK, run_worker
 
 from pipeline.config import EncodeConfig
 from pipeline.data import images
@@ -26,14 +25,11 @@ KILLS, LONG_KILLS = 6, 20
 LIMIT_SECONDS = 240.0
 PARTS = {"LATHE_S3_PART_MIB": "5"}  # latent shards of 6 MB travel in two parts
 
-_fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload(["pipeline.encode.job", "pipeline.storage.s3"])
-
 
 def start(config: EncodeConfig, workers: int) -> list[BaseProcess]:
     variables = {**os.environ, **PARTS}
     processes = [
-        _fork.Process(target=run_worker, args=(config, (i, workers), variables), daemon=True) for i in range(workers)
+        FORK.Process(target=run_worker, args=(config, (i, workers), variables), daemon=True) for i in range(workers)
     ]
     for process in processes:
         process.start()
