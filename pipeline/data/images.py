@@ -113,9 +113,11 @@ def size_record(height: int, width: int, bucket: Bucket) -> npt.NDArray[np.int32
     return np.array([height, width, top, left, *bucket], dtype=np.int32)
 
 
-def normalise(pixels: Pixels) -> torch.Tensor:
-    """Pixels to the autoencoder's range: uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+def normalise(pixels: Pixels | torch.Tensor) -> torch.Tensor:
+    """Pixels to the autoencoder's range: uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1], on the same device."""
+    if not isinstance(pixels, torch.Tensor):
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
 def to_uint8(images: torch.Tensor) -> Pixels:

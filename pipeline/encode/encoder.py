@@ -145,7 +145,7 @@ class Encoder:
     def _enqueue(self, pixels: images.Pixels) -> Tensor:
         """Moments float16 [N, 2C, h, w] on the host, on a GPU once its stream gets there."""
         with self._told_errors():
-            batch = self._to_device(images.normalise(pixels)).to(self._model.dtype)
+            batch = images.normalise(self._to_device(pixels)).to(self._model.dtype)
             moments = autoencoder.to_float16(autoencoder.encode_moments(self._model, batch))
             return moments.to("cpu", non_blocking=True)  # to pinned memory of torch's own
 
@@ -156,7 +156,9 @@ class Encoder:
             moments = autoencoder.encode_moments(self._float32, images.normalise(pixels).to(self._device))
             return autoencoder.to_float16(moments).cpu().numpy()
 
-    def _to_device(self, batch: Tensor) -> Tensor:
+    def _to_device(self, pixels: images.Pixels) -> Tensor:
+        """The pixels as they are, a quarter of the bytes that they have as floats."""
+        batch = torch.from_numpy(np.ascontiguousarray(pixels))
         if self._copies is None:
             return batch
         with torch.cuda.stream(self._copies):  # beside the encoding of the batch before
