@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,7 +113,8 @@ class LocalStore:
                     if name.startswith(prefix) and not file.endswith(_PARTIAL):
                         with suppress(FileNotFoundError):  # deleted since
                             status = path.stat()
-                            entries.append(Entry(name, status.st_size, _version(status)))
+                            if stat.S_ISREG(status.st_mode):  # whoever opens a pipe waits for its other end
+                                entries.append(Entry(name, status.st_size, _version(status)))
         return sorted(entries)
 
     def exists(self, name: str) -> bool:

@@ -215,6 +215,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 class TestFolder:
+    def test_only_files_are_listed(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"x")
+        (tmp_path / "folder.tar").mkdir()
+        (tmp_path / "gone.tar").symlink_to("nowhere")
+        os.mkfifo(tmp_path / "pipe.tar")
+        assert [entry.name for entry in open_store(str(tmp_path)).list()] == ["file"]
+
     def test_a_full_disk_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
         store = open_store(str(tmp_path))
         store.write("f", b"old")
