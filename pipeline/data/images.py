@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 
 from pipeline.data.manifest import Bucket
 
@@ -30,6 +30,7 @@ _WANTED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "J
 Image.init()
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, of pictures inside an ICO too
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # unpacked; some editors keep histories and profiles of a few MiB
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no news, and `_open` bounds the size itself
 
 _TO_8_BITS = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
