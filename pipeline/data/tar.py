@@ -1,7 +1,4 @@
-"""Tar archives in memory: a writer whose bytes depend on names and contents alone, and a reader in place.
-
-Formats: POSIX.1-2001 pax and ustar, GNU long names and base-256 numbers, as tarfile, GNU tar and bsdtar write them.
-"""
+"""Tar archives in memory: a writer whose bytes depend on names and contents alone, and a reader in place."""
 
 from __future__ import annotations
 
@@ -16,12 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.tar_header import BLOCK, EXTENDED, Headers, damaged, is_header, number
 from pipeline.errors import DataError
-
-BLOCK = 512
-_REGULAR = {b"0", b"\0", b"7"}
-_GNU_LONG_NAME = b"L"
-_PAX = b"x"
 
 
 class TarBuilder:
@@ -91,30 +84,31 @@ def members(data: bytes | memoryview, *, whole: bool = False) -> Iterator[tuple[
         DataError: a header is damaged, or the data end within a member.
     """
     view = memoryview(data)
-    at, name = 0, ""
-    pax: dict[str, str] = {}
+    at, headers = 0, Headers()
     while at < len(view):
         header = bytes(view[at : at + BLOCK])
         if not any(header):
-            return
-        _check(header, at)
-        size = _number(pax["size"].encode(), at, base=10) if "size" in pax else _number(header[124:136], at)
-        start, kind = at + BLOCK, header[156:157]
-        at = start + size + -size % BLOCK
-        if start + size > len(view):
-            raise DataError(
-                f"the tar ends within the member at byte {start - BLOCK}", "the file is cut short: fetch it again"
-            )
-        if kind == _PAX:
-            pax = _pax_records(bytes(view[start : start + size]))
-        elif kind == _GNU_LONG_NAME:
-            name = _text(bytes(view[start : start + size]))
+            break
+        if not is_header(header):
+            raise damaged(f"the header at byte {at} is damaged")
+        name, kind = None, header[156:157]
+        if kind in EXTENDED:
+            size = number(header[124:136])
         else:
-            if kind in _REGULAR:
-                yield pax.get("path") or name or _header_name(header), start, size
-            name, pax = "", {}
-    if whole:
-        raise DataError("the tar has no end mark", "the file is cut short: fetch it again")
+            name, size = headers.member(header)
+        start = at + BLOCK
+        if start + size > len(view):
+            raise damaged(f"it ends within the member at byte {at}")
+        if kind in EXTENDED:
+            headers.extend(kind, bytes(view[start : start + size]))
+        elif name is not None:
+            yield name, start, size
+        at = start + size + -size % BLOCK
+    else:
+        if whole:
+            raise damaged("there is no end mark")
+    if headers.pending:
+        raise damaged("it ends within a member")
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
@@ -151,43 +145,3 @@ def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     return dtype, shape, fortran
-
-
-def _check(header: bytes, at: int) -> None:
-    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    if len(header) < BLOCK or total != _number(header[148:156], at):
-        raise DataError(f"damaged tar header at byte {at}", "the file is damaged: fetch or write it again")
-
-
-def _number(field: bytes, at: int, base: int = 8) -> int:
-    """Digits, or base-256 where the first byte says so (GNU, for sizes from 8 GiB)."""
-    if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", base)
-    except ValueError as error:
-        raise DataError(f"damaged tar header at byte {at}", "the file is damaged: fetch or write it again") from error
-
-
-def _header_name(header: bytes) -> str:
-    """The name field, after ustar's prefix (GNU's own magic has other fields there)."""
-    name, prefix = _text(header[:100]), _text(header[345:500])
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    """`LENGTH KEY=VALUE\\n` records, LENGTH counting all of it (POSIX.1-2001)."""
-    records: dict[str, str] = {}
-    while data:
-        digits, space, _ = data.partition(b" ")
-        length = int(digits) if space and digits.isdigit() else 0
-        key, equals, value = data[len(digits) + 1 : length].partition(b"=")
-        if not equals or not value.endswith(b"\n"):
-            raise DataError("damaged pax header in a tar", "the file is damaged: fetch or write it again")
-        records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
-        data = data[length:]
-    return records

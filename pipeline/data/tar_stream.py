@@ -3,7 +3,7 @@
 Python's tarfile takes a damaged header for the end of a stream, does not check gzip's sums, and reads extended headers
 of any size. Here a tar is either read to its end mark or known to be damaged.
 
-Formats: V7, ustar, POSIX.1-2001 pax, GNU long names and base-256 sizes; gzip, bzip2 and xz, of several streams too.
+Formats: those of `tar_header`; gzip, bzip2 and xz, of several streams too.
 """
 
 from __future__ import annotations
@@ -14,17 +14,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
-from pipeline.errors import DataError
+from pipeline.data.tar_header import BLOCK, END, EXTENDED, GNU_SPARSE, Headers, damaged, is_header, number
 
-BLOCK = 512
 _CHUNK = 1 << 20  # bytes read at once
 _LONGEST_HEADER = 1 << 20  # of pax records or a GNU long name: file names take a few hundred bytes
 _XZ_MEMORY = 256 << 20  # `xz -9` takes 65 MiB; a header may ask for 4 GiB
-_END = bytes(BLOCK)
-_REGULAR = frozenset((b"0", b"\0", b"7"))
-_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # links, devices, folders, pipes, whatever their size
-_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _GNU_SPARSE = b"x", b"g", b"L", b"K", b"S"
-_EXTENDED = frozenset((_PAX, b"X", _PAX_GLOBAL, _GNU_NAME, _GNU_LINK))  # X: Solaris' pax
 
 
 class TarStream:
@@ -47,54 +41,35 @@ class TarStream:
             head += more
         self._buffer, self._at = head, 0
         self._read: Callable[[int], bytes] = stream.read
-        new = None if _is_header(head) else _decoder(head)
+        new = None if is_header(head) else _decoder(head)
         if new:
             self._buffer, self._read = b"", _Decompressed(head, stream.read, new).read
         self._left = self._padding = 0  # of the current file's content
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        pax: dict[bytes, bytes] = {}
-        shared: dict[bytes, bytes] = {}  # pax records for all members that follow
-        long_name = b""
-        while True:
-            header = self._take(BLOCK)
-            if header == _END:
-                break
-            if not _is_header(header):
-                raise _damaged("a header is damaged" if len(header) == BLOCK else "there is no end mark")
-            size, kind = _number(header[124:136]), header[156:157]
-            if kind in _EXTENDED:
-                records = self._extended(size)
-                if kind == _PAX_GLOBAL:
-                    shared.update(_pax_records(records))
-                elif kind == _GNU_NAME:
-                    long_name = records.partition(b"\0")[0]
-                elif kind != _GNU_LINK:
-                    pax = _pax_records(records)
+        headers = Headers()
+        while (header := self._take(BLOCK)) != END:
+            if not is_header(header):
+                raise damaged("a header is damaged" if len(header) == BLOCK else "there is no end mark")
+            if (kind := header[156:157]) in EXTENDED:
+                headers.extend(kind, self._extended(number(header[124:136])))
                 continue
-            if shared:
-                pax = shared | pax
-            name = pax.get(b"path") or long_name or _header_name(header)
-            if b"size" in pax:
-                size = _number(pax[b"size"], base=10)
-            if kind == _GNU_SPARSE:
+            if kind == GNU_SPARSE:
                 self._pass_sparse_map(header)
-            self._left = 0 if kind in _WITHOUT_DATA else size
+            name, self._left = headers.member(header)
             self._padding = -self._left % BLOCK
-            sparse = bool(pax) and any(key.startswith(b"GNU.sparse.") for key in pax)
-            if kind in _REGULAR and not sparse and not name.endswith(b"/"):
-                yield name.decode("utf-8", "surrogateescape"), size
+            if name is not None:
+                yield name, self._left
             self._pass_over(self._left + self._padding)
-            pax, long_name = {}, b""
-        if pax or long_name:
-            raise _damaged("it ends within a member")
+        if headers.pending:
+            raise damaged("it ends within a member")
         self._check_rest()
 
     def read(self) -> bytes:
         """The content of the file just named; a second call gives nothing."""
         data = self._take(self._left)
         if len(data) < self._left:
-            raise _damaged("it ends within a member")
+            raise damaged("it ends within a member")
         self._left = 0
         return data
 
@@ -123,13 +98,13 @@ class TarStream:
             self._buffer, self._at = self._read(_CHUNK), 0
             held = len(self._buffer)
             if not held:
-                raise _damaged("it ends within a member")
+                raise damaged("it ends within a member")
         self._at += size
 
     def _extended(self, size: int) -> bytes:
         """The content of a header that says something about the next member."""
         if size > _LONGEST_HEADER:
-            raise _damaged("an extended header is too long")
+            raise damaged("an extended header is too long")
         data = self._take(size)
         self._pass_over(-size % BLOCK)
         return data
@@ -140,7 +115,7 @@ class TarStream:
         while more:
             block = self._take(BLOCK)
             if len(block) < BLOCK:
-                raise _damaged("it ends within a member")
+                raise damaged("it ends within a member")
             more = block[504]
 
     def _check_rest(self) -> None:
@@ -149,7 +124,7 @@ class TarStream:
         self._buffer, self._at = b"", 0
         while True:
             if rest.strip(b"\0"):
-                raise _damaged("it goes on after its end mark")
+                raise damaged("it goes on after its end mark")
             if not (rest := self._read(_CHUNK)):
                 return
 
@@ -206,11 +181,11 @@ class _Decompressed:
             try:
                 decoded = self._decoder.decompress(data, size)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-                raise _damaged("its compression is damaged") from error
+                raise damaged("its compression is damaged") from error
             if decoded:
                 return decoded
             if starved and not self._decoder.eof:
-                raise _damaged("its compression is cut short")
+                raise damaged("its compression is cut short")
 
     def _next_stream(self) -> bool:
         """Compressed files may be joined, with zeros between them and at the end."""
@@ -231,53 +206,3 @@ def _decoder(head: bytes) -> Callable[[], _Decoder] | None:
     if head.startswith(b"\xfd7zXZ\0"):
         return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
     return None
-
-
-def _is_header(block: bytes) -> bool:
-    """Whether the block's checksum holds; old tars summed signed bytes."""
-    if len(block) < BLOCK:
-        return False
-    try:
-        told = _number(block[148:156])
-    except DataError:
-        return False
-    total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    return told == total or told == total - 256 * sum(b > 127 for b in block[:148] + block[156:])
-
-
-def _number(field: bytes, base: int = 8) -> int:
-    """Digits, or base-256 where the first byte says so (GNU, for sizes from 8 GiB)."""
-    if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip() or b"0"
-    if not digits.isdigit() or len(digits) > 40:
-        raise _damaged("a header is damaged")
-    try:
-        return int(digits, base)
-    except ValueError as error:
-        raise _damaged("a header is damaged") from error
-
-
-def _header_name(header: bytes) -> bytes:
-    """The name field, after ustar's prefix (GNU's own magic has other fields there)."""
-    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
-
-
-def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """`LENGTH KEY=VALUE\\n` records, LENGTH counting all of it (POSIX.1-2001)."""
-    records: dict[bytes, bytes] = {}
-    at = 0
-    while at < len(data):
-        digits = data[at : at + 20].partition(b" ")[0]
-        end = at + int(digits) if digits.isdigit() else 0
-        key, equals, value = data[at + len(digits) + 1 : end].partition(b"=")
-        if end > len(data) or not equals or not value.endswith(b"\n"):
-            raise _damaged("a pax header is damaged")
-        records[key] = value[:-1]
-        at = end
-    return records
-
-
-def _damaged(what: str) -> DataError:
-    return DataError(f"the tar cannot be read: {what}", "the file is damaged or cut short: fetch or write it again")

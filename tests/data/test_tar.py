@@ -83,7 +83,7 @@ def test_sizes_in_base_256_and_in_pax_records():
 def test_a_damaged_header_is_told(at):
     data = bytearray(build([("a.npy", b"x" * 600), ("b.npy", b"y")])[0])
     data[at] ^= 0x15
-    with pytest.raises(DataError, match="damaged tar header at byte 0"):
+    with pytest.raises(DataError, match="the header at byte 0 is damaged"):
         list(members(bytes(data)))
 
 
@@ -91,7 +91,7 @@ def test_a_cut_file_is_told():
     data, _ = build([("a.npy", b"x" * 600)])
     with pytest.raises(DataError, match="ends within the member at byte 0"):
         list(members(data[:1000]))
-    with pytest.raises(DataError, match="damaged tar header"):
+    with pytest.raises(DataError, match="the header at byte 0 is damaged"):
         list(members(data[:300]))
 
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.tar_stream import BLOCK, TarStream
+from pipeline.data.tar_header import BLOCK
+from pipeline.data.tar_stream import TarStream
 from pipeline.errors import DataError, StorageError
 
 FILES = [("a.txt", b"one"), ("b/" + "n" * 150, b""), ("c.jpg", b"x" * 1500), ("d", b"y" * 512), ("é", b"z")]

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.data.manifest import Block, BucketRange, Receipt, Reject, key_hash, pack_hashes
-from pipeline.data.tar import BLOCK, members, read_npy
+from pipeline.data.tar import members, read_npy
+from pipeline.data.tar_header import BLOCK
 from pipeline.encode.latent_shard import LatentSums
 from pipeline.encode.takedown.keys import REASON
 from pipeline.errors import DataError

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.manifest import Block, Bucket, Manifest, Receipt, ShardEntry, Statistics, key_hash
 from pipeline.data.samples import is_holdout
-from pipeline.data.tar import BLOCK
+from pipeline.data.tar_header import BLOCK
 from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.sample import Parts, SampleCheck, grouped, size_text
