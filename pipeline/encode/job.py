@@ -8,7 +8,7 @@ receipts in place folds them into the manifest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +25,7 @@ from pipeline.encode.reporter import Reporter
 from pipeline.encode.sources import Source, find_sources
 from pipeline.encode.tally import Tally, check_rejects
 from pipeline.encode.worker import UPLOADERS, Encodes, Work, Worker, decoder_count
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.metrics import Metrics
 
 MIN_SEEN = 100  # samples before a shard's end says something about the reject rate
@@ -76,7 +76,8 @@ def encode(
 
     Raises:
         ConfigError: a share, filter, resolution or tower that cannot be.
-        DataError: no shards, too many rejects, or an output of another fingerprint; it names the fields.
+        DataError: no shards, too many rejects, shards that were replaced meanwhile, or an output of another
+            fingerprint; it names the fields.
         StorageError: a source, the autoencoder or the output cannot be reached.
     """
     index, count = share
@@ -87,8 +88,10 @@ def encode(
     encoder = encoder or Encoder(config)
     targets = claim(config, encoder)
     mine = sources[index::count]
+    versions = {source.shard: source.version for source in mine}
     tallies = tuple(Tally() for _ in targets)
     work = _work(targets, mine, tallies)
+    changed: set[str] = set()
     meter = Meter(
         total_bytes=sum(one.source.bytes for one in work),
         total_shards=len(mine),
@@ -101,10 +104,13 @@ def encode(
         with Reporter(meter, metrics, progress), closing(Worker(config, encoder, targets, meter).run(work)) as finished:
             for number, receipt in finished:
                 tallies[number].add(receipt)
+                if receipt.source_version != versions[receipt.shard]:
+                    changed.add(receipt.source)
                 _warn_of_damage(receipt)
                 check_rejects(tallies[number], config.max_reject_rate, MIN_SEEN)
     for tally in tallies:
         check_rejects(tally, config.max_reject_rate)
+    _check_unchanged(changed)
     waiting, manifests = _fold(config, targets, sources, alone=count == 1)
     return EncodeSummary(len(mine), len(work), tallies, waiting, manifests)
 
@@ -171,6 +177,14 @@ def _introduction(
         "output": config.output,
     }
     return table({name: said for name, said in facts.items() if said})
+
+
+def _check_unchanged(changed: Collection[str]) -> None:
+    if changed:
+        raise DataError(
+            f"{len(changed)} image shards were replaced while the job ran: {', '.join(sorted(changed)[:3])}",
+            "leave them alone, and run the same command again: it goes on where it was",
+        )
 
 
 def _warn_of_damage(receipt: Receipt) -> None:

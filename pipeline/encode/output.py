@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +36,7 @@ from pipeline.encode.sources import Source
 from pipeline.encode.takedown.keys import Takedown, read_takedown
 from pipeline.encode.tally import Tally, check_rejects
 from pipeline.errors import DataError
-from pipeline.storage import Store, open_store, open_stream, split
+from pipeline.storage import Store, open_store, open_stream, split, temporary_folder
 
 ENCODING = "encoding.json"
 _READERS = 16
@@ -154,8 +152,8 @@ def fold_output(config: EncodeConfig, target: Target, sources: Sequence[Source])
         DataError: shards are missing, too many samples were rejected, or none is left to train on.
     """
     fitting = _Fitting(target, sources)
-    with tempfile.TemporaryDirectory(prefix="lathe-encode-") as folder:
-        rejects = Path(folder) / REJECTS
+    with temporary_folder("encode") as folder:
+        rejects = folder / REJECTS
         with rejects.open("w", encoding="ascii") as lines:
             manifest = fitting.fold(_provenance(config, target, sources), lines.write)
         check_rejects(fitting.tally, config.max_reject_rate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config import AutoencoderModelConfig
 from pipeline.errors import DataError
-from pipeline.storage import Store, fetch_folder, open_store
+from pipeline.storage import Store, fetch_folder, open_store, temporary_folder
 
 # AutoencoderKL too: its type, for rooms that may not import diffusers
 __all__ = [
@@ -119,8 +118,8 @@ def load(url: str) -> AutoencoderKL:
         store, part = open_store(url), f"{PIPELINE_PART}/{CONFIG}"
         whole_pipeline = not store.exists(CONFIG) and store.exists(part)
         place = f"{url.rstrip('/')}/{PIPELINE_PART}" if whole_pipeline else url
-        with tempfile.TemporaryDirectory(prefix="lathe-autoencoder-") as temporary:
-            return _read_folder(fetch_folder(place, Path(temporary)), url)
+        with temporary_folder("autoencoder") as temporary:
+            return _read_folder(fetch_folder(place, temporary), url)
     folder = Path(url).expanduser()
     if folder.is_dir():
         return _read_folder(folder, url)
@@ -131,10 +130,10 @@ def load(url: str) -> AutoencoderKL:
 
 def save(model: AutoencoderKL, store: Store) -> None:
     """Write weights (safetensors), then `config.json`, as `load` and diffusers read them. Raises StorageError."""
-    with tempfile.TemporaryDirectory(prefix="lathe-autoencoder-") as folder:
+    with temporary_folder("autoencoder") as folder:
         model.save_pretrained(folder, safe_serialization=True)
         for name in (WEIGHTS, CONFIG):
-            store.upload(Path(folder) / name, name)
+            store.upload(folder / name, name)
 
 
 def weights_hash(model: nn.Module) -> str:

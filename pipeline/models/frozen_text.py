@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.config import TowerConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.autoencoder import weights_hash
-from pipeline.storage import fetch_folder
+from pipeline.storage import fetch_folder, temporary_folder
 
 _HUB = "hf-hub:"
 _WEIGHTS = (HF_SAFE_WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "model.safetensors")
@@ -112,8 +111,8 @@ def _find(config: TowerConfig) -> Iterator[_Source]:
     if config.pretrained and (is_folder or "://" in name or name.startswith(_HUB)):
         raise ConfigError(f"text tower {config.name}: {name} has weights of its own", "leave pretrained out")
     if "://" in name:
-        with tempfile.TemporaryDirectory(prefix="lathe-tower-") as folder:
-            yield _in_folder(fetch_folder(name, Path(folder)), config)
+        with temporary_folder("tower") as folder:
+            yield _in_folder(fetch_folder(name, folder), config)
     elif is_folder:
         yield _in_folder(Path(name).expanduser(), config)
     elif name.startswith(_HUB):

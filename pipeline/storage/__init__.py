@@ -7,6 +7,7 @@ LATHE_S3_PART_MIB, the size of the parts that larger files travel in (32, at lea
 from pipeline.storage.base import Entry, OpenFile, Store
 from pipeline.storage.shards import ShardAddress, find_shard_entries, find_shards
 from pipeline.storage.stream import Stream, open_stream
+from pipeline.storage.temporary import temporary_folder
 from pipeline.storage.traffic import counters
 from pipeline.storage.urls import fetch_folder, local_path, open_store, read_file, split
 
@@ -25,4 +26,5 @@ __all__ = [
     "open_stream",
     "read_file",
     "split",
+    "temporary_folder",
 ]

@@ -108,7 +108,8 @@ def _refusal(response: dict[str, Any]) -> S3Error:
         kind = Kind.TRANSIENT
     else:
         kind = _KINDS.get(code) or _KINDS_BY_STATUS.get(status) or Kind.OTHER
-    return S3Error(kind, without_secrets(f"{status} {code}: {message}".rstrip(": ")), answered=True)
+    named = f"{status} {code}" if code != str(status) else code  # the answer to HEAD has a number alone
+    return S3Error(kind, without_secrets(f"{named}: {message}".rstrip(": ")), answered=True)
 
 
 def without_secrets(text: str) -> str:

@@ -7,12 +7,10 @@ runs the same command again. No worker may be encoding into the data set meanwhi
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TextIO
 
 import numpy as np
@@ -34,7 +32,7 @@ from pipeline.encode.rejects import reject_lines
 from pipeline.encode.takedown.keys import Takedown, read_takedown
 from pipeline.encode.takedown.shard import without
 from pipeline.errors import DataError, StorageError
-from pipeline.storage import Store, open_store, read_file, split
+from pipeline.storage import Store, open_store, read_file, split, temporary_folder
 
 _READERS = 16
 _WRITERS = 4  # shards at once, each in memory twice
@@ -192,8 +190,8 @@ def _rewrite(store: Store, takedown: Takedown, name: str) -> str:
 
 def _refold(store: Store, url: str, manifest: Manifest) -> None:
     """The manifest from the receipts that are there now; it comes last, and is written only where it changes."""
-    with tempfile.TemporaryDirectory(prefix="lathe-remove-") as folder:
-        path = Path(folder) / REJECTS
+    with temporary_folder("remove") as folder:
+        path = folder / REJECTS
         with path.open("w", encoding="ascii") as lines:
             changed = fold(_noting(_receipts(store, manifest), lines), provenance(manifest))
         if changed != manifest:
