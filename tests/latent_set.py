@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from support import fingerprint
 
+from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.fold import Provenance, fold
 from pipeline.data.manifest import MANIFEST, RECEIPT_SUFFIX, REJECTS, Manifest, Receipt
@@ -136,6 +137,29 @@ def commit(folder: Path, receipts: list[Receipt], about: Provenance) -> Manifest
     manifest = fold(receipts, about)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
+
+
+def encode_settings(place: Path, output: Path, text: dict[str, Any] | None = None) -> EncodeConfig:
+    """For the encode job itself, on the same pictures and autoencoder: two resolutions, buckets, mirrored too."""
+    tree = {
+        "images": {
+            "shards": str(place / "images"),
+            "resolution": [32, 48],
+            "buckets": {"max_aspect": 2, "step": 8},
+            "flip": True,
+            "holdout": HOLDOUT,
+            "filters": {"max_caption_chars": 18},
+        },
+        "autoencoder": str(place / "vae"),
+        "output": str(output),
+        "max_reject_rate": 0.5,
+        "batch_size": 4,
+        "block_samples": 3,
+        "threads": 1,
+        "metrics": {"prometheus": False},
+        "text": text or {"context_length": CONTEXT},
+    }
+    return EncodeConfig.model_validate(tree)
 
 
 @torch.inference_mode()

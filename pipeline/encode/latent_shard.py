@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,10 +198,14 @@ class LatentShard:
             blocks=tuple(blocks),
             keys=pack_hashes(hashes),
             statistics=self._sums.total(),
-            # not as they came: with several resolutions that depends on which of them are left to do
-            rejects=tuple(sorted(self._rejects, key=lambda reject: (reject.key, reject.reason))),
+            rejects=in_order(self._rejects),
             environment=environment,
         )
+
+
+def in_order(rejects: Iterable[Reject]) -> tuple[Reject, ...]:
+    """As receipts have them: not as they came, which depends on the resolutions that are left to do."""
+    return tuple(sorted(rejects, key=lambda reject: (reject.key, reject.reason)))
 
 
 def _moved(block: Block, samples: int, offset: int) -> Block:

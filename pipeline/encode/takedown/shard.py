@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.data.manifest import Block, BucketRange, Receipt, Reject, key_hash, pack_hashes
 from pipeline.data.tar import members, read_npy
 from pipeline.data.tar_header import BLOCK
-from pipeline.encode.latent_shard import LatentSums
+from pipeline.encode.latent_shard import LatentSums, in_order
 from pipeline.encode.takedown.keys import REASON
 from pipeline.errors import DataError
 
@@ -59,7 +59,7 @@ def without(data: bytes, receipt: Receipt, keys: Mapping[int, str]) -> tuple[byt
         "blocks": tuple(_blocks(samples, buckets, max((block.samples for block in receipt.blocks), default=1))),
         "keys": pack_hashes(sample.hash for sample in samples),
         "statistics": sums.total(),
-        "rejects": (*receipt.rejects, *removed),
+        "rejects": in_order((*receipt.rejects, *removed)),
     }
     return rewritten, receipt.model_copy(update=changes)
 
