@@ -7,8 +7,11 @@ import zlib
 
 import numpy as np
 from nasty_samples import HEIGHT, OTHER, PLAIN, SCENE, WIDTH, Outcome, Sample, Used
+from numpy.typing import NDArray
 from picture_files import RED, WHITE, bomb, chunk, cmyk_profile, file, icon, png16, tiff16
 from PIL import Image, features
+
+from pipeline.data.images import Pixels
 
 
 def _transparent(image: Image.Image) -> Image.Image:
@@ -25,6 +28,11 @@ def _palette(mode: str) -> Image.Image:
     image = Image.fromarray(np.array([[0, 2], [1, 3]], np.uint8).repeat(HEIGHT // 2, 0).repeat(WIDTH // 2, 1))
     image.putpalette([number for colour in colours for number in colour[: len(mode)]], mode)
     return image
+
+
+def _wide(levels: Pixels) -> NDArray[np.uint16]:
+    """16 bits for 8 of them; the low byte alone is another picture."""
+    return levels.astype(np.uint16) * 256 + (levels ^ 85)
 
 
 def _stored(orientation: int) -> Image.Image:
@@ -71,12 +79,12 @@ _cmyk = Image.fromarray(255 - np.dstack([np.asarray(_scene), np.full((HEIGHT, WI
 
 _GREY = np.asarray(_grey.convert("RGB"))
 _TWO_TONES = np.where(_GREY > 100, np.uint8(255), np.uint8(0))
-_GREY_16 = np.asarray(_grey).astype(np.uint16) * 257
+_GREY_16 = _wide(np.asarray(_grey))
 _ON_WHITE = np.where(np.arange(WIDTH)[:, None] < WIDTH // 2, np.uint8(255), SCENE)
 _GREY_ON_WHITE = np.where(np.arange(WIDTH)[:, None] < WIDTH // 2, np.uint8(255), _GREY)
 _NO_RED = np.where((SCENE == RED).all(2, keepdims=True), np.uint8(255), SCENE)
-_16_BITS = (SCENE.astype(int) * 257).ravel().tolist()
-_16_BITS_ALPHA = (np.asarray(_transparent(_scene.copy())).astype(int) * 257).ravel().tolist()
+_16_BITS = _wide(SCENE).ravel().tolist()
+_16_BITS_ALPHA = _wide(np.asarray(_transparent(_scene.copy()))).ravel().tolist()
 
 _png, _jpeg = file(_scene), file(_scene, "JPEG", quality=100, subsampling=0)
 _frames = {"save_all": True, "append_images": [_other, _other]}
