@@ -32,7 +32,7 @@ format: develop
 	$(BIN)/ruff check --fix .
 
 test-fast: develop
-	$(BIN)/pytest -m "not s3 and not ranks and not demo and not long" $(ARGS)
+	$(BIN)/pytest -m "not s3 and not ranks and not demo and not tools and not long" $(ARGS)
 
 test: check
 	$(BIN)/pytest -m "not long" $(ARGS)
