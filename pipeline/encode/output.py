@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from pipeline.data.manifest import (
 from pipeline.data.pack import attribution
 from pipeline.data.tar import npy_bytes
 from pipeline.encode.overlap import mapped
+from pipeline.encode.rejects import reject_lines
 from pipeline.encode.sources import Source
 from pipeline.encode.takedown.keys import Takedown, read_takedown
 from pipeline.encode.tally import Tally, check_rejects
@@ -211,9 +211,8 @@ class _Fitting:
                 continue
             self.tally.add(receipt)
             self._hashes.extend(receipt.hashes())
-            for reject in receipt.rejects:
-                line = {"shard": receipt.source, "key": reject.key, "reason": reject.reason}
-                write_reject(json.dumps(line) + "\n")
+            for line in reject_lines(receipt):
+                write_reject(line)
             yield receipt
         if self._missing:
             raise IncompleteError(self._missing, len(self._sources))
