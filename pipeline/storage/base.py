@@ -82,8 +82,15 @@ class Store(Protocol):
         """Delete files; names that do not exist are passed over."""
         ...
 
+    def leftovers(self) -> tuple[str, ...]:
+        """What killed writers left, and what is being written at the moment, sorted: `list` shows neither.
+
+        In a folder the names of partial files; on S3, of each unfinished upload, the name that the file was to have.
+        """
+        ...
+
     def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
-        """Drop what killed writers of these names left: unfinished uploads, partial files. Returns how many.
+        """Drop what killed writers of these names left, see `leftovers`. Returns how many.
 
         A live writer that is swept notices, and begins anew.
         """

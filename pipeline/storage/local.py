@@ -104,17 +104,12 @@ class LocalStore:
         deepest = self._folder / checked_prefix(prefix).rpartition("/")[0]
         entries = []
         with translated(deepest):
-            for folder, folders, files in os.walk(deepest, onerror=_raise_unless_missing, followlinks=True):
-                if into is not None:
-                    folders[:] = [f for f in folders if into(Path(folder, f).relative_to(self._folder).as_posix())]
-                for file in files:
-                    path = Path(folder, file)
-                    name = path.relative_to(self._folder).as_posix()
-                    if name.startswith(prefix) and not file.endswith(_PARTIAL):
-                        with suppress(FileNotFoundError):  # deleted since
-                            status = path.stat()
-                            if stat.S_ISREG(status.st_mode):  # whoever opens a pipe waits for its other end
-                                entries.append(Entry(name, status.st_size, _version(status)))
+            for name in self._names(deepest, into):
+                if name.startswith(prefix) and not name.endswith(_PARTIAL):
+                    with suppress(FileNotFoundError):  # deleted since
+                        status = (self._folder / name).stat()
+                        if stat.S_ISREG(status.st_mode):  # whoever opens a pipe waits for its other end
+                            entries.append(Entry(name, status.st_size, _version(status)))
         return sorted(entries)
 
     def exists(self, name: str) -> bool:
@@ -133,6 +128,11 @@ class LocalStore:
                 for parent in path.relative_to(self._folder).parents[:-1]:
                     (self._folder / parent).rmdir()
 
+    def leftovers(self) -> tuple[str, ...]:
+        """See Store.leftovers."""
+        with translated(self._folder):
+            return tuple(sorted(name for name in self._names(self._folder) if _partial_of(name.rpartition("/")[2])))
+
     def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
         """See Store.sweep."""
         stems: dict[Path, set[str]] = {}
@@ -142,11 +142,18 @@ class LocalStore:
         for folder, wanted in stems.items():
             with translated(folder):
                 for path in folder.iterdir() if folder.is_dir() else ():
-                    found = _PARTIAL_NAME.fullmatch(path.name)
-                    if found and found[1] in wanted and _is_older(path, older_than_seconds):
+                    if _partial_of(path.name) in wanted and _is_older(path, older_than_seconds):
                         path.unlink(missing_ok=True)
                         swept += 1
         return swept
+
+    def _names(self, start: Path, into: Callable[[str], bool] | None = None) -> Iterator[str]:
+        """Every file below `start`, partial ones too."""
+        for folder, folders, files in os.walk(start, onerror=_raise_unless_missing, followlinks=True):
+            inside = Path(folder).relative_to(self._folder)
+            if into is not None:
+                folders[:] = [name for name in folders if into((inside / name).as_posix())]
+            yield from ((inside / name).as_posix() for name in files)
 
     def _path(self, name: str) -> Path:
         return self._folder / checked_name(name)
@@ -218,6 +225,12 @@ def _stem(name: str) -> str:
     if len(raw) <= 200:
         return name
     return f"{raw[:150].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
+
+
+def _partial_of(name: str) -> str | None:
+    """The stem of the file that a partial file was to become; None for other files."""
+    found = _PARTIAL_NAME.fullmatch(name)
+    return found[1] if found else None
 
 
 def _version(status: os.stat_result) -> str:

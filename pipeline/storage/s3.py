@@ -137,19 +137,23 @@ class S3Store:
                     "check that the keys may delete in this bucket",
                 )
 
+    def leftovers(self) -> tuple[str, ...]:
+        """See Store.leftovers."""
+        found = s3_parts.unfinished(self._checked, self._root)
+        return tuple(sorted(left.key.removeprefix(self._root) for left in found))
+
     def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
         """See Store.sweep."""
         keys = {self._key(name) for name in names}
         before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
-        swept = 0
-        try:
-            for left in list(s3_parts.unfinished(self._call, self._root) if keys else ()):
-                if left.key in keys and (not older_than_seconds or left.begun < before):
-                    s3_parts.abort(self._call, left)
-                    swept += 1
-        except S3Error as fault:
-            raise self._explained(fault, "") from fault
-        return swept
+        found = list(s3_parts.unfinished(self._checked, self._root) if keys else ())
+        mine = [left for left in found if left.key in keys and (not older_than_seconds or left.begun < before)]
+        for left in mine:
+            try:
+                s3_parts.abort(self._call, left)
+            except S3Error as fault:
+                raise self._explained(fault, left.key) from fault
+        return len(mine)
 
     def _put(self, key: str, size: int, part: s3_parts.Part, condition: dict[str, str]) -> bool:
         """Store `size` bytes that `part(start, end)` gives. False: the condition does not hold."""

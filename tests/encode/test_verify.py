@@ -21,6 +21,8 @@ from pipeline.encode.verify.job import verify
 from pipeline.encode.verify.report import VerifyReport
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
+from pipeline.storage.local import LocalStore
+from pipeline.storage.s3_client import client
 
 HELD_OUT = next(i for i in range(99) if is_holdout(key(1, i), HOLDOUT))
 TRAINED = next(i for i in range(99) if not is_holdout(key(1, i), HOLDOUT))
@@ -402,10 +404,14 @@ def test_pictures_that_are_gone_or_unusable(place, copy, tmp_path):
 def test_leftovers_warn_and_another_fingerprint_fails(copy):
     shutil.copy(copy / "00001.tar", copy / "00009.tar")
     shutil.copy(copy / RECEIPT, copy / "00009.tar.receipt.json")
+    (copy / "elsewhere").mkdir()
+    for name in (".00001.tar.0123456789ab.partial", "elsewhere/.x.0123456789ab.partial"):
+        (copy / name).touch()
     report = verify(f"{copy}/manifest.json", decode=0)
     assert report.status == "warn"
     leftovers = next(check for check in report.checks if check.name == "leftovers")
-    assert [said.split(":")[0] for said in leftovers.said] == ["00009.tar", "00009.tar.receipt.json"]
+    found = [said.split(":")[0] for said in leftovers.said]
+    assert found == ["00009.tar", "00009.tar.receipt.json", ".00001.tar.0123456789ab.partial"]
     edit("00009.tar.receipt.json", "fingerprint", value=lambda old: "d" * 64)(copy)
     assert (
         "00009.tar.receipt.json: of fingerprint dddd"
@@ -447,6 +453,9 @@ def test_a_data_set_on_s3(place, s3_url):
         store.upload(path, path.name)
     assert failures(verify(f"{s3_url}/manifest.json", decode=2, output=f"{s3_url}/report")) == {}
     assert store.exists("report/verify.png")
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    client({}).call("create_multipart_upload", bucket, f"{prefix}/00001.tar")  # a writer that is killed leaves it
+    assert "00001.tar: unfinished" in str(verify(f"{s3_url}/manifest.json", decode=0, quick=True))
     data = bytearray(store.read("00002.tar"))
     data[4000] ^= 4
     store.write("00002.tar", bytes(data))
@@ -466,6 +475,16 @@ def test_what_the_encode_job_writes_passes_and_stays_after_a_takedown(place, tmp
     encode(config)  # finds nothing to do
     assert {path: path.read_bytes() for path in (tmp_path / "32").iterdir()} == before
     assert verify(f"{tmp_path}/32/manifest.json", decode=3).ok
+
+
+def test_a_key_that_may_only_read_files_is_enough(copy, monkeypatch):
+    def denied(self):
+        raise StorageError("access denied", "use another key")
+
+    monkeypatch.setattr(LocalStore, "leftovers", denied)
+    report = verify(f"{copy}/manifest.json", decode=0)
+    assert report.status == "warn"
+    assert "unfinished files cannot be listed: access denied" in str(report)
 
 
 @pytest.mark.parametrize("padding", ["full", "trimmed"])

@@ -183,12 +183,15 @@ class TestSweep:
     def test_only_these_names(self, s3_url: str) -> None:
         _begin_uploads(s3_url, "a", "a", "deep/b", "deep/b2", "c")
         store = open_store(s3_url)
+        assert store.leftovers() == ("a", "a", "c", "deep/b", "deep/b2")
+        assert open_store(f"{s3_url}/deep").leftovers() == ("b", "b2")
+        assert store.list() == []
         assert store.sweep(["a", "deep/b", "never"]) == 3
-        assert _uploads(s3_url) == ["c", "deep/b2"]
+        assert store.leftovers() == ("c", "deep/b2")
         assert store.sweep(["a", "deep/b"]) == 0
         assert store.sweep([]) == 0
         assert open_store(f"{s3_url}/deep").sweep(["b2", "c"]) == 1
-        assert _uploads(s3_url) == ["c"]
+        assert store.leftovers() == ("c",)
 
     def test_only_the_old(self, s3_url: str) -> None:
         _begin_uploads(s3_url, "a")
@@ -231,6 +234,8 @@ class TestSweep:
     def test_what_is_refused(self, s3_server: EmbeddedObjectStore) -> None:
         with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
             open_store("s3://no-such-bucket/p").sweep(["x"])
+        with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+            open_store("s3://no-such-bucket/p").leftovers()
         with pytest.raises(StorageError, match="not a name inside"):
             open_store(s3_server.url).sweep(["../x"])
 

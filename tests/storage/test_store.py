@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -78,6 +79,7 @@ class TestEveryStore:
 
     def test_a_sweep_leaves_files_alone(self, store: Store) -> None:
         store.write("a/x", b"x")
+        assert store.leftovers() == ()
         assert store.sweep(["a/x", "never", "no/such"]) == 0
         assert store.read("a/x") == b"x"
         with pytest.raises(StorageError, match="not a name inside"):
@@ -263,12 +265,16 @@ class TestFolder:
         (tmp_path / ".a.tar.mine.partial").touch()
         store = open_store(str(tmp_path))
         assert store.list() == []
+        assert len(store.leftovers()) == len(names)
+        assert any(re.fullmatch(r"deep/\.b\.[0-9a-f]{12}\.partial", name) for name in store.leftovers())
+        assert open_store(str(tmp_path / "nowhere")).leftovers() == ()
         assert store.sweep(names, older_than_seconds=60) == 0
         for name in names:
             left = len(_files(tmp_path))
             assert store.sweep([name]) == 1
             assert len(_files(tmp_path)) == left - 1
         assert _files(tmp_path) == [tmp_path / ".a.tar.mine.partial"]
+        assert store.leftovers() == ()
 
     def test_a_writer_that_is_swept_begins_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store, sync = open_store(str(tmp_path)), os.fsync

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import PurePosixPath
 
@@ -25,7 +25,7 @@ from pipeline.encode.output import ENCODING, Encoding
 from pipeline.encode.rejects import reject_lines
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.sample import SampleCheck, size_text, text_rules
-from pipeline.errors import LatheError
+from pipeline.errors import LatheError, StorageError
 from pipeline.storage import Store
 
 Sizes = Mapping[str, int]  # of the files in the manifest's folder, in bytes
@@ -105,6 +105,17 @@ def check_leftovers(store: Store, sizes: Sizes, manifest: Manifest, pool: Execut
         notes.add("fingerprint", said)
     for name in extra:
         notes.add("leftovers", f"{name}: {sizes[name]} bytes, not in the manifest", "warn")
+    for said in _unfinished(store, folders):
+        notes.add("leftovers", said, "warn")
+
+
+def _unfinished(store: Store, folders: Container[str]) -> Iterator[str]:
+    try:
+        left = [name for name in store.leftovers() if str(PurePosixPath(name).parent) in folders]
+    except StorageError as error:  # a key that may only read files
+        yield f"unfinished files cannot be listed: {error.message}"
+    else:
+        yield from (f"{name}: unfinished; its writer was killed, or is still at work" for name in left)
 
 
 class RejectsCheck:

@@ -26,7 +26,7 @@ REMEDIES = {
     "statistics": _FOLD,
     "rejects": _FOLD,
     "removed": "run `lathe remove` again, which takes down what is left",
-    "leftovers": "if no worker is running: `lathe encode` takes new shards into the manifest; delete the rest",
+    "leftovers": "if no worker is running: `lathe encode` takes in new shards, drops unfinished ones; delete the rest",
     "autoencoder": "give the autoencoder that the latents were made with: --autoencoder",
     "sources": "give the place of the image shards: --images",
     "pictures": "look at the contact sheet, then encode anew with the autoencoder and preparation of the fingerprint",
