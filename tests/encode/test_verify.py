@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from latent_set import CHANNELS, HOLDOUT, SHARDS, build, encode_settings, key, save_autoencoder, write_pictures
+from PIL import ImageFont
 from small_models import clip, save_clip
 
+from pipeline.data import images
 from pipeline.data.fold import fold, provenance
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
@@ -75,6 +77,23 @@ def test_a_sound_data_set_passes(place, tmp_path):
     assert "checksums    SHA-256 of 3 shards" in told
     assert re.search(r"manifest.json: \d+ ok.*MB read in", told)
     assert json.loads(report.to_json())["checks"][0]["name"] == "manifest"
+
+
+def test_labels_of_the_contact_sheet_fit_below_small_pictures(place, tmp_path, monkeypatch):
+    seen = []
+    whole = images.contact_sheet
+
+    def contact_sheet(pictures, columns, labels):
+        seen.extend(zip(pictures, labels, strict=True))
+        return whole(pictures, columns, labels)
+
+    monkeypatch.setattr(images, "contact_sheet", contact_sheet)
+    verify(f"{place}/latents/manifest.json", decode=4, output=str(tmp_path))
+    assert len(seen) == 8
+    font = ImageFont.load_default(10)
+    for number, (picture, label) in enumerate(seen):
+        assert re.fullmatch(r"\d+\.\d dB" if number % 2 else r"\d{5}", label)
+        assert font.getlength(label) <= picture.shape[1] == 64
 
 
 def test_nothing_in_the_data_set_is_written(place):

@@ -23,7 +23,7 @@ from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.encode.encoder import find_device
 from pipeline.encode.sources import find_sources
 from pipeline.encode.verify.report import Notes
-from pipeline.encode.verify.sample import Stored, size_text
+from pipeline.encode.verify.sample import Stored
 from pipeline.errors import LatheError
 from pipeline.models import autoencoder
 from pipeline.storage import open_stream
@@ -34,6 +34,7 @@ _COARSE_MEAN, _COARSE_LOG_VARIANCE = 0.2, 1.0  # where the latents were made in 
 PSNR_LIMIT = 0.5  # dB that the stored latent may decode worse than the fresh one
 _POOR_PSNR = 15.0  # dB under which the autoencoder itself is in doubt
 _SHEET_SIDE = 256  # longest side of a picture in the contact sheet, in pixels
+_LABEL_WIDTH = 64  # pixels that a label needs
 
 
 @dataclass(frozen=True)
@@ -236,13 +237,14 @@ def psnr(one: images.Pixels, other: images.Pixels) -> float:
 
 
 def sheet(compared: Sequence[Compared]) -> bytes:
-    """Source | decoded for each sample, three samples in a row, as a PNG file."""
+    """Source with its key | decoded with its PSNR, for each sample, three samples in a row, as a PNG file."""
     pairs = [(_small(one.source), _small(one.decoded), one) for one in compared]
     height, width = (max(pair[0].shape[axis] for pair in pairs) for axis in (0, 1))
+    width = max(width, _LABEL_WIDTH)
     pictures, labels = [], []
     for source, decoded, one in pairs:
         pictures += [_on_white(source, height, width), _on_white(decoded, height, width)]
-        labels += [one.stored.key, f"{one.psnr:.1f} dB {size_text(one.stored.bucket)}"]
+        labels += [one.stored.key, f"{one.psnr:.1f} dB"]
     return images.contact_sheet(pictures, columns=6, labels=labels)
 
 
