@@ -33,6 +33,7 @@ def own_environment(folder: Path, requirements: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once
         if stamp.is_file() and stamp.read_text() == wanted:
             return programs
+        stamp.unlink(missing_ok=True)
         shutil.rmtree(folder / "venv", ignore_errors=True)
         _run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")])  # ours does, which saves seconds
         pip = [sys.executable, "-m", "pip", f"--python={programs / 'python'}", "--disable-pip-version-check"]

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +34,11 @@ pytestmark = pytest.mark.tools
 PER_SHARD = 10
 LARGE = 6  # the number of the picture that is to be shrunk
 IMG2DATASET_SECONDS = 120
+RUNS = {
+    # as LAION and others were fetched: what is no JPEG, or too large, is encoded again
+    "shrunk": ("--image_size=96", "--resize_mode=keep_ratio", "--resize_only_if_bigger=True", "--skip_reencode=True"),
+    "raw": ("--disable_all_reencoding=True",),
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,17 @@ def fetch(program: Path, site: str, place: Path, *options: str) -> Path:
     return place / "shards"
 
 
+@pytest.fixture(scope="module")
+def fetched(img2dataset: Path, site: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of shards of several runs, which are made at once: most of their time goes into starting."""
+    places = [tmp_path_factory.mktemp(name) for name in RUNS]
+    with ThreadPoolExecutor() as pool:
+        made = [
+            pool.submit(fetch, img2dataset, site, place, *RUNS[name]) for name, place in zip(RUNS, places, strict=True)
+        ]
+        return {name: future.result() for name, future in zip(RUNS, made, strict=True)}
+
+
 @dataclass(frozen=True)
 class Encoded:
     summary: EncodeSummary
@@ -163,10 +180,9 @@ def check(result: Encoded, sizes: dict[int, tuple[int, int]], rejects: dict[int,
     assert result.report.ok, str(result.report)
 
 
-def test_as_large_sets_are_fetched(img2dataset: Path, site: str, tmp_path: Path) -> None:
-    """Shrunk, re-encoded where they are no JPEG. What cannot be decoded is in the tables alone."""
-    options = ("--image_size=96", "--resize_mode=keep_ratio", "--resize_only_if_bigger=True", "--skip_reencode=True")
-    shards = fetch(img2dataset, site, tmp_path, *options)
+def test_as_large_sets_are_fetched(fetched: dict[str, Path]) -> None:
+    """What cannot be decoded is in the tables alone."""
+    shards = fetched["shrunk"]
     beside = {f"{number:05d}{ending}" for number in range(3) for ending in (".tar", ".parquet", "_stats.json")}
     assert {path.name for path in shards.iterdir()} == beside
     sizes = {number: row.size for number, row in enumerate(ROWS) if row.caption.startswith("picture")}
@@ -178,13 +194,12 @@ def test_as_large_sets_are_fetched(img2dataset: Path, site: str, tmp_path: Path)
     check(result, {number: sizes[number] for number in wanted}, rejects)
 
 
-def test_as_they_came(img2dataset: Path, site: str, tmp_path: Path) -> None:
-    """With its decoder switched off everything that the server sent is in the shards, as KEY.jpg, without sizes."""
-    shards = fetch(img2dataset, site, tmp_path, "--disable_all_reencoding=True")
+def test_as_they_came(fetched: dict[str, Path]) -> None:
+    """Everything that the server sent is in the shards, as KEY.jpg; of sizes the metadata say nothing."""
     sizes = {number: row.size for number, row in enumerate(ROWS) if row.caption.startswith("picture")}
     wanted = {number for number in sizes if ROWS[number].punsafe < 0.5}
     unusable = {"cut.png": "damaged_image", "page.jpg": "not_an_image", "nothing.jpg": "empty_file"}
     rejects = {number: unusable[row.name] for number, row in enumerate(ROWS) if row.name in unusable}
     rejects |= dict.fromkeys(sizes.keys() - wanted, "filtered_where") | {SPEECHLESS: "no_caption"}
-    result = encoded(shards, "punsafe < 0.5")
+    result = encoded(fetched["raw"], "punsafe < 0.5")
     check(result, {number: sizes[number] for number in wanted}, rejects)
