@@ -180,8 +180,11 @@ def encode(
 def _finalize(settings: EncodeConfig) -> None:
     from pipeline.encode.job import finalize
 
-    for manifest in finalize(settings):
-        _say(f"manifest written: {manifest.samples('train')} to train on, {manifest.samples('holdout')} held out")
+    manifests = finalize(settings)
+    for manifest in manifests:
+        which = f"{manifest.fingerprint.resolution} px: " if len(manifests) > 1 else ""
+        counts = f"{manifest.samples('train')} to train on, {manifest.samples('holdout')} held out"
+        _say(f"{which}manifest written: {counts}")
 
 
 def _encode(settings: EncodeConfig, task: str | None) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import fingerprint, provenance
 
 from pipeline import cli
+from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.verify.report import Check, Status, VerifyReport
 from pipeline.operate.bench.encode import EncodeBench
@@ -173,6 +175,26 @@ def test_encode_alone_takes_everything_and_says_nothing_of_shares(
     assert run(monkeypatch, "encode", "configs/demo/encode.yaml") == 0
     assert encoded == [(0, 1)]
     assert "share" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resolutions", [(64,), (64, 96)])
+def test_finalize_tells_of_each_manifest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resolutions: tuple[int, ...]
+) -> None:
+    def finalize(_config: object) -> tuple[Manifest, ...]:
+        counts = (BucketCount(bucket=(64, 64), train=7, holdout=2),)
+        entry = ShardEntry(name="a", receipt="b", source="c", buckets=counts, bytes=9, sha256="d")
+        whole = {"content_hash": "", "shards": (entry,), "mean": (0.0,), "std": (1.0,), "rejects": {}}
+        return tuple(
+            Manifest(**whole, environments=(), **vars(provenance(fingerprint=fingerprint(side))))
+            for side in resolutions
+        )
+
+    monkeypatch.setattr("pipeline.encode.job.finalize", finalize)
+    assert run(monkeypatch, "encode", "configs/demo/encode.yaml", "--finalize") == 0
+    said = "manifest written: 7 to train on, 2 held out"
+    expected = [f"{side} px: {said}" for side in resolutions] if len(resolutions) > 1 else [said]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_warnings_go_where_stderr_is_at_that_moment(

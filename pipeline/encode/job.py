@@ -51,8 +51,10 @@ class EncodeSummary:
         first = self.tallies[0]
         said = f"{first.samples} pictures in {self.shards} shards ({self.encoded} encoded now)"
         said += f", {first.rejects.total()} rejected"
-        if first.unwanted:
-            said += f", {first.unwanted} left out by filters"
+        if filtered := first.unwanted - first.removed:
+            said += f", {filtered} left out by filters"
+        if first.removed:
+            said += f", {first.removed} taken down"
         last = "manifest written" if self.manifests else f"{self.waiting} shards of other workers are still to come"
         return f"{said}; {last}"
 

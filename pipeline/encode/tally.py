@@ -34,6 +34,11 @@ class Tally:
         """Samples that the filters or a takedown left out."""
         return sum(count for reason, count in self.reasons.items() if unwanted(reason))
 
+    @property
+    def removed(self) -> int:
+        """Samples that a takedown left out."""
+        return self.reasons[REMOVED]
+
 
 def unwanted(reason: str) -> bool:
     """Whether a sample was left out by the user's own wish, and is no sign of trouble."""

@@ -361,6 +361,7 @@ def test_buckets_captions_flips_and_filters(place, tmp_path):
         "filtered_upscale": 1,
     }
     assert summary.tallies[0].unwanted == 5
+    assert "0 rejected, 5 left out by filters; manifest written" in str(summary)
     assert list(manifest.buckets()) == [(24, 40), (32, 32), (40, 24)]
     reference = AutoencoderKL.from_pretrained(place / "vae").eval()
     for sample in webdataset.WebDataset(str(tmp_path / "out" / "0.tar"), shardshuffle=False).decode():
@@ -424,6 +425,7 @@ def test_what_was_taken_down_stays_out(place, tmp_path):
     assert summary.encoded == 2
     assert summary.manifests[0].rejects == {"no_image": 1, "not_an_image": 1, "removed": 2}
     assert summary.tallies[0].samples == SHARDS * PER_SHARD + 1 - 2
+    assert "2 rejected, 2 taken down; manifest written" in str(summary)
 
 
 def test_the_first_failing_upload_ends_the_job(place, tmp_path):
