@@ -69,9 +69,10 @@ class PromptStop:
             self._pipe = None
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if not self._signalled:
-            self._signalled = True
-            raise Stopped(number)
+        self._signalled = True
+        for each in _SIGNALS:  # a handler of ours would go before the interpreter does
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
 
     def _watch(self, signals: int) -> None:
         while number := os.read(signals, 1):
