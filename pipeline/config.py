@@ -58,6 +58,14 @@ class FiltersConfig(Section):
         " (a picture without the field is left out)",
     )
 
+    @model_validator(mode="after")
+    def _limits_agree(self) -> FiltersConfig:
+        if self.max_caption_chars is not None and self.max_caption_chars < self.min_caption_chars:
+            raise ValueError(
+                f"max_caption_chars: {self.max_caption_chars} is less than min_caption_chars={self.min_caption_chars}"
+            )
+        return self
+
 
 class EncodeImagesConfig(ShardsConfig):
     """Image shards, and the sizes that their pictures are encoded at."""
@@ -330,7 +338,10 @@ class EncodeConfig(RunConfig):
     batch_size: Count = 32
     block_samples: Count = Field(64, description="samples per checksummed block, the unit the trainer reads")
     max_reject_rate: Fraction = Field(0.05, description="share of unusable samples past which the job fails")
-    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+    threads: Count | None = Field(None, description="CPU threads of the models; null = torch's choice")
+    decode_threads: Count | None = Field(
+        None, description="threads that decode pictures; null = the cores that this process may use"
+    )
     metrics: MetricsConfig = MetricsConfig()
 
 

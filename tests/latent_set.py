@@ -17,11 +17,11 @@ from support import fingerprint
 from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.fold import Provenance, fold
-from pipeline.data.manifest import MANIFEST, RECEIPT_SUFFIX, REJECTS, Manifest, Receipt
+from pipeline.data.manifest import ENCODING, MANIFEST, RECEIPT_SUFFIX, REJECTS, Manifest, Receipt
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar import TarBuilder, npy_bytes
+from pipeline.encode.claim import Encoding
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity
-from pipeline.encode.output import ENCODING, Encoding
 from pipeline.encode.rejects import reject_lines
 from pipeline.models import autoencoder
 

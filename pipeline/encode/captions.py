@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +11,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import EncodeTextConfig, TowerConfig
 from pipeline.data.manifest import Tower, canonical
+from pipeline.encode.latent_shard import Text
 from pipeline.errors import ConfigError
 from pipeline.models.frozen_text import FrozenTower
 from pipeline.models.text import Tokenizer
 
 JOINT = "clip"  # the name of the one tower that is trained with the UNet
-
-Arrays = dict[str, NDArray[Any]]
-"""What is stored of one caption, by member name without number: "tokens.clip", "text.clip", "pooled.clip"."""
 
 
 class CaptionEncoder:
@@ -48,14 +45,14 @@ class CaptionEncoder:
         self._float32: dict[str, FrozenTower] = {}  # loaded when a caption needs it
         self.towers: tuple[Tower, ...] = tuple(self._describe(tower) for tower in towers)
 
-    def __call__(self, captions: Sequence[str]) -> list[Arrays]:
+    def __call__(self, captions: Sequence[str]) -> list[Text]:
         """One dictionary for each caption.
 
         Returns:
             `tokens.NAME` uint16 [L] of each tower; or, cached, `text.NAME` float16 [L, D] (with padding=trimmed the
             caption's own tokens alone) and, where asked for, `pooled.NAME` float16 [P].
         """
-        rows: list[Arrays] = [{} for _ in captions]
+        rows: list[Text] = [{} for _ in captions]
         for name, tokenizer in self._tokenizers.items():
             ids = tokenizer(captions)
             if name not in self._frozen:

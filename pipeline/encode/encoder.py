@@ -24,7 +24,8 @@ from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.buckets import bucket_sizes
 from pipeline.data.manifest import Environment, Fingerprint, canonical
-from pipeline.encode.captions import Arrays, CaptionEncoder
+from pipeline.encode.captions import CaptionEncoder
+from pipeline.encode.latent_shard import Text
 from pipeline.errors import ConfigError, SetupError
 from pipeline.models import autoencoder
 
@@ -38,6 +39,7 @@ class Encoder:
 
     Args:
         config: the job.
+        place: of this worker among all: its GPU, where no launcher has said which.
 
     Raises:
         ConfigError: a picture size is no multiple of the autoencoder's downsampling factor, or a text tower is wrong.
@@ -45,18 +47,19 @@ class Encoder:
         SetupError: the device does not have memory for them.
     """
 
-    def __init__(self, config: EncodeConfig) -> None:
+    def __init__(self, config: EncodeConfig, place: int = 0) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._config = config
-        self._device = find_device(os.environ)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or two streams at once are not reproducible
+        self._device = find_device(os.environ, place)
         self._float32 = autoencoder.load(config.autoencoder)
         self._weights_hash = autoencoder.weights_hash(self._float32)
         self.channels = int(self._float32.config.latent_channels)
         self.downsampling_factor = autoencoder.downscale(self._float32)
         self.scaling_factor = float(self._float32.config.scaling_factor)
         self.shift_factor = float(self._float32.config.shift_factor or 0.0)
-        self.check_buckets()
+        self._check_buckets()
         with self._told_errors():
             self._model = self._prepare()
             self._captions = CaptionEncoder(config.text, self._device, config.batch_size)
@@ -65,7 +68,7 @@ class Encoder:
         if config.compile:
             self._compile()
 
-    def check_buckets(self) -> None:
+    def _check_buckets(self) -> None:
         """Raise ConfigError where a picture size is no multiple of the autoencoder's downsampling factor."""
         factor, settings = self.downsampling_factor, self._config.images
         for resolution in settings.resolutions:
@@ -115,20 +118,22 @@ class Encoder:
         Raises:
             SetupError: out of memory, or the device cannot compute in this precision.
         """
-        moments = self._enqueue(pixels)
-        flipped = self._enqueue(_mirrored(pixels)) if flip else None
+        with torch.inference_mode(), self._told_errors():
+            batch = images.normalise(self._to_device(pixels)).to(self._model.dtype)
+            moments = self._enqueue(batch)
+            flipped = self._enqueue(batch.flip(3)) if flip else None
         done = None
         if self._device.type == "cuda":
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # waiting must not take a core
+            done.record(torch.cuda.current_stream(self._device))
         return Pending(self, pixels, moments, flipped, done)
 
-    def text(self, captions: Sequence[str]) -> list[Arrays]:
+    def text(self, captions: Sequence[str]) -> list[Text]:
         """What is stored of each caption, see `CaptionEncoder`. Raises SetupError when out of memory."""
         with self._told_errors():
             return self._captions(captions)
 
-    def empty(self) -> Arrays:
+    def empty(self) -> Text:
         """What is stored of the empty prompt."""
         return self.text([""])[0]
 
@@ -141,13 +146,16 @@ class Encoder:
             found[row] = self._again(pixels[row : row + 1])[0]
         return found
 
-    @torch.inference_mode()
-    def _enqueue(self, pixels: images.Pixels) -> Tensor:
+    def _enqueue(self, batch: Tensor) -> Tensor:
         """Moments float16 [N, 2C, h, w] on the host, on a GPU once its stream gets there."""
-        with self._told_errors():
-            batch = images.normalise(self._to_device(pixels)).to(self._model.dtype)
-            moments = autoencoder.to_float16(autoencoder.encode_moments(self._model, batch))
-            return moments.to("cpu", non_blocking=True)  # to pinned memory of torch's own
+        try:
+            moments = autoencoder.encode_moments(self._model, batch)
+        except RuntimeError as error:
+            if self._config.compile and not isinstance(error, torch.OutOfMemoryError):
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise SetupError(f"compile: torch.compile failed: {said}", "set compile=false") from error
+            raise
+        return autoencoder.to_float16(moments).to("cpu", non_blocking=True)  # to pinned memory of torch's own
 
     @torch.inference_mode()
     def _again(self, pixels: images.Pixels) -> Moments:
@@ -179,6 +187,7 @@ class Encoder:
             torch.cuda.set_device(self._device)
             torch.backends.cudnn.deterministic = True  # a rerun must give the same bytes
             torch.backends.cudnn.allow_tf32 = False  # which float32 would mean 10 bits of mantissa
+            torch.backends.cuda.matmul.allow_tf32 = False
         if config.precision == "float32" and not config.compile:
             return self._float32.to(self._device)
         # diffusers' own `to` warns of every cast
@@ -190,7 +199,7 @@ class Encoder:
         settings = self._config.images
         sizes = {size for resolution in settings.resolutions for size in bucket_sizes(resolution, settings.buckets)}
         height, width = min(sizes, key=lambda size: (size[0] == size[1], size))  # a square would be a special case
-        self._enqueue(np.zeros((min(2, self._config.batch_size), height, width, 3), np.uint8))
+        self.start(np.zeros((min(2, self._config.batch_size), height, width, 3), np.uint8), flip=False).result()
 
     @contextmanager
     def _told_errors(self) -> Iterator[None]:
@@ -211,8 +220,6 @@ class Encoder:
                     f" {said}",
                     "set precision=float32 and text.precision=float32",
                 ) from error
-            if config.compile:
-                raise SetupError(f"compile: torch.compile failed: {said}", "set compile=false") from error
             raise
 
     def _environment(self) -> Environment:
@@ -224,9 +231,9 @@ class Encoder:
             "diffusers": version("diffusers"),
             "open_clip": version("open_clip_torch"),
             "pillow": version("pillow"),
-            "device": torch.cuda.get_device_name(self._device) if cuda else f"cpu {platform.machine()}",
+            "device": torch.cuda.get_device_name(self._device) if cuda else _processor(),
             "cuda": (torch.version.cuda or "") if cuda else "",
-            "threads": torch.get_num_threads(),
+            "threads": 0 if cuda else torch.get_num_threads(),
             "batch_size": config.batch_size,
             "slicing": int(config.slicing),
             "compile": int(config.compile),
@@ -260,12 +267,17 @@ class Pending:
         return moments, self.encoder.finished(_mirrored(self.pixels), self.flipped)
 
 
-def find_device(environment: Mapping[str, str]) -> torch.device:
-    """The GPU of this process's place on its machine (torchrun's or srun's local rank), or the CPU."""
+def find_device(environment: Mapping[str, str], place: int = 0) -> torch.device:
+    """The GPU of this process's place on its machine (torchrun's or srun's local rank, else `place`), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    place = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or "0"
-    return torch.device("cuda", int(place) % torch.cuda.device_count())
+    local = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or ""
+    return torch.device("cuda", (int(local) if local.isdecimal() else place) % torch.cuda.device_count())
+
+
+def _processor() -> str:
+    """Architecture and vector instructions: what is computed with others differs in its last places."""
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _mirrored(pixels: images.Pixels) -> images.Pixels:

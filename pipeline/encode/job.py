@@ -8,7 +8,7 @@ receipts in place folds them into the manifest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,17 +18,17 @@ from pipeline.console import table, tell
 from pipeline.data.filters import Filters
 from pipeline.data.manifest import Manifest, Receipt
 from pipeline.data.samples import SHARD_DAMAGED
+from pipeline.encode.claim import Describes, Target, claim, claimed
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.meter import Meter, Snapshot
-from pipeline.encode.output import Describes, IncompleteError, Target, claim, claimed, committed, fold_output, missing
+from pipeline.encode.output import IncompleteError, committed, fold_output, missing
 from pipeline.encode.reporter import Reporter
 from pipeline.encode.sources import Source, find_sources
-from pipeline.encode.tally import Tally, check_rejects
+from pipeline.encode.tally import Tally, check_rejects_so_far
 from pipeline.encode.worker import UPLOADERS, Encodes, Work, Worker, decoder_count
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics import Metrics
 
-MIN_SEEN = 100  # samples before a shard's end says something about the reject rate
 Progress = Callable[[Snapshot], None]
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class EncodesAndDescribes(Encodes, Describes, Protocol):
 class EncodeSummary:
     """What one worker did, with the shards that earlier runs had finished."""
 
+    resolutions: tuple[int, ...]
     shards: int  # source shards of this worker
     encoded: int  # of these, in this run
     tallies: tuple[Tally, ...]  # of this worker's shards, by resolution
@@ -48,15 +49,30 @@ class EncodeSummary:
     manifests: tuple[Manifest, ...]  # folded by this worker, when nothing is waiting
 
     def __str__(self) -> str:
-        first = self.tallies[0]
-        said = f"{first.samples} pictures in {self.shards} shards ({self.encoded} encoded now)"
-        said += f", {first.rejects.total()} rejected"
-        if filtered := first.unwanted - first.removed:
-            said += f", {filtered} left out by filters"
-        if first.removed:
-            said += f", {first.removed} taken down"
-        last = "manifest written" if self.manifests else f"{self.waiting} shards of other workers are still to come"
-        return f"{said}; {last}"
+        said = f"{self.shards} shards ({self.encoded} encoded now)"
+        if len(self.tallies) == 1:
+            said = f"{_counts(self.tallies[0])} in {said}"
+        else:
+            parts = (f"{side} px: {_counts(tally)}" for side, tally in zip(self.resolutions, self.tallies, strict=True))
+            said += "".join(f"\n  {part}" for part in parts) + "\n"
+        last = (
+            "manifest written"
+            if self.manifests
+            else f"{self.waiting} shards are still to come (other workers', or added meanwhile)"
+        )
+        return f"{said.rstrip()}; {last}" if len(self.tallies) == 1 else f"{said}{last}"
+
+
+def _counts(tally: Tally) -> str:
+    said = f"{tally.samples} pictures"
+    for count, word in (
+        (tally.rejects.total(), "rejected"),
+        (tally.unwanted - tally.removed, "left out by filters"),
+        (tally.removed, "taken down"),
+    ):
+        if count or word == "rejected":
+            said += f", {count} {word}"
+    return said
 
 
 def encode(
@@ -78,7 +94,7 @@ def encode(
 
     Raises:
         ConfigError: a share, filter, resolution or tower that cannot be.
-        DataError: no shards, too many rejects, shards that were replaced meanwhile, or an output of another
+        DataError: no shards, too many rejects, shards that were replaced after they were read, or an output of another
             fingerprint; it names the fields.
         StorageError: a source, the autoencoder or the output cannot be reached.
     """
@@ -87,13 +103,11 @@ def encode(
         raise ConfigError(f"task {index}/{count}: not a share", "use I/N with I from 0 to N-1")
     Filters(config.images.filters)  # a mistake in it is told before models are loaded
     sources = find_sources(config)
-    encoder = encoder or Encoder(config)
+    encoder = encoder or Encoder(config, place=index)
     targets = claim(config, encoder)
     mine = sources[index::count]
-    versions = {source.shard: source.version for source in mine}
     tallies = tuple(Tally() for _ in targets)
     work = _work(targets, mine, tallies)
-    changed: set[str] = set()
     meter = Meter(
         total_bytes=sum(one.source.bytes for one in work),
         total_shards=len(mine),
@@ -106,15 +120,10 @@ def encode(
         with Reporter(meter, metrics, progress), closing(Worker(config, encoder, targets, meter).run(work)) as finished:
             for number, receipt in finished:
                 tallies[number].add(receipt)
-                if receipt.source_version != versions[receipt.shard]:
-                    changed.add(receipt.source)
                 _warn_of_damage(receipt)
-                check_rejects(tallies[number], config.max_reject_rate, MIN_SEEN)
-    for tally in tallies:
-        check_rejects(tally, config.max_reject_rate)
-    _check_unchanged(changed)
-    waiting, manifests = _fold(config, targets, sources, alone=count == 1)
-    return EncodeSummary(len(mine), len(work), tallies, waiting, manifests)
+                check_rejects_so_far(tallies[number], config.max_reject_rate)
+    waiting, manifests = _fold(config, targets, alone=count == 1)
+    return EncodeSummary(config.images.resolutions, len(mine), len(work), tallies, waiting, manifests)
 
 
 def finalize(config: EncodeConfig) -> tuple[Manifest, ...]:
@@ -125,13 +134,13 @@ def finalize(config: EncodeConfig) -> tuple[Manifest, ...]:
     Raises:
         DataError: shards are missing (named), nothing was encoded, or as `encode`.
     """
-    sources = find_sources(config)
-    return tuple(fold_output(config, target, sources) for target in claimed(config))
+    return _fold_all(config, claimed(config), find_sources(config))
 
 
 def _work(targets: Sequence[Target], mine: Sequence[Source], tallies: Sequence[Tally]) -> list[Work]:
     """What is left to do of this worker's share."""
-    done = [committed(target, mine, tally) for target, tally in zip(targets, tallies, strict=True)]
+    digests: dict[str, str] = {}  # of sources that were written anew, read once for all targets
+    done = [committed(target, mine, tally, digests) for target, tally in zip(targets, tallies, strict=True)]
     work = []
     for source in mine:
         lacking = tuple(number for number, shards in enumerate(done) if source.shard not in shards)
@@ -140,19 +149,32 @@ def _work(targets: Sequence[Target], mine: Sequence[Source], tallies: Sequence[T
     return work
 
 
-def _fold(
-    config: EncodeConfig, targets: Sequence[Target], sources: Sequence[Source], *, alone: bool
-) -> tuple[int, tuple[Manifest, ...]]:
+def _fold(config: EncodeConfig, targets: Sequence[Target], *, alone: bool) -> tuple[int, tuple[Manifest, ...]]:
     """Shards still to come, or the manifests when there are none."""
+    sources = find_sources(config)  # anew: others may have been added since, and their manifest must stand
     waiting = max(len(missing(target, sources)) for target in targets)
     if waiting:
         return waiting, ()
     try:
-        return 0, tuple(fold_output(config, target, sources) for target in targets)
+        return 0, _fold_all(config, targets, sources)
     except IncompleteError as error:  # another worker's receipts are there, but out of date: it will see to them
         if alone:
             raise
         return error.shards, ()
+
+
+def _fold_all(config: EncodeConfig, targets: Sequence[Target], sources: Sequence[Source]) -> tuple[Manifest, ...]:
+    """The manifest of each resolution; of several that cannot be folded, the first is told once the others are."""
+    manifests: list[Manifest] = []
+    failures: list[DataError] = []
+    for target in targets:
+        try:
+            manifests.append(fold_output(config, target, sources))
+        except DataError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return tuple(manifests)
 
 
 def _introduction(
@@ -179,14 +201,6 @@ def _introduction(
         "output": config.output,
     }
     return table({name: said for name, said in facts.items() if said})
-
-
-def _check_unchanged(changed: Collection[str]) -> None:
-    if changed:
-        raise DataError(
-            f"{len(changed)} image shards were replaced while the job ran: {', '.join(sorted(changed)[:3])}",
-            "leave them alone, and run the same command again: it goes on where it was",
-        )
 
 
 def _warn_of_damage(receipt: Receipt) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.config import EncodeConfig
+from pipeline.data.manifest import ENCODING
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import find_shard_entries, local_path, split
+from pipeline.storage import ShardAddress, find_shard_entries, local_path, open_store, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Source:
 def find_sources(config: EncodeConfig) -> list[Source]:
     """The image shards, in order of name: not of address, so that the data may move.
 
+    Latent shards that the job itself writes below one of the patterns are no sources.
+
     Raises:
         DataError: none, or two of one name.
         ConfigError: they stand in the output folder.
@@ -31,9 +35,7 @@ def find_sources(config: EncodeConfig) -> list[Source]:
     """
     parts = config.images.shard_name_parts
     sources = []
-    for entry in find_shard_entries(config.images.shards):
-        if _place(split(entry.url)[0]) in _outputs(config):
-            raise ConfigError(f"output: {config.output} is where the image shards are", "choose another output")
+    for entry in _outside(find_shard_entries(config.images.shards), output_urls(config)):
         name = "/".join(_below_root(entry.url).split("/")[-parts:])
         shard = name if name.endswith(".tar") else f"{name}.tar"
         sources.append(Source(entry.url, entry.size, entry.version, name, shard))
@@ -46,13 +48,34 @@ def find_sources(config: EncodeConfig) -> list[Source]:
     return sorted(sources, key=lambda source: source.shard)
 
 
-def _outputs(config: EncodeConfig) -> set[str]:
-    below = (f"{config.output.rstrip('/')}/{resolution}" for resolution in config.images.resolutions)
-    return {_place(config.output), *map(_place, below)}
+def output_urls(config: EncodeConfig) -> dict[int, str]:
+    """The place of each resolution: the output itself, or a sub-folder for each where several are listed."""
+    if isinstance(config.images.resolution, int):
+        return {config.images.resolution: config.output}
+    return {side: f"{config.output.rstrip('/')}/{side}" for side in config.images.resolutions}
+
+
+def _outside(entries: Iterable[ShardAddress], outputs: dict[int, str]) -> list[ShardAddress]:
+    """The shards that stand in no output. In one that nothing was encoded to yet, they are the user's own."""
+    places = {_place(url): url for url in outputs.values()}
+    folders: dict[str, str | None] = {}  # of shards: the output that each is in
+    found = []
+    for entry in entries:
+        folder = split(entry.url)[0]
+        if folder not in folders:
+            place = _place(folder) + "/"
+            folders[folder] = next((url for output, url in places.items() if place.startswith(output + "/")), None)
+        if (output := folders[folder]) is None:
+            found.append(entry)
+        elif not open_store(output).exists(ENCODING):
+            raise ConfigError(f"output: {output} is where the image shards are", "choose another output")
+    if not found:
+        raise DataError("images.shards: all of them are in the output", "choose another output")
+    return found
 
 
 def _place(url: str) -> str:
-    return url.rstrip("/") if "://" in url else str(local_path(url).resolve())
+    return url.rstrip("/") if "://" in url else str(local_path(url).resolve()).rstrip("/")
 
 
 def _below_root(url: str) -> str:

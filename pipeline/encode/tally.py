@@ -6,8 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pipeline.data.manifest import FILTERED, Receipt
+from pipeline.data.samples import SHARD_DAMAGED
 from pipeline.encode.takedown.keys import REASON as REMOVED
 from pipeline.errors import DataError
+
+_MIN_SEEN = 100
+_HOPELESS = 0.5
 
 
 @dataclass
@@ -45,17 +49,33 @@ def unwanted(reason: str) -> bool:
     return reason.startswith(FILTERED) or reason == REMOVED
 
 
-def check_rejects(tally: Tally, limit: float, min_seen: int = 0) -> None:
-    """Whether few enough samples were unusable.
+def check_rejects(tally: Tally, limit: float) -> None:
+    """Whether few enough samples were unusable, and few enough image shards damaged: of those, nobody knows the loss.
 
     Raises:
-        DataError: the share is above `limit`, of at least `min_seen` samples; the message has the commonest reasons.
+        DataError: either share is above `limit`; the message has the commonest reasons.
     """
-    rejects = tally.rejects
+    rejects, damaged = tally.rejects, tally.reasons[SHARD_DAMAGED]
     seen = tally.samples + rejects.total()
-    if seen >= min_seen and rejects.total() > limit * seen:
+    if rejects.total() > limit * seen:
         said = ", ".join(f"{reason}: {count}" for reason, count in rejects.most_common(3))
         raise DataError(
             f"{rejects.total()} of {seen} pictures were rejected ({said}), more than max_reject_rate={limit}",
             "look at the rejects in the receipts; mend the shards, or raise max_reject_rate: finished shards are kept",
         )
+    if damaged > limit * tally.shards:
+        raise DataError(
+            f"{damaged} of {tally.shards} image shards are damaged, more than max_reject_rate={limit}",
+            "fetch or write them anew (the receipts name them), or raise max_reject_rate: finished shards are kept",
+        )
+
+
+def check_rejects_so_far(tally: Tally, limit: float) -> None:
+    """Whether there is a point in going on: of one worker's share, whose mistakes may be made up for by the others'.
+
+    Raises:
+        DataError: of the first samples more than half were unusable, as where a field's name is mistyped.
+    """
+    rejects = tally.rejects.total()
+    if (seen := tally.samples + rejects) >= _MIN_SEEN and rejects > max(limit, _HOPELESS) * seen:
+        check_rejects(tally, limit)

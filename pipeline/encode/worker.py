@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,19 +20,22 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import EncodeConfig
+from pipeline.cores import available_cores
 from pipeline.data import images
 from pipeline.data.buckets import nearest_bucket, scale
 from pipeline.data.filters import UPSCALE, Filters
-from pipeline.data.manifest import RECEIPT_SUFFIX, Bucket, Environment, Receipt
+from pipeline.data.manifest import Bucket, Environment, Receipt
 from pipeline.data.samples import ImageSample, Rejected, is_holdout, read_image_shard
+from pipeline.encode.claim import Target
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity, Text
 from pipeline.encode.meter import Meter
-from pipeline.encode.output import Target
+from pipeline.encode.output import commit
 from pipeline.encode.overlap import ahead
 from pipeline.encode.sources import Source
 from pipeline.encode.takedown.keys import REASON as REMOVED
 from pipeline.encode.tally import unwanted
-from pipeline.storage import Store, open_stream
+from pipeline.errors import StorageError
+from pipeline.storage import open_stream
 
 UPLOADERS = 2
 
@@ -74,12 +77,22 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class _Decoding:
-    sample: ImageSample
+    key: str
+    captions: tuple[str, ...]
     fitted: Future[dict[int, _Fitted | str]]  # by target: the picture, or why not
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A picture in a batch that is not full yet."""
+
+    key: str
+    captions: tuple[str, ...]
+    fitted: _Fitted
+    is_counted: bool  # in one of its targets, for the meter
+
+
 _Item = _Decoding | Rejected | SourceIdentity
-_Batch = list[tuple[ImageSample, _Fitted]]
 
 
 @dataclass
@@ -88,7 +101,7 @@ class _Open:
 
     work: Work
     shards: dict[int, LatentShard]
-    batches: dict[tuple[int, Bucket], _Batch] = field(default_factory=dict)
+    batches: dict[tuple[int, Bucket], list[_Waiting]] = field(default_factory=dict)
 
 
 class Worker:
@@ -105,6 +118,7 @@ class Worker:
     def run(self, work: Sequence[Work]) -> Generator[tuple[int, Receipt], None, None]:
         """Target's number and receipt of each latent shard, once both are stored. For one call."""
         decoders = ThreadPoolExecutor(decoder_count(self._config), "decode")
+        is_lost = False
         try:
             depth = max(2 * self._config.batch_size, 2 * decoder_count(self._config))
             with closing(ahead(self._read(work, decoders), depth)) as items:
@@ -113,9 +127,12 @@ class Worker:
                     yield from self._uploaded(UPLOADERS * len(self._targets))
                 self._advance(0)
             yield from self._uploaded(0)
+        except StorageError:
+            is_lost = True  # the other uploads would wait for the same store in vain
+            raise
         finally:
             decoders.shutdown(wait=False, cancel_futures=True)
-            self._uploaders.shutdown(wait=True, cancel_futures=True)
+            self._uploaders.shutdown(wait=True, cancel_futures=is_lost)
 
     def _read(self, work: Iterable[Work], decoders: Executor) -> Iterator[_Item]:
         """The samples of each shard as they are being decoded, and behind each shard's last the shard's identity."""
@@ -140,9 +157,13 @@ class Worker:
     def _wanted(self, sample: ImageSample | Rejected, work: Work, decoders: Executor) -> _Decoding | Rejected:
         if isinstance(sample, Rejected):
             return sample
-        if reason := self._filters.of_sample(sample):
+        with self._meter.busy("fetch"):
+            reason = self._filters.of_sample(sample)
+        if reason:
             return Rejected(sample.key, reason)
-        return _Decoding(sample, decoders.submit(self._fit, sample.image_bytes, work.targets))
+        # The file's bytes go no further than the decoder: what waits for its batch is pixels alone.
+        fitted = decoders.submit(self._fit, sample.image_bytes, work.targets)
+        return _Decoding(sample.key, self._filters.captions(sample), fitted)
 
     def _fit(self, data: bytes, targets: Iterable[int]) -> dict[int, _Fitted | str]:
         """Decode once, bring to each target's size."""
@@ -173,70 +194,91 @@ class Worker:
                 for number, bucket in sorted(shard.batches):
                     self._encode(shard, number, bucket)
                 self._line.append(partial(self._finish, shard, item))
+                self._advance(2)  # where no sample of it was usable, no batch of the next may come soon
                 return
             if isinstance(item, Rejected):
-                for number in work.targets:
-                    self._reject(shard, number, item.key, item.reason)
-                continue
-            for number, fitted in item.fitted.result().items():
-                if isinstance(fitted, str):
-                    self._reject(shard, number, item.sample.key, fitted)
-                else:
-                    batch = shard.batches.setdefault((number, fitted.bucket), [])
-                    batch.append((item.sample, fitted))
-                    if len(batch) == config.batch_size:
-                        self._encode(shard, number, fitted.bucket)
+                self._reject(shard, dict.fromkeys(work.targets, item.reason), item.key)
+            else:
+                self._sort(shard, item)
         raise AssertionError("every shard's items end with its identity")
+
+    def _sort(self, shard: _Open, item: _Decoding) -> None:
+        """A decoded picture into the batch of each target that takes it."""
+        fitted = item.fitted.result()
+        taken = {number: found for number, found in fitted.items() if isinstance(found, _Fitted)}
+        refused = {number: reason for number, reason in fitted.items() if isinstance(reason, str)}
+        self._reject(shard, refused, item.key, count=not taken)
+        for number, found in taken.items():
+            batch = shard.batches.setdefault((number, found.bucket), [])
+            batch.append(_Waiting(item.key, item.captions, found, is_counted=number == max(taken)))
+            if len(batch) == self._config.batch_size:
+                self._encode(shard, number, found.bucket)
 
     def _encode(self, shard: _Open, number: int, bucket: Bucket) -> None:
         """Start a batch, and take in the one before it, which the device has finished or soon will have."""
-        batch, takedown = shard.batches.pop((number, bucket)), self._targets[number].takedown
-        captions = [self._filters.captions(sample) for sample, _ in batch]
-        pixels = np.stack([fitted.pixels for _, fitted in batch])
+        batch = shard.batches.pop((number, bucket))
+        pixels = np.stack([waiting.fitted.pixels for waiting in batch])
         with self._meter.busy("encode"):
-            texts = iter(self._encoder.text([caption for some in captions for caption in some]))
             pending = self._encoder.start(pixels, self._config.images.flip)
+            texts = iter(self._encoder.text([caption for waiting in batch for caption in waiting.captions]))
 
         def take() -> None:
             with self._meter.busy("encode"):
                 moments, flipped = pending.result()
-            for i, (sample, fitted) in enumerate(batch):
+            for i, waiting in enumerate(batch):
                 mirrored = None if flipped is None else flipped[i]
-                text = tuple(next(texts) for _ in captions[i])
-                reason = _not_finite(moments[i], mirrored, text)
-                if not reason and takedown.holds(shard.work.source.name, sample.key):
-                    reason = REMOVED  # not before: in float16's last places latents depend on their batch
-                if reason:
-                    self._reject(shard, number, sample.key, reason)
-                    continue
-                encoded = EncodedSample(sample.key, captions[i], bucket, moments[i], mirrored, text, fitted.size)
-                shard.shards[number].add(encoded, holdout=is_holdout(sample.key, self._config.images.holdout))
-                if number == shard.work.targets[0]:
-                    self._meter.count(images=1)
+                text = tuple(next(texts) for _ in waiting.captions)
+                self._add(shard, number, waiting, (moments[i], mirrored, text))
 
         self._line.append(take)
         self._advance(1)
+
+    def _add(
+        self,
+        shard: _Open,
+        number: int,
+        waiting: _Waiting,
+        encoded: tuple[npt.NDArray[np.float16], npt.NDArray[np.float16] | None, tuple[Text, ...]],
+    ) -> None:
+        """One sample into its latent shard, unless it is not finite or was taken down."""
+        moments, mirrored, text = encoded
+        reason = _not_finite(moments, mirrored, text)
+        if reason is None and self._targets[number].takedown.holds(shard.work.source.name, waiting.key):
+            reason = REMOVED
+        if reason:
+            self._reject(shard, {number: reason}, waiting.key, count=waiting.is_counted)
+            return
+        fitted = waiting.fitted
+        sample = EncodedSample(waiting.key, waiting.captions, fitted.bucket, moments, mirrored, text, fitted.size)
+        shard.shards[number].add(sample, holdout=is_holdout(waiting.key, self._config.images.holdout))
+        self._meter.count(images=waiting.is_counted)
 
     def _advance(self, keep: int) -> None:
         """Take the steps in line, but for the newest `keep`."""
         while len(self._line) > keep:
             self._line.popleft()()
 
-    def _reject(self, shard: _Open, number: int, key: str, reason: str) -> None:
-        shard.shards[number].reject(key, reason)
-        if number == shard.work.targets[0]:
+    def _reject(self, shard: _Open, reasons: Mapping[int, str], key: str, *, count: bool = True) -> None:
+        """Leave a sample out of some targets; the meter counts it where no target takes it."""
+        for number, reason in reasons.items():
+            shard.shards[number].reject(key, reason)
+        if count:
+            reason = next(iter(reasons.values()))
             one = {reason: 1}
             self._meter.count(filtered=one if unwanted(reason) else None, rejected=None if unwanted(reason) else one)
 
     def _finish(self, shard: _Open, identity: SourceIdentity) -> None:
+        left = set(shard.work.targets)
+
         def upload(number: int) -> tuple[int, Receipt]:
             target = self._targets[number]
             data, receipt = shard.shards.pop(number).finish(
                 shard.work.source.shard, identity, target.digest, self._encoder.environment
             )
             with self._meter.busy("upload"):
-                commit(target.store, data, receipt)
-            self._meter.count(written=receipt.bytes, shards=1 if number == shard.work.targets[0] else 0)
+                receipt = commit(target, data, receipt)
+            left.discard(number)
+            self._meter.count(written=receipt.bytes, shards=not left)
             return number, receipt
 
         self._uploads.extend(self._uploaders.submit(upload, number) for number in shard.work.targets)
@@ -259,12 +301,6 @@ def _not_finite(
 
 
 def decoder_count(config: EncodeConfig) -> int:
-    """Decoding threads: `threads`, or this process's part of the cores that it may use."""
-    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // here)
-
-
-def commit(store: Store, data: bytes | memoryview, receipt: Receipt) -> None:
-    """The shard, then its receipt: whoever sees the receipt may trust the shard."""
-    store.write(receipt.shard, data)
-    store.write(receipt.shard + RECEIPT_SUFFIX, receipt.to_bytes())
+    """Decoding threads: as the run file says, or this process's part of the cores that it may use."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return config.decode_threads or max(1, available_cores() // (int(here) if here.isdecimal() and int(here) else 1))

@@ -11,13 +11,16 @@ import torch
 import webdataset
 from diffusers import AutoencoderKL
 
-from pipeline.config import BucketsConfig, EncodeConfig, FiltersConfig
+from pipeline.config import BucketsConfig, EncodeConfig, EncodeTextConfig, FiltersConfig
 from pipeline.data import images
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar import TarBuilder, read_npy
+from pipeline.encode.claim import claim
+from pipeline.encode.encoder import Encoder
 from pipeline.encode.job import encode, finalize
 from pipeline.encode.meter import Snapshot
+from pipeline.encode.output import commit
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.models.text import Tokenizer
 from pipeline.storage import open_store
@@ -160,7 +163,7 @@ def test_the_manifest_tells_what_is_there(place):
 def test_two_workers_write_the_same_bytes(place):
     first = encode(settings(place, "two"), (0, 2))
     assert (first.shards, first.waiting, first.manifests) == (3, 2, ())
-    assert "2 shards of other workers" in str(first)
+    assert "2 shards are still to come" in str(first)
     second = encode(settings(place, "two"), (1, 2))
     assert len(second.manifests) == 1
     assert content(place, "two") == content(place, "undisturbed")
@@ -270,8 +273,11 @@ def test_an_empty_shard_and_a_damaged_one_do_not_stop_the_job(place, tmp_path, c
     (tmp_path / "images").mkdir()
     for name, data in (("a", TarBuilder().finish()), ("b", b"<html>" * 200), ("c", image_shard(0)[:-5000])):
         (tmp_path / "images" / f"{name}.tar").write_bytes(data)
-    summary = encode(settings(tmp_path, "out", autoencoder=str(place / "vae")))
-    assert summary.manifests[0].rejects["shard_damaged"] == 2
+    config = settings(tmp_path, "out", autoencoder=str(place / "vae"))
+    with pytest.raises(DataError, match=r"2 of 3 image shards are damaged, more than max_reject_rate=0\.5"):
+        encode(config)
+    summary = encode(config.model_copy(update={"max_reject_rate": 0.7}))
+    assert (summary.encoded, summary.manifests[0].rejects["shard_damaged"]) == (0, 2)
     assert sum("is damaged: " in message for message in caplog.messages) == 2
     assert [shard.samples("train") > 0 for shard in summary.manifests[0].shards] == [False, False, True]
 
@@ -361,7 +367,7 @@ def test_buckets_captions_flips_and_filters(place, tmp_path):
         "filtered_upscale": 1,
     }
     assert summary.tallies[0].unwanted == 5
-    assert "0 rejected, 5 left out by filters; manifest written" in str(summary)
+    assert "3 pictures, 0 rejected, 5 left out by filters in 1 shards" in str(summary)
     assert list(manifest.buckets()) == [(24, 40), (32, 32), (40, 24)]
     reference = AutoencoderKL.from_pretrained(place / "vae").eval()
     for sample in webdataset.WebDataset(str(tmp_path / "out" / "0.tar"), shardshuffle=False).decode():
@@ -399,13 +405,13 @@ def test_a_source_that_was_replaced_at_the_same_size_is_encoded_again(place, tmp
     assert encode(config).encoded == 0
 
 
-def test_repeated_keys_across_shards_are_used_and_told(place, tmp_path, caplog):
+def test_repeated_keys_across_shards_are_used(place, tmp_path):
+    """Workers do not talk to each other; `lathe verify` names the keys."""
     (tmp_path / "images").mkdir()
     for i in range(2):
         (tmp_path / "images" / f"{i}.tar").write_bytes(image_shard(0))
     summary = encode(settings(tmp_path, "out", autoencoder=str(place / "vae")))
     assert summary.tallies[0].samples == 2 * PER_SHARD
-    assert any(f"{PER_SHARD} keys occur more than once" in message for message in caplog.messages)
 
 
 def test_shards_of_one_name_are_told_by_their_folders(place, tmp_path):
@@ -425,7 +431,7 @@ def test_what_was_taken_down_stays_out(place, tmp_path):
     assert summary.encoded == 2
     assert summary.manifests[0].rejects == {"no_image": 1, "not_an_image": 1, "removed": 2}
     assert summary.tallies[0].samples == SHARDS * PER_SHARD + 1 - 2
-    assert "2 rejected, 2 taken down; manifest written" in str(summary)
+    assert "2 rejected, 2 taken down in 5 shards (2 encoded now); manifest written" in str(summary)
 
 
 def test_the_first_failing_upload_ends_the_job(place, tmp_path):
@@ -434,5 +440,127 @@ def test_the_first_failing_upload_ends_the_job(place, tmp_path):
     with pytest.raises(StorageError, match=r"00001\.tar"):
         encode(config)
     (tmp_path / "out" / "00001.tar").rmdir()
+    encode(config)
+    assert content(tmp_path, "out") == content(place, "undisturbed")
+
+
+def wordless_shard(seed: int) -> bytes:
+    tar = TarBuilder()
+    for i in range(PER_SHARD):
+        tar.add(f"w{seed:03d}{i:04d}.png", picture(i))
+    return bytes(tar.finish())
+
+
+def test_a_mistake_that_rejects_everything_ends_the_job_early(place, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        (tmp_path / "images" / f"{i:05d}.tar").write_bytes(wordless_shard(i))
+    with pytest.raises(DataError, match=r"were rejected \(no_caption"):
+        encode(settings(tmp_path, "out", autoencoder=str(place / "vae")))
+    done = [name for name in content(tmp_path, "out") if name.endswith(".receipt.json")]
+    assert 8 <= len(done) <= 16  # 100 samples are 8 shards; a few more were under way
+
+
+def test_whether_the_job_fails_does_not_depend_on_the_number_of_workers(place, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        bad = tuple((f"bad{n}.{kind}", b"x") for n in range(5) for kind in ("png", "txt")) if i == 3 else ()
+        (tmp_path / "images" / f"{i}.tar").write_bytes(image_shard(i, bad))
+    for workers in (1, 4):
+        config = settings(tmp_path, f"by-{workers}", autoencoder=str(place / "vae"), max_reject_rate=0.1)
+        for i in range(workers):
+            summary = encode(config, (i, workers))
+        assert len(summary.manifests) == 1
+    assert content(tmp_path, "by-1") == content(tmp_path, "by-4")
+
+
+@pytest.mark.parametrize("output", ["data", "data/a", "data/."])
+def test_an_output_never_overwrites_image_shards(place, tmp_path, output):
+    shutil.copytree(place / "images", tmp_path / "data" / "a")
+    before = content(tmp_path / "data", "a")
+    section = {"shards": f"{tmp_path}/data/*/*.tar", "resolution": SIDE, "shard_name_parts": 2}
+    with pytest.raises(ConfigError, match="is where the image shards are"):
+        encode(settings(tmp_path, output, images=section, autoencoder=str(place / "vae")))
+    assert content(tmp_path / "data", "a") == before
+
+
+def test_an_output_below_the_pattern_is_no_source(place, tmp_path):
+    shutil.copytree(place / "images", tmp_path / "data" / "a")
+    section = {"shards": f"{tmp_path}/data/**/*.tar", "resolution": SIDE}
+    config = settings(tmp_path, "data/latents", images=section, autoencoder=str(place / "vae"))
+    assert encode(config).encoded == SHARDS
+    again = encode(config)
+    assert (again.encoded, again.shards) == (0, SHARDS)
+
+
+def test_shards_added_while_a_worker_runs_are_not_forgotten(place, tmp_path):
+    shutil.copytree(place / "images", tmp_path / "images")
+    late = (tmp_path / "images" / "00004.tar").rename(tmp_path / "late.tar")
+    config = settings(tmp_path, "out", autoencoder=str(place / "vae"))
+
+    def add(snapshot: Snapshot) -> None:
+        if late.exists():
+            late.rename(tmp_path / "images" / "00004.tar")
+
+    summary = encode(config, progress=add)
+    assert (summary.waiting, summary.manifests) == (1, ())
+    assert len(encode(config).manifests[0].shards) == SHARDS
+
+
+def test_a_takedown_while_a_worker_runs_is_heeded(place, tmp_path):
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+
+    def take_down(snapshot: Snapshot) -> None:
+        (tmp_path / "out" / "removed.txt").write_text("0000003\n")
+
+    with pytest.raises(DataError, match=r"1 of 5 latent shards are missing: 00000\.tar"):
+        encode(config, progress=take_down)
+    summary = encode(config)
+    assert (summary.encoded, summary.tallies[0].removed) == (1, 1)
+
+
+def test_two_jobs_with_other_settings_cannot_both_have_an_output(place, tmp_path):
+    """The second claims an output that has no shard yet; the first notices before it commits one."""
+    images_section = settings(place, "").images
+    first = settings(tmp_path, "out", images=images_section, autoencoder=str(place / "vae"))
+    second = first.model_copy(update={"text": EncodeTextConfig(context_length=24)})
+
+    def claim_too(snapshot: Snapshot) -> None:
+        claim(second, Encoder(second))
+
+    with pytest.raises(DataError, match="was claimed meanwhile by a job with other settings"):
+        encode(first, progress=claim_too)
+    encode(second)
+    assert load_manifest(str(tmp_path / "out" / "manifest.json")).context_length == 24
+    assert read_npy(content(tmp_path, "out")["empty.tokens.clip.npy"]).shape == (24,)
+    with pytest.raises(DataError, match="these differ: text_towers"):
+        encode(first)
+
+
+def test_a_shard_never_stands_beside_the_receipt_of_another(place, tmp_path):
+    """A straggler of an earlier array, on other hardware, finds the shard committed and leaves it."""
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    target = claim(config, Encoder(config))[0]
+    encode(config)
+    before = content(tmp_path, "out")
+    receipt = load_receipt(target.store, "00002.tar.receipt.json")
+    other = receipt.model_copy(update={"sha256": "0" * 64, "environment": {"device": "another"}})
+    assert commit(target, b"x" * receipt.bytes, other) == receipt
+    assert content(tmp_path, "out") == before
+
+
+def test_one_resolution_that_cannot_be_folded_does_not_cost_the_others(place, tmp_path):
+    section = {"shards": str(place / "images"), "resolution": (256, SIDE)}
+    with pytest.raises(DataError, match="no picture is left to train on"):
+        encode(settings(tmp_path, "out", images=section, autoencoder=str(place / "vae")))
+    assert load_manifest(str(tmp_path / "out" / str(SIDE) / "manifest.json")).samples("train") == 66
+
+
+def test_what_killed_workers_left_in_a_folder_is_swept_up(place, tmp_path):
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    (tmp_path / "out").mkdir()
+    names = ("00001.tar", "00002.tar.receipt.json", "manifest.json", "encoding.json", "empty.tokens.clip.npy")
+    for name in (*names, "removed.txt", "rejects.jsonl"):
+        (tmp_path / "out" / f".{name}.0123456789ab.partial").write_bytes(b"half")
     encode(config)
     assert content(tmp_path, "out") == content(place, "undisturbed")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.data.fold import content_hash
 from pipeline.data.manifest import (
+    ENCODING,
     MANIFEST,
     RECEIPT_SUFFIX,
     REJECTS,
@@ -21,7 +22,7 @@ from pipeline.data.manifest import (
     Receipt,
     load_receipt,
 )
-from pipeline.encode.output import ENCODING, Encoding
+from pipeline.encode.claim import Encoding
 from pipeline.encode.rejects import reject_lines
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.sample import SampleCheck, size_text, text_rules

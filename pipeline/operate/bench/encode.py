@@ -28,13 +28,12 @@ from diffusers import AutoencoderKL
 
 from pipeline.config import EncodeConfig
 from pipeline.data import images
-from pipeline.data.manifest import Environment, Fingerprint, Tower
+from pipeline.data.manifest import RECEIPT_SUFFIX, Environment, Fingerprint, Tower
 from pipeline.data.samples import ImageSample, read_image_shard
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.job import EncodesAndDescribes, encode
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity
 from pipeline.encode.sources import find_sources
-from pipeline.encode.worker import commit
 from pipeline.models.text import Tokenizer
 from pipeline.operate.bench.pictures import write_shards
 from pipeline.operate.bench.setting import setting
@@ -217,7 +216,9 @@ def naive(config: EncodeConfig, encoder: EncodesAndDescribes, shards: int) -> fl
                 text = tuple(encoder.text(sample.captions))
                 encoded = EncodedSample(sample.key, sample.captions, (side, side), latent, None, text, size)
                 shard.add(encoded, holdout=False)
-        commit(store, *shard.finish(source.shard, identity, "naive", encoder.environment))
+        data, receipt = shard.finish(source.shard, identity, "naive", encoder.environment)
+        store.write(receipt.shard, data)
+        store.write(receipt.shard + RECEIPT_SUFFIX, receipt.to_bytes())
         pictures += len(samples)
     return (time.perf_counter() - begun) / pictures
 

@@ -1,0 +1,141 @@
+"""What each resolution's output is for: noted by the first worker, checked by all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from pipeline.config import EncodeConfig
+from pipeline.data.manifest import EMPTY_PREFIX, ENCODING, RECEIPT_SUFFIX, Bucket, Fingerprint, Record
+from pipeline.data.tar import npy_bytes
+from pipeline.encode.sources import output_urls
+from pipeline.encode.takedown.keys import Takedown, read_takedown
+from pipeline.errors import DataError
+from pipeline.storage import Store, open_store
+
+
+class Encoding(Record):
+    """What an output was claimed for. Fields as in Manifest."""
+
+    fingerprint: Fingerprint
+    autoencoder: str
+    latent_channels: int
+    downsampling_factor: int
+    scaling_factor: float
+    shift_factor: float
+
+
+class Describes(Protocol):
+    """The part of the encoder that an output is claimed with."""
+
+    channels: int
+    downsampling_factor: int
+    scaling_factor: float
+    shift_factor: float
+
+    def fingerprint(self, resolution: int) -> Fingerprint: ...  # noqa: D102
+    def empty(self) -> Mapping[str, npt.NDArray[Any]]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Target:
+    """The output of one resolution."""
+
+    store: Store
+    encoding: Encoding
+    takedown: Takedown
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The picture sizes of this resolution."""
+        return self.encoding.fingerprint.buckets
+
+    @cached_property
+    def digest(self) -> str:
+        """The fingerprint's digest, as receipts have it."""
+        return self.encoding.fingerprint.digest()
+
+    def check_claim(self) -> None:
+        """Whether the output is still claimed for the same. Before its first shard another job may claim it.
+
+        Raises:
+            DataError: it is not.
+        """
+        if self.encoding.fingerprint.difference(_read(self.store).fingerprint):
+            raise DataError(
+                f"{self.store.url} was claimed meanwhile by a job with other settings",
+                "stop one of the two jobs, and give them different outputs",
+            )
+
+
+def claim(config: EncodeConfig, encoder: Describes) -> list[Target]:
+    """Note in each resolution's output what it is for, or check that it is for the same.
+
+    Raises:
+        DataError: an output holds latents of another meaning; the message names the fields that differ.
+    """
+    targets = []
+    for resolution, url in output_urls(config).items():
+        store = open_store(url)
+        encoding = Encoding(
+            fingerprint=encoder.fingerprint(resolution),
+            autoencoder=config.autoencoder,
+            latent_channels=encoder.channels,
+            downsampling_factor=encoder.downsampling_factor,
+            scaling_factor=encoder.scaling_factor,
+            shift_factor=encoder.shift_factor,
+        )
+        noted = _claim(store, encoding)
+        _write_empty(store, encoder.empty())
+        targets.append(Target(store, noted, read_takedown(store)))
+    return targets
+
+
+def claimed(config: EncodeConfig) -> list[Target]:
+    """The outputs as workers have claimed them. Raises DataError where none has."""
+    stores = map(open_store, output_urls(config).values())
+    return [Target(store, _read(store), read_takedown(store)) for store in stores]
+
+
+def _claim(store: Store, encoding: Encoding) -> Encoding:
+    """What the output is claimed for, by us now or by another worker before."""
+    if not store.exists(ENCODING) and store.write(ENCODING, encoding.to_bytes(), if_absent=True):
+        return encoding
+    noted = _read(store)
+    fields = noted.fingerprint.difference(encoding.fingerprint)
+    if not fields:
+        return noted
+    if any(entry.name.endswith(RECEIPT_SUFFIX) for entry in store.list()):
+        said = ", ".join(_told(noted.fingerprint, encoding.fingerprint, name) for name in fields)
+        raise DataError(
+            f"{store.url} holds latents that were made otherwise; these differ: {said}",
+            "choose another output, or use the settings and the autoencoder that it was begun with",
+        )
+    store.delete(entry.name for entry in store.list(EMPTY_PREFIX) if "/" not in entry.name)
+    store.write(ENCODING, encoding.to_bytes())
+    return encoding
+
+
+def _write_empty(store: Store, empty: Mapping[str, npt.NDArray[Any]]) -> None:
+    for stem, values in empty.items():
+        store.write(f"{EMPTY_PREFIX}{stem}.npy", npy_bytes(values))
+
+
+def _read(store: Store) -> Encoding:
+    if not store.exists(ENCODING):
+        raise DataError(f"{store.url} has no {ENCODING}: nothing was encoded here", "run lathe encode first")
+    try:
+        return Encoding.model_validate_json(store.read(ENCODING))
+    except ValidationError as error:
+        raise DataError(f"{store.url}: {ENCODING} cannot be read", "choose another output") from error
+
+
+def _told(before: Fingerprint, now: Fingerprint, name: str) -> str:
+    """A field with its two values, where they are short enough for a person."""
+    values = [str(getattr(fingerprint, name)) for fingerprint in (before, now)]
+    return name if max(map(len, values)) > 40 else f"{name} ({values[0]}, now {values[1]})"
