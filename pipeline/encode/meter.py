@@ -103,6 +103,7 @@ class Meter:
         self._started = now = clock()
         self._stages = {stage: _Busy(self._lock, clock, now, threads[stage]) for stage in STAGES}
         self._images = self._read = self._parsed = self._written = 0
+        self._most_used = 0.0
         self._rejected: Counter[str] = Counter()
         self._filtered: Counter[str] = Counter()
         self._marks = deque([self._mark(now)])
@@ -189,7 +190,9 @@ class Meter:
     def _used(self) -> float:
         """Bytes of source that are done with: those read, less the part of the samples that are still in line."""
         finished = self._images + self._rejected.total() + self._filtered.total()
-        return self._read * min(finished / self._parsed, 1.0) if self._parsed else float(self._read)
+        used = self._read * min(finished / self._parsed, 1.0) if self._parsed else float(self._read)
+        self._most_used = max(self._most_used, used)  # the share of what is in line grows at first
+        return self._most_used
 
     def _shares(self, now: _Mark) -> tuple[dict[Stage, float], float]:
         """Busy shares and pictures per second since the window's first mark."""
@@ -213,6 +216,8 @@ class Meter:
         if self._shards >= self._total_shards:
             return 0.0
         left = self._total_bytes - self._used()
+        if not self._images:  # models are still warming up
+            return None
         return left * self._pace_seconds / self._pace_bytes if left > 0 and self._pace_bytes else None
 
 

@@ -75,3 +75,33 @@ def mapped(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead
     finally:
         for future in waiting:
             future.cancel()
+
+
+class Budget:
+    """A number of bytes that may be under way at once. One item beyond it passes alone.
+
+    Args:
+        limit: in bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._closed = limit, 0, False
+        self._changed = threading.Condition()
+
+    def take(self, count: int) -> None:
+        """Wait until `count` bytes more may be under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._used or self._used + count <= self._limit)
+            self._used += count
+
+    def give(self, count: int) -> None:
+        """These bytes are no longer under way."""
+        with self._changed:
+            self._used -= count
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let everyone pass: what was under way is not wanted any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

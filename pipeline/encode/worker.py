@@ -30,7 +30,7 @@ from pipeline.encode.claim import Target
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity, Text
 from pipeline.encode.meter import Meter
 from pipeline.encode.output import commit
-from pipeline.encode.overlap import ahead
+from pipeline.encode.overlap import Budget, ahead
 from pipeline.encode.sources import Source
 from pipeline.encode.takedown.keys import REASON as REMOVED
 from pipeline.encode.tally import unwanted
@@ -38,6 +38,7 @@ from pipeline.errors import StorageError
 from pipeline.storage import open_stream
 
 UPLOADERS = 2
+_UNDECODED_BYTES = 256 * 2**20  # of picture files that wait for a decoder
 
 
 class PendingMoments(Protocol):
@@ -114,6 +115,7 @@ class Worker:
         self._line: deque[Callable[[], None]] = deque()
         self._uploads: deque[Future[tuple[int, Receipt]]] = deque()
         self._uploaders = ThreadPoolExecutor(UPLOADERS, "upload")
+        self._undecoded = Budget(_UNDECODED_BYTES)
 
     def run(self, work: Sequence[Work]) -> Generator[tuple[int, Receipt], None, None]:
         """Target's number and receipt of each latent shard, once both are stored. For one call."""
@@ -131,6 +133,7 @@ class Worker:
             is_lost = True  # the other uploads would wait for the same store in vain
             raise
         finally:
+            self._undecoded.close()
             decoders.shutdown(wait=False, cancel_futures=True)
             self._uploaders.shutdown(wait=True, cancel_futures=is_lost)
 
@@ -162,28 +165,35 @@ class Worker:
         if reason:
             return Rejected(sample.key, reason)
         # The file's bytes go no further than the decoder: what waits for its batch is pixels alone.
+        self._undecoded.take(len(sample.image_bytes))
         fitted = decoders.submit(self._fit, sample.image_bytes, work.targets)
         return _Decoding(sample.key, self._filters.captions(sample), fitted)
 
     def _fit(self, data: bytes, targets: Iterable[int]) -> dict[int, _Fitted | str]:
         """Decode once, bring to each target's size."""
-        with self._meter.busy("decode"):
-            try:
-                pixels = images.decode(data, self._config.images.background)
-            except images.ImageError as error:
-                return dict.fromkeys(targets, error.reason)
-            height, width = pixels.shape[:2]
-            if reason := self._filters.of_size(height, width):
-                return dict.fromkeys(targets, reason)
-            fitted: dict[int, _Fitted | str] = {}
-            for target in targets:
-                bucket = nearest_bucket(height, width, self._targets[target].buckets)
-                if scale(height, width, bucket) > self._config.images.max_upscale:
-                    fitted[target] = UPSCALE
-                else:
-                    size = images.size_record(height, width, bucket)
-                    fitted[target] = _Fitted(bucket, images.cover(pixels, bucket), size)
-            return fitted
+        try:
+            with self._meter.busy("decode"):
+                return self._decoded(data, targets)
+        finally:
+            self._undecoded.give(len(data))
+
+    def _decoded(self, data: bytes, targets: Iterable[int]) -> dict[int, _Fitted | str]:
+        try:
+            pixels = images.decode(data, self._config.images.background)
+        except images.ImageError as error:
+            return dict.fromkeys(targets, error.reason)
+        height, width = pixels.shape[:2]
+        if reason := self._filters.of_size(height, width):
+            return dict.fromkeys(targets, reason)
+        fitted: dict[int, _Fitted | str] = {}
+        for target in targets:
+            bucket = nearest_bucket(height, width, self._targets[target].buckets)
+            if scale(height, width, bucket) > self._config.images.max_upscale:
+                fitted[target] = UPSCALE
+            else:
+                size = images.size_record(height, width, bucket)
+                fitted[target] = _Fitted(bucket, images.cover(pixels, bucket), size)
+        return fitted
 
     def _gather(self, work: Work, items: Iterator[_Item]) -> None:
         """One source shard's items into batches; at its end the latent shards are on their way."""

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.encode.overlap import ahead
+from pipeline.encode.overlap import Budget, ahead
 
 
 def test_order_is_kept():
@@ -51,3 +51,27 @@ def test_closing_ends_the_thread():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert threading.active_count() == before
+
+
+def test_a_budget_holds_back_what_is_too_much_and_lets_one_alone_pass():
+    budget, passed = Budget(10), threading.Event()
+    budget.take(25)
+
+    def wait() -> None:
+        budget.take(1)
+        passed.set()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    assert not passed.wait(0.2)
+    budget.give(25)
+    assert passed.wait(10)
+
+
+def test_a_closed_budget_holds_nobody_back():
+    budget, passed = Budget(10), threading.Event()
+    budget.take(10)
+    waiting = threading.Thread(target=lambda: (budget.take(5), passed.set()), daemon=True)
+    waiting.start()
+    budget.close()
+    assert passed.wait(10)
