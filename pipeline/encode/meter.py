@@ -216,7 +216,7 @@ class Meter:
         if self._shards >= self._total_shards:
             return 0.0
         left = self._total_bytes - self._used()
-        if not self._images:  # models are still warming up
+        if self._parsed and not self._images:  # models are still warming up
             return None
         return left * self._pace_seconds / self._pace_bytes if left > 0 and self._pace_bytes else None
 
