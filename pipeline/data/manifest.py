@@ -16,9 +16,9 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from pipeline.errors import DataError
 from pipeline.storage import Store, read_file
@@ -34,8 +34,10 @@ FILTERED = "filtered_"  # how the reasons of samples begin that nobody wanted, a
 RECEIPT_SUFFIX = ".receipt.json"  # follows the latent shard's whole name: 00000.tar.receipt.json
 
 Split = Literal["train", "holdout"]
-Range = tuple[int, int]  # [first, end)
-Bucket = tuple[int, int]  # height, width in pixels
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Range = tuple[Natural, Natural]  # [first, end)
+Bucket = tuple[Positive, Positive]  # height, width in pixels
 Environment = dict[str, str | int]
 
 
@@ -59,12 +61,12 @@ class Tower(Record):
 
     name: str
     tokenizer: str  # digest: codes, normalisation, context length, padding token
-    context_length: int
+    context_length: int = Field(gt=0, le=65_536)
     weights: str = ""  # hash of all parameters; empty where only token ids are stored
     layer: str = ""  # "last" or "penultimate"
     final_norm: bool = True
-    width: int = 0  # D of the stored embeddings
-    pooled_width: int = 0  # of the stored pooled vector; 0 = none
+    width: Natural = 0  # D of the stored embeddings
+    pooled_width: Natural = 0  # of the stored pooled vector; 0 = none
 
 
 class Fingerprint(Record):
@@ -77,19 +79,19 @@ class Fingerprint(Record):
     normalisation: str  # from bytes to the autoencoder's input
     resize_filter: str
     crop_rule: str
-    resolution: int
-    buckets: tuple[Bucket, ...]  # every size that a picture may be brought to
-    max_upscale: float
+    resolution: Positive
+    buckets: tuple[Bucket, ...] = Field(min_length=1)  # every size that a picture may be brought to
+    max_upscale: FiniteFloat
     flip: bool
     background: tuple[int, int, int]
     filters: str  # canonical JSON
     text_mode: str
     text_padding: str
     text_precision: str
-    text_towers: tuple[Tower, ...]
+    text_towers: tuple[Tower, ...] = Field(min_length=1)
     caption_field: str
     dtype: str
-    holdout: float
+    holdout: FiniteFloat
 
     def digest(self) -> str:
         """SHA-256 of the canonical bytes, hexadecimal."""
@@ -116,17 +118,17 @@ class BucketRange(Record):
 class Block(Record):
     """A run of samples that can be read and checked alone; it never crosses a range's border."""
 
-    first_sample: int
-    samples: int
-    offset: int  # bytes from the start of the tar
-    length: int
+    first_sample: Natural
+    samples: Natural
+    offset: Natural  # bytes from the start of the tar
+    length: Natural
     crc32: int
 
 
 class Statistics(Record):
     """Float64 sums over the training samples, per latent channel, of the stored (float16) values."""
 
-    count: int  # elements of each channel: samples * h * w
+    count: Natural  # elements of each channel: samples * h * w
     sum: tuple[float, ...]  # [C] of the posterior means
     sum_squares: tuple[float, ...]  # [C] of their squares
     sum_variance: tuple[float, ...]  # [C] of exp(logvar)
@@ -191,8 +193,8 @@ class BucketCount(Record):
     """How many samples of one picture size a shard has."""
 
     bucket: Bucket
-    train: int
-    holdout: int
+    train: Natural
+    holdout: Natural
 
 
 class ShardEntry(Record):
@@ -216,19 +218,26 @@ class Manifest(Record):
     format_version: int = FORMAT_VERSION
     fingerprint: Fingerprint
     content_hash: str
-    images: tuple[str, ...]  # where the image shards were
-    shard_name_parts: int  # how many parts of their addresses name them
+    images: tuple[str, ...] = Field(min_length=1)  # where the image shards were
+    shard_name_parts: Positive  # how many parts of their addresses name them
     autoencoder: str  # where the encoder was read from
-    latent_channels: int
-    downsampling_factor: int
-    scaling_factor: float  # of the autoencoder's own config; latents are stored without it
-    shift_factor: float
+    latent_channels: Positive
+    downsampling_factor: Positive
+    scaling_factor: FiniteFloat  # of the autoencoder's own config; latents are stored without it
+    shift_factor: FiniteFloat
     shards: tuple[ShardEntry, ...]  # in the order of their sources
-    mean: tuple[float, ...]  # [C] of z over the training samples
-    std: tuple[float, ...]  # [C]
+    mean: tuple[FiniteFloat, ...]  # [C] of z over the training samples
+    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]  # [C]
     rejects: dict[str, int]  # reason -> samples; reasons of unwanted ones begin with `FILTERED`
     attribution: str = ""  # whom the pictures are by, under which licence
     environments: tuple[Environment, ...]  # distinct versions and hardware of the workers
+
+    @model_validator(mode="after")
+    def _statistics_are_of_all_channels(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.latent_channels:
+                raise ValueError(f"{name} has {len(values)} numbers for {self.latent_channels} latent channels")
+        return self
 
     def samples(self, split: Split) -> int:
         """Samples of the split, over all shards."""
@@ -331,6 +340,6 @@ def _parse(kind: type[_Versioned], data: bytes, where: str) -> _Versioned:
         return kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        said = "is missing" if first["type"] == "missing" else first["msg"]
-        raise DataError(f"{where} is not a usable {what}: field {field}: {said}", remedy) from error
+        field = "".join(f"field {name}: " for name in [".".join(map(str, first["loc"]))] if name)
+        said = "is missing" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{where} is not a usable {what}: {field}{said}", remedy) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import Executor
@@ -46,12 +45,6 @@ def check_manifest(manifest: Manifest, notes: Notes) -> None:
     for shard in manifest.shards:
         if shard.receipt != shard.name + RECEIPT_SUFFIX:
             fail(f"{shard.name} has a receipt of another name, {shard.receipt}")
-    for name in ("mean", "std"):
-        values = getattr(manifest, name)
-        if len(values) != manifest.latent_channels:
-            fail(f"{name} of {len(values)} channels, the latents have {manifest.latent_channels}")
-        if not all(math.isfinite(value) for value in values) or (name == "std" and min(values, default=1) <= 0):
-            fail(f"{name} has numbers that cannot be: {list(values)}")
     for bucket in manifest.fingerprint.buckets:
         if any(side % manifest.downsampling_factor for side in bucket):
             fail(f"bucket {size_text(bucket)} is no multiple of the downsampling factor {manifest.downsampling_factor}")
