@@ -164,6 +164,7 @@ def _damaged() -> list[Shard]:
     long_pax = _header("long-pax-c.png", comment="x" * (2 << 20))
     false_pax = _header("false-pax-c.png", size="9" * 18)
     gzipped = gzip.compress(three("gzip-cut"))
+    bomb = _members(*_three("bomb")[:2]) + _header("bomb-c.png", length=8**11 - 1)
     return [
         shard("cut-in-content.tar", three("cut-in-content")[: 2 * _SAMPLE + BLOCK + 100], 2),
         shard("cut-in-header.tar", three("cut-in-header")[: 2 * _SAMPLE + 100], 1),
@@ -180,6 +181,7 @@ def _damaged() -> list[Shard]:
         shard("false-pax.tar", third("false-pax", false_pax), 2),
         shard("long-pax.tar", third("long-pax", long_pax), 1),
         shard("gzip-cut.tar.gz", gzipped[:-20], 2),
+        shard("bomb.tar.bz2", bz2.compress(bomb) + bz2.compress(bytes(16 << 20)) * 9, 2),  # 144 MiB
         shard("gzip-sum.tar.gz", _patched(gzip.compress(three("gzip-sum")), -8, b"oops"), 0),  # which of them is wrong?
         *(
             Shard(f"{name}.tar", data, (), damaged=True)

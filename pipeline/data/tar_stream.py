@@ -3,7 +3,8 @@
 Python's tarfile takes a damaged header for the end of a stream, does not check gzip's sums, and reads extended headers
 of any size. Here a tar is either read to its end mark or known to be damaged.
 
-Formats: those of `tar_header`; gzip, bzip2 and xz, of several streams too.
+Formats: those of `tar_header`; gzip, bzip2 and xz, of several streams too. What unpacks to far more than pictures do is
+damaged: a megabyte could keep a worker busy for hours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pipeline.data.tar_header import BLOCK, END, EXTENDED, GNU_SPARSE, Headers, 
 _CHUNK = 1 << 20  # bytes read at once
 _LONGEST_HEADER = 1 << 20  # of pax records or a GNU long name: file names take a few hundred bytes
 _XZ_MEMORY = 256 << 20  # `xz -9` takes 65 MiB; a header may ask for 4 GiB
+_UNPACKED = 64 << 20  # bytes that any compressed tar may become, and
+_RATIO = 100  # times its own: pictures hardly shrink, 45 bytes of bzip2 can be 45 MB of zeros
+_PIECE = 16 << 10  # of compressed bytes: a joined file that begins in it copies the rest of it
 
 
 class TarStream:
@@ -167,8 +171,9 @@ class _Decompressed:
     """`read` of what `head` and the rest of a compressed stream hold; like it, it may give less than was asked for."""
 
     def __init__(self, head: bytes, read: Callable[[int], bytes], new: Callable[[], _Decoder]) -> None:
-        self._pending, self._read, self._new = head, read, new
+        self._pending, self._more, self._new = head, read, new
         self._decoder = new()
+        self._left = _UNPACKED + _RATIO * len(head)  # bytes that may still come out
 
     def read(self, size: int) -> bytes:
         while True:
@@ -176,13 +181,16 @@ class _Decompressed:
                 return b""
             data = b""
             if self._decoder.needs_input:
-                data, self._pending = self._pending or self._read(_CHUNK), b""
+                data, self._pending = self._pending or self._read(), b""
             starved = self._decoder.needs_input and not data
             try:
                 decoded = self._decoder.decompress(data, size)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                 raise damaged("its compression is damaged") from error
             if decoded:
+                self._left -= len(decoded)
+                if self._left < 0:
+                    raise damaged("it unpacks to far more than pictures do")
                 return decoded
             if starved and not self._decoder.eof:
                 raise damaged("its compression is cut short")
@@ -191,10 +199,15 @@ class _Decompressed:
         """Compressed files may be joined, with zeros between them and at the end."""
         rest = self._decoder.unused_data
         while not (rest := rest.lstrip(b"\0")):
-            if not (rest := self._read(_CHUNK)):
+            if not (rest := self._read()):
                 return False
         self._pending, self._decoder = rest, self._new()
         return True
+
+    def _read(self) -> bytes:
+        data = self._more(_PIECE)
+        self._left += _RATIO * len(data)
+        return data
 
 
 def _decoder(head: bytes) -> Callable[[], _Decoder] | None:

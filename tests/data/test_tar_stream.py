@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -288,6 +289,33 @@ def test_an_xz_file_that_asks_for_4_gib_is_damaged():
     data[12 + size - 4 : 12 + size] = struct.pack("<I", zlib.crc32(data[12 : 12 + size - 4]))
     with pytest.raises(DataError, match="compression is damaged"):
         read(bytes(data))
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@pytest.mark.parametrize("where", ["within a file", "behind the end mark", "many files"])
+def test_what_unpacks_to_far_more_than_pictures_do_is_damaged(compress, where):
+    zeros = compress(bytes(16 << 20))
+    data = {
+        "within a file": compress(header("big", b"0", 8**11 - 1)) + zeros * 400,
+        "behind the end mark": compress(tar(*FILES)) + zeros * 400,
+        "many files": compress(header("x.png", b"0", 1024) * (1 << 14)) * 400,
+    }[where]
+    source = io.BytesIO(data)
+    with pytest.raises(DataError, match="unpacks to far more than pictures do"):
+        list(TarStream(source))
+    assert source.tell() < len(data) / 3
+
+
+def test_what_shrinks_well_is_no_bomb():
+    files = [(f"{i}.json", b'{"caption": "a cat"}' * 40) for i in range(3000)]
+    data = tar(*files)
+    packed = lzma.compress(data)
+    assert len(data) > 300 * len(packed)
+    assert read(packed) == files
+    zeros = bz2.compress(bytes(1 << 20))  # more than is allowed of any tar, but not in proportion
+    noise = np.random.default_rng(1).bytes(1 << 20)
+    whole = header("a", b"0", 81 << 20) + noise
+    assert sum(1 for _ in TarStream(io.BytesIO(bz2.compress(whole) + zeros * 80 + bz2.compress(bytes(BLOCK))))) == 1
 
 
 def test_errors_of_the_stream_are_passed_on():
