@@ -22,7 +22,7 @@ from pipeline.config import (
     SampleConfig,
     TrainConfig,
 )
-from pipeline.console import ProgressLine, tell
+from pipeline.console import ProgressLine, printable, tell
 from pipeline.errors import DataError, LatheError
 from pipeline.stopping import SAID, PromptStop, Stopped
 
@@ -450,7 +450,7 @@ def _root(
 
 
 def _say(result: Any) -> None:
-    print(result, flush=True)  # noqa: T201
+    print(printable(str(result)), flush=True)  # noqa: T201
 
 
 class Warnings(logging.Handler):
@@ -469,6 +469,7 @@ def main() -> None:
     except LatheError as error:
         from pipeline.runtime.launch import report
 
+        error.message, error.remedy = (printable(said, one_line=True) for said in (error.message, error.remedy))
         if not report(error):  # a rank's launcher tells what all ranks meet once
             print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
             if error.remedy:

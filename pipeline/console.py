@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -15,11 +16,24 @@ from rich.text import Text
 PLAIN_LINE_SECONDS = 15.0
 _WIDEST_BAR = 40
 _BESIDE_THE_BAR = 60  # columns that name, counts and times take
+# Control characters, line ends that are not ours, reversed writing, and halves of characters, which cannot be printed.
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def tell(text: str) -> None:
     """Lines for a person, beside the progress."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def printable(text: str, *, one_line: bool = False) -> str:
+    r"""Text in which names of files and other people's words cannot command the terminal, as `\x1b[31m` would.
+
+    Args:
+        text: what is to be printed; its line ends stay, and its tabs.
+        one_line: line ends and tabs are escaped too, so that no part of the text passes for a line of ours.
+    """
+    text = _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return text.replace("\n", "\\n").replace("\t", "\\t") if one_line else text
 
 
 def table(facts: Mapping[str, str]) -> str:
@@ -90,6 +104,7 @@ class ProgressLine:
             note: a few words, such as the loss.
             eta_seconds: what is left; None = as the bar's own pace has it, on a terminal.
         """
+        note = printable(note, one_line=True)
         self._done, self._total, self._note, self._eta_seconds = done, total, note, eta_seconds
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, note=note, eta_seconds=eta_seconds)

@@ -184,7 +184,7 @@ def test_finalize_tells_of_each_manifest(
     def finalize(_config: object) -> tuple[Manifest, ...]:
         counts = (BucketCount(bucket=(64, 64), train=7, holdout=2),)
         entry = ShardEntry(name="a", receipt="b", source="c", buckets=counts, bytes=9, sha256="d")
-        whole = {"content_hash": "", "shards": (entry,), "mean": (0.0,), "std": (1.0,), "rejects": {}}
+        whole = {"content_hash": "", "shards": (entry,), "mean": (0.0, 0.0), "std": (1.0, 1.0), "rejects": {}}
         return tuple(
             Manifest(**whole, environments=(), **vars(provenance(fingerprint=fingerprint(side))))
             for side in resolutions
@@ -231,6 +231,18 @@ def test_verify_ends_with_a_code_of_its_own_where_a_check_fails(
     del asked["progress"]
     expected = {"images": ["a.tar", "b/*.tar"], "autoencoder": None, "decode": 3, "output": "out", "quick": True}
     assert asked == {**expected, "manifest": "m/manifest.json"}
+
+
+def test_names_and_words_of_others_do_not_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.operate.inspect.describe", lambda url, samples, as_json: "a\x1b[31m\nb\udce9")
+    assert run(monkeypatch, "inspect", "a.tar") == 0
+    assert capsys.readouterr().out == "a\\x1b[31m\nb\\udce9\n"
+    assert run(monkeypatch, "verify", "no\x1b[2J\nok    all/manifest.json") == 3
+    told = capsys.readouterr().err
+    assert r"no\x1b[2J\nok    all" in told
+    assert len(told.splitlines()) == 2
 
 
 def test_remove_reads_the_keys_and_tells_what_went(

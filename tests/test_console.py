@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipeline import console
-from pipeline.console import ProgressLine, duration
+from pipeline.console import ProgressLine, duration, printable
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -135,3 +135,37 @@ def test_lines_for_a_person_go_above_the_bar(monkeypatch: pytest.MonkeyPatch) ->
         line.update(3, 12, "note")
         console.tell("a [bold]warning[/]")
     assert "a [bold]warning[/]" in screen.lines()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb\x07\r", r"a\x1b[31mb\x07\r"),
+        ("\x9b31m\x7f\x00", r"\x9b31m\x7f\x00"),
+        ("gpj.\u202etxt", r"gpj.\u202etxt"),
+        ("one\u2028two", r"one\u2028two"),
+        ("\udce9.tar", r"\udce9.tar"),
+        ("one\ntwo\tthree", "one\ntwo\tthree"),
+        ("naïve 猫 🧑\u200d🎤 \u00a0\u3000", "naïve 猫 🧑\u200d🎤 \u00a0\u3000"),
+    ],
+)
+def test_what_would_command_the_terminal_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(text, one_line=True) == shown.replace("\n", r"\n").replace("\t", r"\t")
+
+
+def test_nothing_that_is_told_commands_the_terminal(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.tell("warning: \x1b[2J.tar\nsecond line")
+    with ProgressLine("encode", "shards") as line:
+        line.update(1, 1, "at \x1b[2J\nencode: 9/9")
+    assert capsys.readouterr().err.splitlines() == [
+        r"warning: \x1b[2J.tar",
+        "second line",
+        r"encode: 1/1 shards after 0 s  at \x1b[2J\nencode: 9/9",
+    ]
+    screen = terminal(monkeypatch)
+    with ProgressLine("encode", "shards") as line:
+        line.update(1, 2, "at \x1b[2J")
+    assert r"  at \x1b[2J" in screen.lines()

@@ -438,6 +438,15 @@ def test_leftovers_warn_and_another_fingerprint_fails(copy):
     )
 
 
+def test_names_do_not_forge_lines_of_the_report(copy):
+    (copy / "a\x1b[31m\nok    all").touch()
+    edit("manifest.json", "autoencoder", value=lambda old: "vae\nok    nothing")(copy)
+    told = str(verify(f"{copy}/manifest.json", quick=True))
+    assert "\x1b" not in told
+    assert r"a\x1b[31m\nok    all: 0 bytes, not in the manifest" in told
+    assert not re.search("^ok    (all|nothing)", told, re.MULTILINE)
+
+
 def test_quick_reads_no_shard_through(copy):
     flip_byte(copy)
     report = verify(f"{copy}/manifest.json", quick=True, decode=0)

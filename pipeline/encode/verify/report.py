@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pipeline.console import printable
+
 Status = Literal["ok", "warn", "fail"]
 
 _AGAIN = "delete the receipts of these shards, and run `lathe encode` again: they alone are encoded anew"
@@ -49,7 +51,7 @@ class Notes:
         self._counts[check, status] += 1
         kept = self._said.setdefault((check, status), [])
         if len(kept) < _KEPT:
-            kept.append(said)
+            kept.append(printable(said, one_line=True))
 
     def merge(self, other: Notes) -> None:
         """Take in the notes of a part."""
@@ -65,7 +67,7 @@ class Notes:
         return Check(
             name=name,
             status="fail" if failed else "warn" if warned else "ok",
-            figure=figure,
+            figure=printable(figure, one_line=True),
             problems=count,
             said=(*failed, *warned),
             remedy=REMEDIES[name] if count else "",
@@ -124,4 +126,4 @@ class VerifyReport:
         speed = f", {self.bytes_read / 1e6:.0f} MB read in {self.seconds:.1f} s" if self.bytes_read else ""
         quick = "; quick: what is in the shards was not looked at" if self.quick else ""
         lines = [line for check in self.checks for line in check.lines()]
-        return "\n".join([*lines, f"{self.manifest}: {last}{speed}{quick}"])
+        return "\n".join([*lines, f"{printable(self.manifest, one_line=True)}: {last}{speed}{quick}"])
