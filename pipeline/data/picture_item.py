@@ -10,11 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.data import images
-from pipeline.data.samples import IMAGE_EXTENSIONS
+from pipeline.data.samples import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_KEY_BYTES
 from pipeline.errors import DataError, StorageError
 
-MAX_KEY_BYTES = 1000
-MAX_FILE_BYTES = 512 * 2**20
 _MAGIC: tuple[tuple[str, bytes], ...] = (  # patterns at the start of a file
     ("jpg", rb"\xff\xd8\xff"),
     ("png", rb"\x89PNG\r\n\x1a\n"),

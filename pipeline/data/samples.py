@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from pipeline.data.manifest import key_hash
 from pipeline.data.tar_stream import TarStream
 from pipeline.errors import DataError
 
@@ -42,7 +43,7 @@ IMAGE_EXTENSIONS = frozenset(
         "qoi",
     )
 )
-MAX_FILE_BYTES = 512 << 20  # of a picture
+MAX_FILE_BYTES = 128 << 20  # of a picture
 MAX_TEXT_BYTES = 8 << 20  # of KEY.txt and KEY.json; parsed JSON takes ten times as much
 MAX_KEY_BYTES = 1000  # in UTF-8
 MAX_CAPTION_CHARS = 65_536
@@ -68,7 +69,7 @@ class ImageSample:
 class Rejected:
     """A sample that cannot be used. Reasons are short and stable; `shard_damaged` has an empty key."""
 
-    key: str
+    key: str  # its first `MAX_KEY_BYTES` characters
     reason: str
 
 
@@ -86,11 +87,13 @@ def read_image_shard(stream: BinaryIO, caption_field: str = "caption") -> Iterat
         `duplicate_member`, `duplicate_key`, and at the end `shard_damaged` when the tar could not be read to its end.
         Of a damaged tar the last sample is dropped: what belongs to it may be missing.
     """
-    seen: set[str] = set()
+    seen: set[int] = set()
     try:
         for files in _by_key(TarStream(stream)):
-            yield Rejected(files.key, "duplicate_key") if files.key in seen else _sample(files, caption_field)
-            seen.add(files.key)
+            known = key_hash(files.key)  # a key may be a megabyte long
+            sample = Rejected(files.key, "duplicate_key") if known in seen else _sample(files, caption_field)
+            yield Rejected(sample.key[:MAX_KEY_BYTES], sample.reason) if isinstance(sample, Rejected) else sample
+            seen.add(known)
     except DataError:
         yield Rejected("", SHARD_DAMAGED)
 
@@ -159,7 +162,7 @@ def _by_key(tar: TarStream) -> Iterator[_Files]:
 
 def _sample(files: _Files, caption_field: str) -> ImageSample | Rejected:
     if problem := _problem_of_files(files):
-        return Rejected(files.key[:MAX_KEY_BYTES] if problem == "key_too_long" else files.key, problem)
+        return Rejected(files.key, problem)
     text = files.text("json")
     try:
         metadata = json.loads(b"{}" if text is None else text)

@@ -6,6 +6,7 @@ import itertools
 import json
 import tarfile
 import tracemalloc
+from collections.abc import Iterable
 
 import pytest
 import webdataset
@@ -138,9 +139,9 @@ def test_links_folders_and_other_files_between_are_ignored():
     assert list(read_image_shard(io.BytesIO(stream.getvalue()))) == [ImageSample("x", b"cat", ("cat",))]
 
 
-def test_a_picture_of_600_mib_is_not_read_into_memory():
+def test_a_picture_of_over_128_mib_is_not_read_into_memory():
     info = tarfile.TarInfo("x.png")
-    info.size = 600 << 20
+    info.size = (128 << 20) + 1024
     head = info.tobuf()
 
     class Zeros(io.RawIOBase):
@@ -214,6 +215,40 @@ def test_a_key_that_comes_back_is_rejected():
         ImageSample("y", b"P", ("b",), {}),
         Rejected("x", "duplicate_key"),
     ]
+
+
+def test_keys_of_a_megabyte_are_not_kept():
+    names = [f"{i % 60:02d}" + "k" * 1_000_000 + end for i in range(120) for end in (".png", ".png", ".txt")]
+    stream = io.BufferedReader(_Joined(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT) for name in names), 1 << 20)
+    tracemalloc.start()
+    try:
+        rejects = list(read_image_shard(stream))
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20
+    finally:
+        tracemalloc.stop()
+    # The last is dropped: there is no end mark.
+    assert [reject.reason for reject in rejects] == [
+        *["duplicate_member"] * 60,
+        *["duplicate_key"] * 59,
+        "shard_damaged",
+    ]
+    assert max(len(reject.key) for reject in rejects) == 1000
+
+
+class _Joined(io.RawIOBase):
+    """Parts, one behind the other, one at a time in memory."""
+
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        self._parts, self._rest = iter(parts), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._rest = self._rest or next(self._parts, b"")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
 
 @pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
