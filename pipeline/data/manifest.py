@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
 
 from pipeline.errors import DataError
 from pipeline.storage import Store, read_file
@@ -189,8 +190,9 @@ class Receipt(Record):
         return [(first, end) for first, end in found if end > first]
 
 
-class BucketCount(Record):
-    """How many samples of one picture size a shard has."""
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class BucketCount:
+    """How many samples of one picture size a shard has. There are many of these in a manifest, so they are small."""
 
     bucket: Bucket
     train: Natural
@@ -238,6 +240,15 @@ class Manifest(Record):
             if len(values) != self.latent_channels:
                 raise ValueError(f"{name} has {len(values)} numbers for {self.latent_channels} latent channels")
         return self
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON; shard by shard, as the whole tree would take several times the file's size."""
+        whole = canonical(self.model_dump(mode="json", exclude={"shards"}) | {"shards": []})
+        if not self.shards:
+            return whole
+        before, after = whole.split(b'\n "shards": []', 1)
+        shards = (shard.to_bytes().rstrip().replace(b"\n", b"\n  ") for shard in self.shards)
+        return before + b'\n "shards": [\n  ' + b",\n  ".join(shards) + b"\n ]" + after
 
     def samples(self, split: Split) -> int:
         """Samples of the split, over all shards."""

@@ -22,6 +22,7 @@ from pipeline.data.manifest import (
     ShardEntry,
     Statistics,
     Tower,
+    canonical,
     key_hash,
     load_manifest,
     load_receipt,
@@ -33,7 +34,7 @@ from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 
 FINGERPRINT = fingerprint()
-WIDE, SQUARE, TALL = (48, 80), (64, 64), (80, 48)
+SIZES = WIDE, SQUARE, TALL = (48, 80), (64, 64), (80, 48)
 
 
 def receipt(i: int, train: int = 8, holdout: int = 2, **changes) -> Receipt:
@@ -67,6 +68,15 @@ def test_records_read_back_what_they_wrote(tmp_path):
     assert load_manifest(f"{tmp_path}/manifest.json") == manifest
     assert load_receipt(store, manifest.shards[1].receipt) == receipt(1)
     assert load_receipt(store, manifest.shards[1].receipt).to_bytes() == receipt(1).to_bytes()
+
+
+@pytest.mark.parametrize("shards", [0, 1, 3])
+def test_a_manifest_written_shard_by_shard_has_the_bytes_of_the_whole(shards):
+    buckets = tuple(BucketRange(bucket=size, train=(i, i + 1), holdout=(i + 1, i + 1)) for i, size in enumerate(SIZES))
+    receipts = [receipt(0), receipt(1, buckets=()), receipt(2, source='a "shards": []', buckets=buckets)]
+    manifest = folded(receipts).model_copy(update={"attribution": '\n "shards": []'})
+    manifest = manifest.model_copy(update={"shards": manifest.shards[:shards]})
+    assert manifest.to_bytes() == canonical(manifest.model_dump(mode="json"))
 
 
 def test_ranges_of_a_split():
