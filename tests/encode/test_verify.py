@@ -19,8 +19,10 @@ from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
 from pipeline.encode.job import encode
 from pipeline.encode.takedown.job import remove
+from pipeline.encode.verify import job
 from pipeline.encode.verify.job import verify
 from pipeline.encode.verify.report import VerifyReport
+from pipeline.encode.verify.sample import read_sample
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 from pipeline.storage.local import LocalStore
@@ -328,6 +330,25 @@ def test_what_was_written_wrongly_is_found_and_named(place, tmp_path, alter, che
         assert re.search(rf"'{key(1, HELD_OUT)}'|'{key(1, TRAINED)}'", failures(report)[check])
 
 
+def test_of_many_repeated_keys_a_few_are_named(place, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(job, "read_sample", lambda *where: read.append(where) or read_sample(*where))
+
+    def repeated(shard, samples):
+        first = samples[0][0]
+        again = [(dataclasses.replace(first, key=f"same{i}"), is_holdout(f"same{i}", HOLDOUT)) for i in range(30)]
+        fifth = [(dataclasses.replace(first, key=key(9, 9)), is_holdout(key(9, 9), HOLDOUT))] * 5
+        return [*samples, *fifth, *again]
+
+    report = verify(rebuilt(place, tmp_path, alter=repeated), decode=0, quick=True)
+    said = next(check.said for check in report.checks if check.name == "keys")
+    assert len(said) == 21
+    assert said[-1] == "11 keys more occur several times"
+    assert sum("occurs 3 times" in one for one in said) == 19
+    assert [one.count("sample") for one in said if "'09009' occurs 15 times" in one and one.endswith(", ...")] == [4]
+    assert len(read) == 19 * 3 + 4
+
+
 def pixels(batch: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float()
 
@@ -418,6 +439,20 @@ def test_pictures_that_are_gone_or_unusable(place, copy, tmp_path):
         (tmp_path / "images" / f"{shard:05d}.tar").write_bytes(data.replace(b"IHDR", b"IHDX"))
     said = failures(verify(f"{copy}/manifest.json", images=f"{tmp_path}/images", decode=3))["sources"]
     assert "is unusable now (" in said
+
+
+def test_rejects_are_read_a_line_at_a_time(copy, monkeypatch):
+    whole = LocalStore.read
+
+    def read(self, name, *where):
+        assert name != "rejects.jsonl"
+        return whole(self, name, *where)
+
+    monkeypatch.setattr(LocalStore, "read", read)
+    assert verify(f"{copy}/manifest.json", decode=0).ok
+    (copy / "rejects.jsonl").write_bytes(b"x" * 10**6)
+    said = failures(verify(f"{copy}/manifest.json", decode=0))["rejects"]
+    assert said.startswith("rejects.jsonl: line 1 is " + "x" * 200 + ", the receipts say")
 
 
 def test_leftovers_warn_and_another_fingerprint_fails(copy):

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import PurePosixPath
+from types import TracebackType
+from typing import Self
 
 from pydantic import ValidationError
 
@@ -26,9 +28,10 @@ from pipeline.encode.rejects import reject_lines
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.sample import SampleCheck, size_text, text_rules
 from pipeline.errors import LatheError, StorageError
-from pipeline.storage import Store
+from pipeline.storage import Store, open_stream
 
 Sizes = Mapping[str, int]  # of the files in the manifest's folder, in bytes
+_SHOWN = 200  # bytes of a line of rejects.jsonl
 
 
 def check_manifest(manifest: Manifest, notes: Notes) -> None:
@@ -113,15 +116,31 @@ def _unfinished(store: Store, folders: Container[str]) -> Iterator[str]:
 
 
 class RejectsCheck:
-    """Holds `rejects.jsonl` against the receipts, given in the manifest's order."""
+    """Holds `rejects.jsonl` against the receipts, given in the manifest's order; the file is read as they come.
+
+    Used as a context, it lets go of the file at its end.
+    """
 
     def __init__(self, store: Store, sizes: Sizes, notes: Notes) -> None:
         self._notes, self._line, self._differs = notes, 0, False
-        self._file = io.BytesIO(store.read(REJECTS) if REJECTS in sizes else b"")
+        self._file: io.BufferedReader | None = None
         self.reasons: Counter[str] = Counter()
         if REJECTS not in sizes:
-            notes.add("rejects", f"{REJECTS}: missing")
-            self._differs = True
+            self._fail(f"{REJECTS}: missing")
+            return
+        try:
+            self._file = io.BufferedReader(open_stream(f"{store.url.rstrip('/')}/{REJECTS}"))
+        except StorageError as error:
+            self._fail(error.message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def skip(self) -> None:
         """The next receipt is unusable: from here on the lines cannot be compared."""
@@ -132,20 +151,30 @@ class RejectsCheck:
         self.reasons.update(reject.reason for reject in receipt.rejects)
         for wanted in reject_lines(receipt):
             self._line += 1
-            found = b"" if self._differs else self._file.readline()
+            found = self._next(len(wanted))
             if not self._differs and found != wanted.encode("ascii"):
-                said = found.decode("utf-8", "replace").strip()[:200] or "nothing"
-                self._fail(f"{REJECTS}: line {self._line} is {said}, the receipts say {wanted.strip()[:200]}")
+                said = found.decode("utf-8", "replace").strip()[:_SHOWN] or "nothing"
+                self._fail(f"{REJECTS}: line {self._line} is {said}, the receipts say {wanted.strip()[:_SHOWN]}")
 
     def finish(self, manifest: Manifest, *, complete: bool) -> None:
         """All receipts were given; where some could not be, nothing is said of what follows from them."""
         if not complete:
             return
-        if not self._differs and self._file.readline():
+        if self._next(1):
             self._fail(f"{REJECTS}: more than the {self._line} lines that the receipts have")
         for reason in sorted({*self.reasons, *manifest.rejects}):
             if (one := self.reasons[reason]) != (other := manifest.rejects.get(reason, 0)):
                 self._fail(f"{MANIFEST}: {other} samples are {reason}, the receipts have {one}")
+
+    def _next(self, length: int) -> bytes:
+        """The next line, of which little more is read than the bytes that it should have."""
+        if self._differs or self._file is None:
+            return b""
+        try:
+            return self._file.readline(max(length + 1, _SHOWN))
+        except StorageError as error:
+            self._fail(error.message)
+            return b""
 
     def _fail(self, said: str) -> None:
         self._differs = True

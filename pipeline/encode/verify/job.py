@@ -9,7 +9,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import isfinite
 from statistics import mean
@@ -37,7 +37,6 @@ from pipeline.storage import open_store, open_stream, split
 SHEET = "verify.png"
 REPORT = "verify.json"
 DECODED = 8  # samples, where their number is not given
-_NAMED_KEYS = 20  # of those that occur twice; to name one its blocks are read
 _PIECE = 1 << 20
 Progress = Callable[[int, int, str], None]  # done, total, a few words
 
@@ -121,9 +120,10 @@ class _Verification:
         workers = min(8, 2 * (os.cpu_count() or 1))
         with ThreadPoolExecutor(workers, "verify") as pool:
             check_leftovers(self._store, self._sizes, manifest, pool, notes)
-            self._refold(self._gather(mapped(pool, self._look, manifest.shards, ahead=2 * workers), progress))
-        self._rejects.finish(manifest, complete=self._receipts == len(manifest.shards))
-        self._name_repeated()
+            with self._rejects:
+                self._refold(self._gather(mapped(pool, self._look, manifest.shards, ahead=2 * workers), progress))
+                self._rejects.finish(manifest, complete=self._receipts == len(manifest.shards))
+            self._name_repeated(pool)
 
     def _gather(self, results: Iterator[_Looked], progress: Progress) -> Iterator[Receipt]:
         """The usable receipts, in the manifest's order."""
@@ -221,14 +221,18 @@ class _Verification:
         if again.environments != manifest.environments:
             self._notes.add("manifest", "manifest.json: its environments are not those of the receipts")
 
-    def _name_repeated(self) -> None:
-        for number, (hashed, places) in enumerate(self._keys.repeated()):
-            keys = {self._key(place) for place in places} if number < _NAMED_KEYS else {None}
-            if None not in keys and len(keys) == len(places):
+    def _name_repeated(self, pool: Executor) -> None:
+        repeated, total = self._keys.repeated()
+        found = pool.map(lambda one: {self._key(place) for place in one.places}, repeated)
+        for one, keys in zip(repeated, found, strict=True):
+            if None not in keys and len(keys) == one.count:
                 continue  # different keys of one hash
-            name = repr(keys.pop()) if len(keys) == 1 and None not in keys else f"of hash {hashed:016x}"
-            where = ", ".join(f"{self._manifest.shards[shard].name} sample {sample}" for shard, sample in places[:4])
-            self._notes.add("keys", f"key {name} occurs {len(places)} times: {where}")
+            name = repr(keys.pop()) if len(keys) == 1 and None not in keys else f"of hash {one.hash:016x}"
+            where = ", ".join(f"{self._manifest.shards[shard].name} sample {sample}" for shard, sample in one.places)
+            more = ", ..." if one.count > len(one.places) else ""
+            self._notes.add("keys", f"key {name} occurs {one.count} times: {where}{more}")
+        if total > len(repeated):
+            self._notes.add("keys", f"{total - len(repeated)} keys more occur several times")
 
     def _key(self, place: Place) -> str | None:
         shard, sample = place

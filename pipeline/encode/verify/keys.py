@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import Bucket, Receipt
 
 Place = tuple[int, int]  # number of the shard in the manifest, number of the sample in the shard
+_NAMED, _PLACES = 20, 4  # hashes that occur more than once, places of each; more are counted only
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # multiplying by it mixes the seed into the high bits
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A hash that occurs more than once."""
+
+    hash: int
+    count: int
+    places: tuple[Place, ...]  # the first of them
 
 
 class KeyIndex:
@@ -27,21 +37,33 @@ class KeyIndex:
     def __len__(self) -> int:
         return sum(map(len, self._hashes))
 
-    def repeated(self) -> Iterator[tuple[int, list[Place]]]:
-        """Each hash that occurs more than once, with all of its places."""
+    def repeated(self) -> tuple[list[Repeated], int]:
+        """The first hashes that occur more than once, in order of place, and how many there are in all."""
         if not self._hashes:
-            return
+            return [], 0
         together = np.concatenate(self._hashes)
         together.sort()
         twice = np.unique(together[1:][together[1:] == together[:-1]])
-        del together
-        if not len(twice):
-            return
-        places: dict[int, list[Place]] = {}
+        found = self._places(twice)
+        hashes = np.array(list(found), np.uint64)
+        counts = np.searchsorted(together, hashes, "right") - np.searchsorted(together, hashes)
+        named = zip(found.items(), counts.tolist(), strict=True)
+        return [Repeated(hashed, count, tuple(places)) for (hashed, places), count in named], len(twice)
+
+    def _places(self, twice: NDArray[np.uint64]) -> dict[int, list[Place]]:
+        found: dict[int, list[Place]] = {}
         for shard, hashes in enumerate(self._hashes):
+            if len(found) == _NAMED:
+                twice = np.array([hashed for hashed, places in found.items() if len(places) < _PLACES], np.uint64)
+            if not len(twice):
+                break
             for sample in np.flatnonzero(np.isin(hashes, twice)):
-                places.setdefault(int(hashes[sample]), []).append((shard, int(sample)))
-        yield from sorted(places.items(), key=lambda item: item[1])
+                hashed = int(hashes[sample])
+                if hashed in found or len(found) < _NAMED:
+                    places = found.setdefault(hashed, [])
+                    if len(places) < _PLACES:
+                        places.append((shard, int(sample)))
+        return found
 
 
 class Draw:
