@@ -75,7 +75,9 @@ class EncodeImagesConfig(ShardsConfig):
         " such as [256, 512], each gets its own sub-folder of output and its own manifest"
     )
     buckets: BucketsConfig | None = Field(None, description="aspect-ratio buckets; null = squares, cut from the centre")
-    max_upscale: float = Field(2.0, ge=1, description="pictures that would have to grow more than this are left out")
+    max_upscale: float = Field(
+        2.0, ge=1, le=64, description="pictures that would have to grow more than this are left out"
+    )
     flip: bool = Field(False, description="store the mirrored picture's latent too")
     filters: FiltersConfig = FiltersConfig()
     shard_name_parts: Count = Field(

@@ -142,6 +142,7 @@ _PICTURES: list[tuple[str, str, bytes, Outcome]] = [
     ("as-small-as-may-be", "png", file(_small), Used(np.asarray(_small))),
     ("one-pixel", "png", file(Image.new("RGB", (1, 1))), "filtered_upscale"),
     ("sliver", "png", file(Image.new("RGB", (4000, 50))), "filtered_aspect"),
+    ("longer-sliver", "png", file(Image.new("1", (30_001, 3))), "too_long"),
     ("nothing", "jpg", b"", "empty_file"),
     ("html", "jpg", b"<!DOCTYPE html><html><body>404</body></html>", "not_an_image"),
     ("svg", "png", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not_an_image"),

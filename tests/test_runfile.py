@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline import runfile
-from pipeline.config import JOBS, FirstStageConfig, TrainConfig
+from pipeline.config import JOBS, EncodeConfig, FirstStageConfig, TrainConfig
 from pipeline.errors import ConfigError
 
 MINIMAL = {"job": "train", "manifest": "m.json", "output": "out"}
@@ -132,6 +132,12 @@ def test_the_file_of_another_command_is_told() -> None:
 @pytest.mark.parametrize("override", ["steps", "=3", "manifest.x=1", "steps=[", "steps.deep=1"])
 def test_an_override_that_cannot_be_is_told(tmp_path: Path, override: str) -> None:
     assert override.partition("=")[0].partition(".")[0] in problem(write(tmp_path), override).message
+
+
+@pytest.mark.parametrize("factor", ["65", ".inf", ".nan"])
+def test_pictures_may_not_grow_beyond_all_measure(factor: str) -> None:
+    with pytest.raises(ConfigError, match=r"encode\.yaml: images\.max_upscale"):
+        runfile.load(EncodeConfig, "configs/demo/encode.yaml", [f"images.max_upscale={factor}"])
 
 
 def test_a_resolution_that_the_autoencoder_cannot_halve_is_told() -> None:

@@ -6,21 +6,25 @@ Pixel arrays are uint8 [height, width, 3], sRGB. PIL lives in this module alone.
 from __future__ import annotations
 
 import io
+import resource
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 
 from pipeline.data.manifest import Bucket
+from pipeline.errors import SetupError
 
 Pixels = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB
+MAX_ASPECT = 10_000  # so that no scaled side is beyond int32
 NORMALISATION = "uint8 / 127.5 - 1"
 RESIZE_FILTER = "lanczos"
 CROP_RULE = "scaled to cover, centre crop"
@@ -33,6 +37,7 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, of pic
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # unpacked; some editors keep histories and profiles of a few MiB
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no news, and `_open` bounds the size itself
 
+_PLENTY_BYTES = 1 << 30  # of memory: four times the largest picture
 _TO_8_BITS = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -49,7 +54,8 @@ _UPRIGHT = {
 class ImageError(Exception):
     """A picture that cannot be used.
 
-    Reasons: `empty_file`, `not_an_image`, `too_many_pixels`, `damaged_image`, `unsupported_mode`.
+    Reasons: `empty_file`, `not_an_image`, `too_many_pixels`, `too_long` (over `MAX_ASPECT` times longer than wide),
+    `damaged_image`, `unsupported_mode`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -71,17 +77,19 @@ def decode(data: bytes, background: Colour = (255, 255, 255)) -> Pixels:
 
     Raises:
         ImageError: with a reason; whatever else a decoder may throw at damaged input is `damaged_image`.
+        SetupError: the machine is short of memory, which is no fault of the picture's.
     """
     with _open(data) as image:
         try:
             image.load()
             upright = _upright(image)
         except Exception as error:  # decoders fail on hostile input in every way that Python has
-            raise ImageError("damaged_image") from error
+            raise _refusal(error, "damaged_image") from error
+        _check_sides(upright)  # an icon's picture may have others than its header says
         try:
             return np.array(_to_rgb(upright, background), dtype=np.uint8)
         except Exception as error:  # modes that Pillow has no way from
-            raise ImageError("unsupported_mode") from error
+            raise _refusal(error, "unsupported_mode") from error
 
 
 def cover(pixels: Pixels, bucket: Bucket) -> Pixels:
@@ -95,8 +103,7 @@ def cover(pixels: Pixels, bucket: Bucket) -> Pixels:
         [h, w, 3].
     """
     height, width = pixels.shape[:2]
-    _, _, top, left, _, _ = (int(n) for n in size_record(height, width, bucket))
-    scaled_height, scaled_width = _scaled(height, width, bucket)
+    scaled_height, scaled_width, top, left = _placed(height, width, bucket)
     y, x = height / scaled_height, width / scaled_width  # source pixels per scaled pixel
     box = (left * x, top * y, min((left + bucket[1]) * x, width), min((top + bucket[0]) * y, height))
     # Resizing the crop alone, not the whole: a sliver of 1 x 80,000 would become 64 x 5,120,000 first.
@@ -106,11 +113,15 @@ def cover(pixels: Pixels, bucket: Bucket) -> Pixels:
 def size_record(height: int, width: int, bucket: Bucket) -> npt.NDArray[np.int32]:
     """What `cover` did, for the size conditioning of SDXL (Podell et al. 2023, section 2.2).
 
+    Args:
+        height: of a picture that `decode` takes, as is the width.
+        width: see height.
+        bucket: height and width that it is brought to.
+
     Returns:
         int32 [6]: original height and width, crop top and left (in scaled pixels), target height and width.
     """
-    scaled_height, scaled_width = _scaled(height, width, bucket)
-    top, left = (scaled_height - bucket[0]) // 2, (scaled_width - bucket[1]) // 2
+    _, _, top, left = _placed(height, width, bucket)
     return np.array([height, width, top, left, *bucket], dtype=np.int32)
 
 
@@ -176,17 +187,44 @@ def _open(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_many_pixels") from error
     except Exception as error:  # a broken header throws struct.error, ValueError, MemoryError and more
-        raise ImageError("not_an_image") from error
+        raise _refusal(error, "not_an_image") from error
+    _check_sides(image)
+    return image
+
+
+def _check_sides(image: Image.Image) -> None:
+    """Raises ImageError."""
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("too_many_pixels")
     if not image.width or not image.height:
         raise ImageError("damaged_image")
-    return image
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError("too_long")
+
+
+def _refusal(error: Exception, reason: str) -> ImageError | SetupError:
+    """What to raise in place of a decoder's error. A picture must not be rejected for want of memory."""
+    if not isinstance(error, MemoryError) and not (isinstance(error, OSError) and "out of memory" in str(error)):
+        return ImageError(reason)
+    if _available_bytes() > _PLENTY_BYTES:  # no picture that may be decoded takes as much: its header lies
+        return ImageError("damaged_image")
+    return SetupError(
+        "out of memory while decoding a picture", "set decode_threads lower, or give this process more memory"
+    )
+
+
+def _available_bytes() -> int:
+    """Memory that this process can still get: of the machine, and under its own limit of addresses (ulimit -v)."""
+    available = psutil.virtual_memory().available
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return available if limit == resource.RLIM_INFINITY else min(available, limit - psutil.Process().memory_info().vms)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception:  # unreadable EXIF says nothing about the pixels
         return image
     return image if turn is None else image.transpose(turn)
@@ -230,11 +268,16 @@ def _through_profile(image: Image.Image) -> Image.Image:
     return turned or image.convert("RGB")
 
 
-def _scaled(height: int, width: int, bucket: Bucket) -> tuple[int, int]:
-    """The size at which the picture covers the bucket: one side fits, the other is at least as long."""
+def _placed(height: int, width: int, bucket: Bucket) -> tuple[int, int, int, int]:
+    """Height and width at which the picture just covers the bucket, and top and left of the bucket within them.
+
+    One side fits, the other is at least as long.
+    """
     if bucket[0] * width >= bucket[1] * height:
-        return bucket[0], max(bucket[1], round(width * bucket[0] / height))
-    return max(bucket[0], round(height * bucket[1] / width)), bucket[1]
+        scaled_height, scaled_width = bucket[0], max(bucket[1], round(width * bucket[0] / height))
+    else:
+        scaled_height, scaled_width = max(bucket[0], round(height * bucket[1] / width)), bucket[1]
+    return scaled_height, scaled_width, (scaled_height - bucket[0]) // 2, (scaled_width - bucket[1]) // 2
 
 
 def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import resource
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from picture_files import BLUE, GREEN, RED, bomb, cmyk_profile, file, icon, png16, quarters, tiff16
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, ImageFile, features
 
 from pipeline.data import images
 from pipeline.data.images import ImageError
+from pipeline.errors import SetupError
 
 
 def test_rgb_is_kept():
@@ -229,6 +233,68 @@ def test_cover_is_resize_then_centre_crop(height, width, rows, columns):
 def test_slivers_and_single_pixels():
     assert images.cover(np.full((1, 80_000, 3), 7, np.uint8), (64, 64)).tolist() == np.full((64, 64, 3), 7).tolist()
     assert images.cover(np.full((1, 1, 3), 9, np.uint8), (32, 32)).tolist() == np.full((32, 32, 3), 9).tolist()
+
+
+def test_what_is_too_long_is_refused_before_a_scaled_side_is_beyond_int32():
+    for size in ((80_000_000, 1), (30_001, 3), (1, 10_001)):
+        data = file(Image.new("1", size))
+        for refuse in (images.decode, images.probe):
+            with pytest.raises(ImageError, match="too_long"):
+                refuse(data)
+    with pytest.raises(ImageError, match="too_long"):
+        images.decode(icon(file(Image.new("1", (20_001, 2)))))  # the icon's own header says 16 x 16
+    longest = images.decode(file(Image.new("1", (10_000, 1))))
+    side = 200_000
+    record = images.size_record(*longest.shape[:2], (side, side))
+    assert record.tolist() == [1, 10_000, 0, (10_000 * side - side) // 2, side, side]
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory when reading image file")])
+@pytest.mark.parametrize("where", ["open", "load", "convert"])
+@pytest.mark.parametrize(
+    ("free", "limit", "used", "is_short"),
+    [
+        (8 * GIB, resource.RLIM_INFINITY, 0, False),
+        (GIB // 2, resource.RLIM_INFINITY, 0, True),
+        (8 * GIB, 4 * GIB, GIB, False),
+        (8 * GIB, 4 * GIB, 4 * GIB - 1000, True),
+    ],
+)
+def test_want_of_memory_is_the_pictures_fault_only_where_there_is_plenty(
+    monkeypatch, error, where, free, limit, used, is_short
+):
+    def fails(*_args, **_options):
+        raise error
+
+    owner, name = {
+        "open": (Image, "open"),
+        "load": (ImageFile.ImageFile, "load"),
+        "convert": (Image.Image, "convert"),
+    }[where]
+    data = file(quarters().convert("L"))
+    monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(vms=used))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    with pytest.raises(SetupError if is_short else ImageError) as caught:
+        images.decode(data)
+    if is_short:
+        assert "decode_threads" in caught.value.remedy
+    else:
+        assert caught.value.reason == "damaged_image"
+
+
+def test_want_of_memory_for_exif_does_not_leave_a_picture_turned(monkeypatch):
+    def fails(_):
+        raise MemoryError
+
+    data = file(quarters())
+    monkeypatch.setattr(Image.Image, "getexif", fails)
+    with pytest.raises(ImageError, match="damaged_image"):
+        images.decode(data)
 
 
 def test_normalise_and_back():
