@@ -7,7 +7,9 @@
     1.5, "text", true, null    values as in JSON; 'text' too
 
 What cannot be said is unknown: a missing field, types that do not compare, NaN. Unknown follows Kleene's three-valued
-logic, `not` unknown is unknown, and a condition holds only when it is true. Nothing is evaluated by Python itself.
+logic, `not` unknown is unknown, and a condition holds only when it is true. `in` alone is more lenient: of a mixed list
+such as ["", 0] only the values count that compare, and it is unknown where none does. Nothing is evaluated by Python
+itself.
 """
 
 from __future__ import annotations

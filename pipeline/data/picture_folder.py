@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.picture_item import Item, UnusableError, safe_key
 from pipeline.data.samples import IMAGE_EXTENSIONS
+from pipeline.data.table_rows import json_row, open_text
 from pipeline.errors import DataError, StorageError
 
 _TABLES = ("metadata.jsonl", "metadata.csv")
@@ -28,7 +27,7 @@ def find_items(folder: Path, *, skip: bool = False) -> list[Item | UnusableError
 
     Raises:
         DataError: no pictures, a picture without caption, two of one key, or a table that cannot be used.
-        StorageError: no such folder.
+        StorageError: no such folder, or a table or text file that cannot be read.
     """
     if not folder.is_dir():
         raise StorageError(f"{folder}: no such folder", "set source to a local folder of pictures, or to a table")
@@ -85,11 +84,10 @@ def _refuse_duplicates(items: Sequence[Item]) -> None:
 def _from_text_files(pictures: dict[str, Path]) -> _Captions:
     captions: _Captions = {}
     for name, path in pictures.items():
-        text = path.with_suffix(".txt")
-        try:
-            captions[name] = (text.read_text(encoding="utf-8-sig").strip() if text.is_file() else "", {})
-        except UnicodeDecodeError as error:
-            raise DataError(f"{text} is not UTF-8", "save it as UTF-8") from error
+        captions[name] = "", {}
+        if (text := path.with_suffix(".txt")).is_file():
+            with open_text(text, newline=None) as file:
+                captions[name] = file.read().strip(), {}
     return captions
 
 
@@ -111,29 +109,15 @@ def _from_table(table: Path, pictures: dict[str, Path], unusable: list[UnusableE
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = table.read_text(encoding="utf-8-sig")
+    """As the datasets library writes such tables, and not as `table_rows` guesses at others: commas alone separate."""
+    with open_text(table, newline=None) as file:
         if table.suffix == ".csv":
-            for row in (reader := csv.DictReader(io.StringIO(text, newline=""), strict=True)):
+            for row in (reader := csv.DictReader(file, strict=True)):
                 yield reader.line_num, {name: value for name, value in row.items() if isinstance(name, str)}
             return
-        for line, content in enumerate(text.split("\n"), 1):
+        for line, content in enumerate(file, 1):
             if content.strip():
                 row = json_row(f"{table}:{line}", content)
                 if not isinstance(row, dict):
                     raise DataError(f"{table}:{line} is not a JSON object", _REMEDY)
                 yield line, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
-    except (csv.Error, ValueError) as error:
-        raise DataError(f"{table} cannot be read: {error}", "mend the row") from error
-
-
-def json_row(where: str, content: str) -> Any:
-    """One line of JSON. Raises DataError naming the place `where`."""
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}", "mend the row") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets within brackets
-        raise DataError(f"{where} cannot be read", "mend the row") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from pipeline.data.picture_folder import json_row
 from pipeline.data.picture_item import UnusableError
 from pipeline.errors import DataError, StorageError
 
@@ -68,6 +68,35 @@ def open_table(path: Path) -> Table:
     return kind(path)
 
 
+@contextmanager
+def open_text(path: Path, newline: str | None = "") -> Iterator[TextIO]:
+    """A file of UTF-8, with or without byte order mark; `newline` as `open` has it.
+
+    Raises, for what happens while it is read too:
+        DataError: it is not UTF-8, or not the CSV that it is read as.
+        StorageError: it cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8", "save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read: {error}", "mend the table") from error
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}", "make the file readable") from error
+
+
+def json_row(where: str, content: str) -> Any:
+    """One line of JSON. Raises DataError naming the place `where`."""
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}", "mend the row") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets within brackets
+        raise DataError(f"{where} cannot be read", "mend the row") from error
+
+
 class _CsvTable:
     """Separated values with a header line."""
 
@@ -76,14 +105,14 @@ class _CsvTable:
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ""
 
     def columns(self, wanted: Collection[str] = ()) -> list[str]:
-        with _text(self.path) as file:
+        with open_text(self.path) as file:
             return [name for name in next(self._reader(file), []) if name]
 
     def embeds(self, column: str) -> bool:
         return False
 
     def rows(self, columns: Collection[str] = ()) -> Iterator[Row | UnusableError]:
-        with _text(self.path) as file:
+        with open_text(self.path) as file:
             reader = self._reader(file)
             try:
                 header: list[str] = next(reader, [])
@@ -139,7 +168,7 @@ class _JsonTable:
 
     def rows(self, columns: Collection[str] = ()) -> Iterator[Row | UnusableError]:
         number = 0
-        with _text(self.path) as file:
+        with open_text(self.path) as file:
             for line, content in enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1):
                 if content.strip():
                     yield self._row(content, line, number)
@@ -184,19 +213,6 @@ class _ParquetTable:
 
     def plain(self, value: Any) -> Any:
         return _plain(value)
-
-
-@contextmanager
-def _text(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8", "save it as UTF-8") from error
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read: {error}", "mend the table") from error
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}", "make the file readable") from error
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data import condition
 from pipeline.data.condition import MAX_DEPTH, MAX_LENGTH, Condition
 from pipeline.errors import ConfigError
 
@@ -296,6 +297,12 @@ def compared(left, sign, right) -> float:
     numbers = all(type(value) in {int, float} for value in (left, right))
     texts = all(type(value) is str for value in (left, right))
     return float(OPERATORS[sign](left, right)) if numbers or texts else HALF
+
+
+def test_of_a_mixed_list_only_what_compares_counts():
+    assert "of a mixed list" in " ".join((condition.__doc__ or "").split())
+    for text, outcome in (("n in ['', 1]", True), ("n not in ['', 0]", True), ("n not in ['', 'a']", False)):
+        assert Condition(text).holds(FIELDS) is outcome, text
 
 
 def truth(tree, fields) -> float:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -152,6 +153,36 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, names, texts, message):
         pack(config(tmp_path))
     assert caught.value.remedy
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["b.txt", "metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_text_file_or_table_that_may_not_be_read_is_told_in_one_line(tmp_path, folder, monkeypatch, name, on_error):
+    (folder / name).write_text("file_name,text\n")
+    whole = Path.open
+
+    def guarded(self, *args, **options):
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    with pytest.raises(StorageError) as caught:
+        pack(config(tmp_path, on_error=on_error))
+    assert caught.value.message == f"{folder / name}: Permission denied"
+    assert caught.value.remedy
+
+
+def test_line_ends_and_odd_rows_of_a_folders_table(tmp_path):
+    fill(tmp_path / "in", ["a.png", "b.png", "c.png"])
+    text = b'\xef\xbb\xbf,file_name,text,n\r\n0,a.png,"a;b\r\nc",7\r\n\r\n1,b.png,short\r\n2,c.png,long,1,2,3\r\n'
+    (tmp_path / "in" / "metadata.csv").write_bytes(text)
+    pack(config(tmp_path))
+    assert samples(tmp_path) == [
+        ImageSample("a", picture(0), ("a;b\nc",), {"": "0", "caption": "a;b\nc", "n": "7"}),
+        ImageSample("b", picture(1), ("short",), {"": "1", "caption": "short", "n": None}),
+        ImageSample("c", picture(2), ("long",), {"": "2", "caption": "long", "n": "1"}),
+    ]
 
 
 def test_what_is_unusable_may_be_skipped(tmp_path):
