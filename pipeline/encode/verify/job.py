@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from math import isfinite
 from statistics import mean
 from typing import Any
 
-from pipeline.data.fold import fold, provenance, shard_entry
-from pipeline.data.manifest import Receipt, ShardEntry, load_manifest, load_receipt
+from pipeline.data.fold import fold, provenance
+from pipeline.data.manifest import Receipt, load_manifest, load_receipt
 from pipeline.encode.overlap import mapped
 from pipeline.encode.takedown.keys import read_takedown
+from pipeline.encode.verify.entry import EntryCheck, Looked
 from pipeline.encode.verify.files import (
     RejectsCheck,
     check_encoding,
@@ -30,26 +28,13 @@ from pipeline.encode.verify.keys import Draw, KeyIndex, Place
 from pipeline.encode.verify.pictures import PictureCheck, check_quality, find_autoencoder, find_pictures, sheet
 from pipeline.encode.verify.report import REMEDIES, Check, Notes, VerifyReport
 from pipeline.encode.verify.sample import read_sample, stored_sample
-from pipeline.encode.verify.shard import ShardCheck
-from pipeline.errors import DataError, LatheError, StorageError
-from pipeline.storage import open_store, open_stream, split
+from pipeline.errors import DataError, LatheError
+from pipeline.storage import open_store, split
 
 SHEET = "verify.png"
 REPORT = "verify.json"
 DECODED = 8  # samples, where their number is not given
-_PIECE = 1 << 20
 Progress = Callable[[int, int, str], None]  # done, total, a few words
-
-
-@dataclass
-class _Looked:
-    """What one shard gave."""
-
-    notes: Notes = field(default_factory=Notes)
-    receipt: Receipt | None = None  # where it is usable
-    hashes: array[int] = field(default_factory=lambda: array("Q"))  # of the keys found; without reading, those noted
-    bytes: int = 0
-    numbers: int = 0
 
 
 def verify(
@@ -120,12 +105,13 @@ class _Verification:
         workers = min(8, 2 * (os.cpu_count() or 1))
         with ThreadPoolExecutor(workers, "verify") as pool:
             check_leftovers(self._store, self._sizes, manifest, pool, notes)
+            entries = EntryCheck(manifest, self._store, self._sizes, self._takedown, quick=self._quick)
             with self._rejects:
-                self._refold(self._gather(mapped(pool, self._look, manifest.shards, ahead=2 * workers), progress))
+                self._refold(self._gather(mapped(pool, entries.look, manifest.shards, ahead=2 * workers), progress))
                 self._rejects.finish(manifest, complete=self._receipts == len(manifest.shards))
             self._name_repeated(pool)
 
-    def _gather(self, results: Iterator[_Looked], progress: Progress) -> Iterator[Receipt]:
+    def _gather(self, results: Iterator[Looked], progress: Progress) -> Iterator[Receipt]:
         """The usable receipts, in the manifest's order."""
         total = len(self._manifest.shards)
         for number, looked in enumerate(results):
@@ -141,65 +127,6 @@ class _Verification:
             else:
                 self._rejects.skip()
             progress(number + 1, total, f"{self.bytes / 1e6:.0f} MB read" if self.bytes else "")
-
-    def _look(self, entry: ShardEntry) -> _Looked:
-        """One shard with its receipt; runs beside others."""
-        looked = _Looked()
-        self._check_receipt(entry, looked)
-        there = self._sizes.get(entry.name)
-        if there != entry.bytes:
-            said = "missing" if there is None else f"{there} bytes, the manifest says {entry.bytes}"
-            looked.notes.add("files", f"{entry.name}: {said}")
-        if looked.receipt is not None:
-            looked.hashes = looked.receipt.hashes()
-        if there is not None and not self._quick:
-            try:
-                self._read_through(entry, looked)
-            except StorageError as error:
-                looked.notes.add("files", f"{entry.name}: {error.message}")
-        return looked
-
-    def _check_receipt(self, entry: ShardEntry, looked: _Looked) -> None:
-        notes = looked.notes
-        if entry.receipt not in self._sizes:
-            notes.add("receipts", f"{entry.receipt}: missing")
-            return
-        try:
-            receipt = load_receipt(self._store, entry.receipt)
-        except LatheError as error:
-            notes.add("receipts", error.message)
-            return
-        found = shard_entry(receipt)
-        for name in ShardEntry.model_fields:
-            if (one := getattr(found, name)) != (other := getattr(entry, name)):
-                notes.add("receipts", f"{entry.receipt}: {name} is {_short(one)}, the manifest says {_short(other)}")
-        if receipt.fingerprint != self._digest:
-            said = f"of fingerprint {receipt.fingerprint[:16]}..., the manifest's is {self._digest[:16]}..."
-            notes.add("fingerprint", f"{entry.receipt}: {said}")
-        statistics = receipt.statistics
-        columns = (statistics.sum, statistics.sum_squares, statistics.sum_variance)
-        if any(len(column) != self._manifest.latent_channels or not all(map(isfinite, column)) for column in columns):
-            notes.add(
-                "receipts", f"{entry.receipt}: its statistics are not {self._manifest.latent_channels} finite sums"
-            )
-            return
-        if self._takedown.touches(receipt):
-            notes.add("removed", f"{entry.name}: it still holds samples that were taken down")
-        looked.receipt = receipt
-
-    def _read_through(self, entry: ShardEntry, looked: _Looked) -> None:
-        parent = self._store.url.rstrip("/")
-        with open_stream(f"{parent}/{entry.name}", parts_ahead=2) as stream:
-            if looked.receipt is not None:
-                check = ShardCheck(self._manifest, entry, looked.receipt, looked.notes)
-                check.run(stream)
-                looked.hashes, looked.numbers = check.hashes, check.numbers
-            else:
-                while stream.read(_PIECE):
-                    pass
-                if stream.sha256() != entry.sha256:
-                    looked.notes.add("checksums", f"{entry.name}: its SHA-256 is not the manifest's")
-            looked.bytes = stream.bytes_read
 
     def _refold(self, receipts: Iterator[Receipt]) -> None:
         """The receipts give the manifest that is there."""
@@ -307,8 +234,3 @@ class _Verification:
         psnr = mean(one["psnr"] for one in self._compared)
         off = max(one["mean_difference"] for one in self._compared)
         return f"{len(self._compared)} encoded afresh, at most {off:.2g} standard deviations off; decoded {psnr:.1f} dB"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
