@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from pipeline.encode.job import encode
 from pipeline.encode.takedown.job import remove
 from pipeline.encode.verify import job
 from pipeline.encode.verify.job import verify
+from pipeline.encode.verify.pictures import PictureCheck
 from pipeline.encode.verify.report import VerifyReport
 from pipeline.encode.verify.sample import read_sample
 from pipeline.errors import DataError, StorageError
+from pipeline.models import autoencoder
 from pipeline.storage import open_store
 from pipeline.storage.local import LocalStore
 from pipeline.storage.s3_client import client
@@ -453,6 +456,71 @@ def test_rejects_are_read_a_line_at_a_time(copy, monkeypatch):
     (copy / "rejects.jsonl").write_bytes(b"x" * 10**6)
     said = failures(verify(f"{copy}/manifest.json", decode=0))["rejects"]
     assert said.startswith("rejects.jsonl: line 1 is " + "x" * 200 + ", the receipts say")
+
+
+def test_latents_that_are_not_finite_are_reported_in_json(place, tmp_path):
+    def nan_held_out(shard, samples):
+        return [
+            (dataclasses.replace(s, moments=with_nan(s.moments) if held else s.moments), held) for s, held in samples
+        ]
+
+    report = verify(rebuilt(place, tmp_path, alter=nan_held_out), decode=12, output=f"{tmp_path}/out", quick=True)
+    assert set(failures(report)) == {"pictures"}
+    told = json.loads((tmp_path / "out" / "verify.json").read_text())
+    samples = next(check for check in told["checks"] if check["name"] == "pictures")["measures"]["samples"]
+    differences = {one["key"]: one["mean_difference"] for one in samples}
+    assert {name for name, off in differences.items() if off is None} == {
+        n for n in differences if is_holdout(n, HOLDOUT)
+    }
+    assert None in differences.values()
+    assert "12 encoded afresh, at most" in str(report)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_hinders_one_comparison_hinders_no_other(place, tmp_path, monkeypatch, asked):
+    whole, failing = PictureCheck._pictures, []
+
+    def pictures(self, source, keys):
+        if not failing:
+            failing.append(source)
+            raise StorageError("the connection was reset")
+        return whole(self, source, keys)
+
+    def encode_moments(model, batch):
+        if len(failing) == 1:
+            failing.append(batch)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return autoencoder.encode_moments(model, batch)
+
+    monkeypatch.setattr(PictureCheck, "_pictures", pictures)
+    monkeypatch.setattr(
+        "pipeline.encode.verify.pictures.autoencoder",
+        SimpleNamespace(**{**vars(autoencoder), "encode_moments": encode_moments}),
+    )
+    report = verify(f"{place}/latents/manifest.json", decode=8 if asked else None, output=str(tmp_path))
+    found = {check.name: check for check in report.checks}
+    assert {found[name].status for name in ("sources", "pictures")} == {"fail" if asked else "warn"}
+    assert f"{failing[0]}: the connection was reset" in " ".join(found["sources"].said)
+    assert "not compared, since cpu is out of memory" in " ".join(found["pictures"].said)
+    assert 2 <= len(found["pictures"].measures["samples"]) < 7
+    assert json.loads((tmp_path / "verify.json").read_text())["status"] == report.status
+
+
+def test_what_was_found_is_written_before_the_pictures(place, tmp_path, monkeypatch):
+    def killed(*settings, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "find_pictures", killed)
+    with pytest.raises(KeyboardInterrupt):
+        verify(f"{place}/latents/manifest.json", output=str(tmp_path))
+    told = json.loads((tmp_path / "verify.json").read_text())
+    assert told["status"] == "ok"
+    assert "pictures" not in {check["name"] for check in told["checks"]}
+
+
+def test_an_address_that_is_none_is_told(place):
+    report = verify(f"{place}/latents/manifest.json", images="", quick=True)
+    assert set(failures(report)) == {"sources"}
 
 
 def test_leftovers_warn_and_another_fingerprint_fails(copy):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from statistics import mean
 from typing import Any
@@ -70,15 +70,20 @@ def verify(
     """
     began = time.monotonic()
     job = _Verification(manifest_url, quick, DECODED if decode is None else decode, seed)
+    store = None if output is None else open_store(output)
+
+    def report() -> VerifyReport:
+        made = VerifyReport(manifest_url, quick, time.monotonic() - began, job.bytes, job.checks())
+        if store is not None:
+            store.write(REPORT, made.to_json().encode())
+        return made
+
     job.look(progress)
+    report()  # whatever comes between, this much is written
     job.compare(images, autoencoder, wanted=decode is not None)
-    report = VerifyReport(manifest_url, quick, time.monotonic() - began, job.bytes, job.checks())
-    if output is not None:
-        store = open_store(output)
-        store.write(REPORT, report.to_json().encode())
-        if job.sheet is not None:
-            store.write(SHEET, job.sheet)
-    return report
+    if store is not None and job.sheet is not None:
+        store.write(SHEET, job.sheet)
+    return report()
 
 
 class _Verification:
@@ -92,7 +97,7 @@ class _Verification:
         self._notes, self._keys, self._draw = Notes(), KeyIndex(), Draw(samples, seed)
         self._rejects = RejectsCheck(self._store, self._sizes, self._notes)
         self._samples, self._receipts, self._numbers, self.bytes = samples, 0, 0, 0
-        self._compared: list[dict[str, Any]] = []
+        self._compared: list[dict[str, Any]] | None = None  # not yet
         self._sources: dict[str, str] = {}
         self.sheet: bytes | None = None  # PNG
 
@@ -133,10 +138,11 @@ class _Verification:
         manifest = self._manifest
         try:
             again = fold(receipts, provenance(manifest))
-        except DataError as error:
+        except (DataError, ValueError, OverflowError) as error:
             for _ in receipts:
                 pass
-            self._notes.add("statistics", error.message)
+            said = error.message if isinstance(error, DataError) else "the receipts give sums that cannot be"
+            self._notes.add("statistics", said)
             return
         if self._receipts < len(manifest.shards):
             return  # told already, and the sums cannot be the same
@@ -170,7 +176,7 @@ class _Verification:
 
     def compare(self, images: str | Sequence[str] | None, autoencoder: str | None, *, wanted: bool) -> None:
         """Hold the samples drawn against their pictures; what is out of reach fails where it was asked for."""
-        places = self._draw.places()
+        places, self._compared = self._draw.places(), []
         if not places:
             return
         manifest, notes = self._manifest, self._notes
@@ -185,7 +191,7 @@ class _Verification:
                 samples.append(stored_sample(self._store, receipt, sample))
             except LatheError as error:
                 notes.add("pictures", error.message)
-        compared = list(PictureCheck(manifest, model, self._sources, notes).run(samples))
+        compared = list(PictureCheck(manifest, model, self._sources, notes, wanted=wanted).run(samples))
         self._compared = [one.measures() for one in compared]
         if compared:
             check_quality(compared, notes)
@@ -220,17 +226,19 @@ class _Verification:
                 check("split", f"{buckets} buckets, {held_out} samples held out"),
                 check("statistics", f"mean and std of {manifest.latent_channels} channels, summed anew"),
             ]
-        if self._samples:
+        if self._samples and self._compared is not None:
             lines += [
                 check("sources", f"{len(self._sources)} image shards"),
                 check("autoencoder", manifest.autoencoder),
-                check("pictures", self._told_compared(), {"samples": self._compared}),
+                check("pictures", _told(self._compared), {"samples": self._compared}),
             ]
         return tuple(sorted(lines, key=lambda line: list(REMEDIES).index(line.name)))
 
-    def _told_compared(self) -> str:
-        if not self._compared:
-            return "none compared"
-        psnr = mean(one["psnr"] for one in self._compared)
-        off = max(one["mean_difference"] for one in self._compared)
-        return f"{len(self._compared)} encoded afresh, at most {off:.2g} standard deviations off; decoded {psnr:.1f} dB"
+
+def _told(compared: Sequence[Mapping[str, Any]]) -> str:
+    finite = [one for one in compared if None not in one.values()]
+    if not finite:
+        return f"{len(compared)} encoded afresh, none of finite numbers" if compared else "none compared"
+    psnr = mean(one["psnr"] for one in finite)
+    off = max(one["mean_difference"] for one in finite)
+    return f"{len(compared)} encoded afresh, at most {off:.2g} standard deviations off; decoded {psnr:.1f} dB"

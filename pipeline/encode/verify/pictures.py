@@ -5,6 +5,7 @@ Legend: C latent channels, h and w sides of the latent.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,16 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from pipeline.config import EncodeConfig, EncodeImagesConfig
+from pipeline.console import printable
 from pipeline.data import images
 from pipeline.data.manifest import Manifest
 from pipeline.data.samples import ImageSample, read_image_shard
 from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.encode.encoder import find_device
 from pipeline.encode.sources import find_sources
-from pipeline.encode.verify.report import Notes
-from pipeline.encode.verify.sample import Stored
+from pipeline.encode.verify.report import Notes, Status
+from pipeline.encode.verify.sample import Stored, size_text
 from pipeline.errors import LatheError
 from pipeline.models import autoencoder
 from pipeline.storage import open_stream
@@ -51,9 +54,10 @@ class Compared:
     psnr_fresh: float  # dB, where the fresh latent is decoded
 
     def measures(self) -> dict[str, Any]:
-        """For the report's JSON."""
+        """For the report's JSON; None for what is infinite or NaN."""
         names = ("mean_difference", "log_variance_difference", "largest", "psnr", "psnr_fresh")
-        figures = {name: round(getattr(self, name), 6) for name in names}
+        values = {name: getattr(self, name) for name in names}
+        figures = {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
         return {"shard": self.stored.shard, "key": self.stored.key, "bucket": list(self.stored.bucket), **figures}
 
 
@@ -62,15 +66,18 @@ def find_pictures(
 ) -> dict[str, str]:
     """Addresses of the image shards by name; none where they are out of reach, which `notes` tell."""
     place = manifest.images if images is None else images
-    settings = EncodeImagesConfig(
-        shards=place if isinstance(place, str) else tuple(place),
-        resolution=manifest.fingerprint.resolution,
-        shard_name_parts=manifest.shard_name_parts,
-    )
     try:
+        settings = EncodeImagesConfig(
+            shards=place if isinstance(place, str) else tuple(place),
+            resolution=manifest.fingerprint.resolution,
+            shard_name_parts=manifest.shard_name_parts,
+        )
         found = find_sources(EncodeConfig(images=settings, autoencoder=manifest.autoencoder, output=folder))
     except LatheError as error:
         notes.add("sources", error.message, "fail" if wanted else "warn")
+        return {}
+    except ValidationError as error:
+        notes.add("sources", error.errors(include_url=False)[0]["msg"], "fail" if wanted else "warn")
         return {}
     return {source.name: source.url for source in found}
 
@@ -105,19 +112,26 @@ class PictureCheck:
         model: the autoencoder.
         sources: addresses of the image shards by name.
         notes: where is told what does not hold, as `sources` and `pictures`.
+        wanted: it was asked for: what cannot be compared fails, else it is warned of.
     """
 
     def __init__(
-        self, manifest: Manifest, model: autoencoder.AutoencoderKL, sources: Mapping[str, str], notes: Notes
+        self,
+        manifest: Manifest,
+        model: autoencoder.AutoencoderKL,
+        sources: Mapping[str, str],
+        notes: Notes,
+        *,
+        wanted: bool,
     ) -> None:
         self._manifest, self._sources, self._notes = manifest, sources, notes
-        self._device = find_device(os.environ)
-        self._model = model.to(self._device)
+        self._unreached: Status = "fail" if wanted else "warn"
+        self._device, self._model = find_device(os.environ), model
         if manifest.fingerprint.tiling:
             self._model.enable_tiling()
 
     def run(self, samples: Sequence[Stored]) -> Iterator[Compared]:
-        """Each sample whose source picture is found. Raises StorageError."""
+        """Each sample whose source picture is found; what hinders one is noted, and the others follow."""
         by_source: dict[str, list[Stored]] = {}
         for stored in samples:
             by_source.setdefault(stored.source, []).append(stored)
@@ -126,13 +140,30 @@ class PictureCheck:
                 said = f"{source}: not among the image shards, so {len(wanted)} pictures were not compared"
                 self._notes.add("sources", said, "warn")
                 continue
-            found = self._pictures(source, {stored.key for stored in wanted})
+            try:
+                found = self._pictures(source, {stored.key for stored in wanted})
+            except LatheError as error:
+                self._notes.add("sources", f"{source}: {error.message}", self._unreached)
+                continue
             for stored in wanted:
                 picture = found.get(stored.key)
                 if picture is None:
                     self._notes.add("sources", f"{source}: there is no picture {stored.key!r} in it any more")
-                elif (compared := self._compare(stored, picture)) is not None:
+                elif (compared := self._tried(stored, picture)) is not None:
                     yield compared
+
+    def _tried(self, stored: Stored, picture: ImageSample) -> Compared | None:
+        """The comparison, where the machine is up to it."""
+        try:
+            return self._compare(stored, picture)
+        except LatheError as error:
+            said = error.message
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+            said = f"not compared, since {self._device} is out of memory"
+        self._notes.add("pictures", f"{stored.shard}: {stored.key!r}: {said}", self._unreached)
+        return None
 
     def _pictures(self, source: str, keys: set[str]) -> dict[str, ImageSample]:
         """The samples of these keys; the shard is read as far as the last of them."""
@@ -147,8 +178,13 @@ class PictureCheck:
 
     def _compare(self, stored: Stored, picture: ImageSample) -> Compared | None:
         where = f"{stored.shard}: {stored.key!r}"
-        if stored.moments.shape != self._manifest.latent_shape(stored.bucket):
-            self._notes.add("pictures", f"{where} has a latent of shape {list(stored.moments.shape)}")
+        if stored.bucket not in self._manifest.fingerprint.buckets:
+            self._notes.add("pictures", f"{where} is of bucket {size_text(stored.bucket)}, none of the fingerprint's")
+            return None
+        found, wanted = stored.moments, self._manifest.latent_shape(stored.bucket)
+        if found.shape != wanted or found.dtype != np.float16:
+            said = f"has a latent of {found.dtype} {list(found.shape)}, not float16 {list(wanted)}"
+            self._notes.add("pictures", f"{where} {said}")
             return None
         try:
             whole = images.decode(picture.image_bytes, self._manifest.fingerprint.background)
@@ -186,7 +222,10 @@ class PictureCheck:
         return compared
 
     def _check_flip(self, where: str, stored: Stored, pixels: images.Pixels) -> None:
-        if stored.flipped is not None and stored.flipped.shape == stored.moments.shape:
+        if stored.flipped is not None and (stored.flipped.dtype, stored.flipped.shape) == (
+            stored.moments.dtype,
+            stored.moments.shape,
+        ):
             fresh = self._encode(np.ascontiguousarray(pixels[:, ::-1]))
             mean, log_variance, _ = self._differences(stored.flipped, fresh)
             self._check_differences(f"{where} (mirrored)", mean, log_variance)
@@ -211,7 +250,8 @@ class PictureCheck:
 
     @torch.inference_mode()
     def _encode(self, pixels: images.Pixels) -> NDArray[np.float16]:
-        moments = autoencoder.encode_moments(self._model, images.normalise(pixels[None]).to(self._device))
+        model = self._model.to(self._device)
+        moments = autoencoder.encode_moments(model, images.normalise(pixels[None]).to(self._device))
         stored: NDArray[np.float16] = autoencoder.to_float16(moments)[0].cpu().numpy()
         return stored
 
@@ -244,7 +284,7 @@ def sheet(compared: Sequence[Compared]) -> bytes:
     pictures, labels = [], []
     for source, decoded, one in pairs:
         pictures += [_on_white(source, height, width), _on_white(decoded, height, width)]
-        labels += [one.stored.key, f"{one.psnr:.1f} dB"]
+        labels += [printable(one.stored.key, one_line=True), f"{one.psnr:.1f} dB"]
     return images.contact_sheet(pictures, columns=6, labels=labels)
 
 
@@ -260,6 +300,10 @@ def _on_white(pixels: images.Pixels, height: int, width: int) -> images.Pixels:
     canvas = np.full((height, width, 3), 255, np.uint8)
     canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
     return canvas
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rms(values: NDArray[np.float64]) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import Bucket, Manifest, Receipt
+from pipeline.data.samples import split_name
 from pipeline.data.tar import members, read_npy
 from pipeline.errors import DataError
 from pipeline.storage import Store
@@ -73,9 +74,7 @@ def grouped(data: bytes) -> list[tuple[str, Parts]]:
     samples: list[tuple[str, Parts]] = []
     view = memoryview(data)
     for name, offset, size in members(data):
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key = folder + slash + stem
+        key, extension = split_name(name)
         if not samples or samples[-1][0] != key or extension in samples[-1][1]:
             samples.append((key, {}))
         samples[-1][1][extension] = view[offset : offset + size]
