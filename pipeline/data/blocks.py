@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import Block, Manifest, Split, load_receipt
+from pipeline.data.samples import split_name
 from pipeline.data.tar import members, read_npy
 from pipeline.errors import DataError
 from pipeline.storage import Store
@@ -162,12 +163,11 @@ class LruCache(Generic[_Key, _Value]):
 
 
 def _grouped(data: memoryview) -> dict[str, dict[str, memoryview]]:
-    """Members by key and extension; the key ends at the first dot of the base name, as in webdataset."""
+    """Members by key and extension."""
     found: dict[str, dict[str, memoryview]] = {}
     for name, offset, size in members(data):
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        found.setdefault(folder + slash + stem, {})[extension] = data[offset : offset + size]
+        key, extension = split_name(name)
+        found.setdefault(key, {})[extension] = data[offset : offset + size]
     return found
 
 

@@ -6,14 +6,14 @@ import io
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.tar_header import BLOCK, EXTENDED, Headers, damaged, is_header, number
+from pipeline.data.tar_header import BLOCK, EXTENDED, GNU_SPARSE, LONGEST_EXTENDED, Headers, damaged, is_header, number
 from pipeline.errors import DataError
 
 
@@ -84,23 +84,32 @@ def members(data: bytes | memoryview, *, whole: bool = False) -> Iterator[tuple[
         DataError: a header is damaged, or the data end within a member.
     """
     view = memoryview(data)
+    return members_at(lambda start, end: bytes(view[start:end]), len(view), whole=whole)
+
+
+def members_at(
+    read: Callable[[int, int], bytes], length: int, *, whole: bool = False
+) -> Iterator[tuple[str, int, int]]:
+    """As `members`, of `length` bytes somewhere else: `read(start, end)` is asked for headers alone."""
     at, headers = 0, Headers()
-    while at < len(view):
-        header = bytes(view[at : at + BLOCK])
+    while at < length:
+        header = read(at, at + BLOCK)
         if not any(header):
             break
         if not is_header(header):
-            raise damaged(f"the header at byte {at} is damaged")
-        name, kind = None, header[156:157]
+            raise damaged(f"the header at byte {at:,} is damaged")
+        name, kind, start = None, header[156:157], at + BLOCK
         if kind in EXTENDED:
             size = number(header[124:136])
         else:
             name, size = headers.member(header)
-        start = at + BLOCK
-        if start + size > len(view):
-            raise damaged(f"it ends within the member at byte {at}")
+            start += _sparse_map(read, header, start)
+        if start + size > length:
+            raise damaged(f"it ends within the member at byte {at:,}")
         if kind in EXTENDED:
-            headers.extend(kind, bytes(view[start : start + size]))
+            if size > LONGEST_EXTENDED:
+                raise damaged("an extended header is too long")
+            headers.extend(kind, read(start, start + size))
         elif name is not None:
             yield name, start, size
         at = start + size + -size % BLOCK
@@ -109,6 +118,17 @@ def members(data: bytes | memoryview, *, whole: bool = False) -> Iterator[tuple[
             raise damaged("there is no end mark")
     if headers.pending:
         raise damaged("it ends within a member")
+
+
+def _sparse_map(read: Callable[[int, int], bytes], header: bytes, start: int) -> int:
+    """Bytes between the header of an old GNU sparse file and its content: blocks, each with a flag for another."""
+    size, more = 0, header[156:157] == GNU_SPARSE and header[482]
+    while more:
+        block = read(start + size, start + size + BLOCK)
+        if len(block) < BLOCK:
+            raise damaged("it ends within a member")
+        size, more = size + BLOCK, block[504]
+    return size
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
@@ -131,8 +151,9 @@ def read_npy(data: bytes | memoryview) -> npt.NDArray[Any]:
         dtype, shape, fortran = _npy_header(bytes(view[:length]))
         array = np.frombuffer(view, dtype, offset=length)
         return array.reshape(shape, order="F" if fortran else "C")
-    except (ValueError, IndexError, struct.error, SyntaxError) as error:
-        raise DataError(f"an array could not be read: {error}", "the shard is damaged: encode it again") from error
+    except Exception as error:  # numpy leaves headers to Python's own parser, which fails in many ways
+        said = " ".join(str(error).split())[:200]
+        raise DataError(f"an array could not be read: {said}", "the shard is damaged: encode it again") from error
 
 
 @lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from pipeline.errors import DataError
 BLOCK = 512
 END = bytes(BLOCK)
 GNU_SPARSE = b"S"
+LONGEST_EXTENDED = 1 << 20  # bytes of pax records or a GNU long name: file names take a few hundred
 _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"g", b"L", b"K"
 EXTENDED = frozenset((b"x", b"X", _PAX_GLOBAL, _GNU_NAME, _GNU_LINK))  # X: Solaris' pax
 _REGULAR = frozenset((b"0", b"\0", b"7"))

@@ -15,10 +15,19 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
-from pipeline.data.tar_header import BLOCK, END, EXTENDED, GNU_SPARSE, Headers, damaged, is_header, number
+from pipeline.data.tar_header import (
+    BLOCK,
+    END,
+    EXTENDED,
+    GNU_SPARSE,
+    LONGEST_EXTENDED,
+    Headers,
+    damaged,
+    is_header,
+    number,
+)
 
 _CHUNK = 1 << 20  # bytes read at once
-_LONGEST_HEADER = 1 << 20  # of pax records or a GNU long name: file names take a few hundred bytes
 _XZ_MEMORY = 256 << 20  # `xz -9` takes 65 MiB; a header may ask for 4 GiB
 _UNPACKED = 64 << 20  # bytes that any compressed tar may become, and
 _RATIO = 100  # times its own: pictures hardly shrink, 45 bytes of bzip2 can be 45 MB of zeros
@@ -107,7 +116,7 @@ class TarStream:
 
     def _extended(self, size: int) -> bytes:
         """The content of a header that says something about the next member."""
-        if size > _LONGEST_HEADER:
+        if size > LONGEST_EXTENDED:
             raise damaged("an extended header is too long")
         data = self._take(size)
         self._pass_over(-size % BLOCK)

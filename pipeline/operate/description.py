@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WIDEST = 88  # characters of a line beside its name
+_DEEPEST = 8  # lists in lists that are shown
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -70,7 +71,7 @@ def _aligned(section: Section) -> list[str]:
     ]
 
 
-def _shown(value: Any, longest: int = _WIDEST) -> str:
+def _shown(value: Any, longest: int = _WIDEST, depth: int = 0) -> str:
     if value is None or isinstance(value, bool):
         return {None: "-", True: "yes", False: "no"}[value]
     if isinstance(value, Size):
@@ -79,10 +80,12 @@ def _shown(value: Any, longest: int = _WIDEST) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if depth > _DEEPEST:
+        return "..."
     if isinstance(value, Mapping):
-        value = ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+        value = ", ".join(f"{name} {_shown(part, depth=depth + 1)}" for name, part in value.items())
     elif not isinstance(value, str):
-        value = "  ".join(_shown(part) for part in value)
+        value = "  ".join(_shown(part, depth=depth + 1) for part in value)
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value[:longest])
     return text if len(value) <= longest else text[:-3] + "..."
 

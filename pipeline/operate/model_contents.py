@@ -17,6 +17,8 @@ from pipeline.storage import Store
 _RANK = re.compile(r"rank-(\d+)-of-(\d+)\.(done\.json|safetensors)")
 _LONGEST_HEADER = 100 << 20  # safetensors' own bound
 _MOST_ROWS = 12
+_MOST_LEVELS = 64  # of an autoencoder; dimensions of a tensor
+_MOST_VALUES = 1 << 63  # of a tensor
 
 
 @dataclass
@@ -44,7 +46,8 @@ def describe_tensors(store: Store, name: str, size: int, rows: int = _MOST_ROWS)
 def describe_autoencoder(store: Store, sizes: Mapping[str, int]) -> Description:
     """A folder of diffusers' AutoencoderKL. `sizes`: bytes by name of its files."""
     config = _json(store, "config.json")
-    levels = config.get("block_out_channels") or []
+    levels = config.get("block_out_channels")
+    levels = levels if isinstance(levels, list) and len(levels) < _MOST_LEVELS else []
     facts = {
         "class": config.get("_class_name"),
         "latent_channels": config.get("latent_channels"),
@@ -126,7 +129,9 @@ def _checkpoint_facts(store: Store, name: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "format_version": run.get("format_version"),
         "counters": counters if isinstance(counters, dict) else {},
-        "parameters": sum(math.prod(shape) for shape in shapes.values()) if isinstance(shapes, dict) else None,
+        "parameters": sum(math.prod(shape) for shape in shapes.values() if _is_shape(shape))
+        if isinstance(shapes, dict)
+        else None,
     }
     if store.exists(f"{name}/manifest.json"):
         latents = _json(store, f"{name}/manifest.json")
@@ -161,11 +166,15 @@ def _header(store: Store, name: str, size: int) -> dict[str, dict[str, Any]]:
 
 
 def _is_tensor(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("dtype"), str) and _is_shape(value.get("shape"))
+
+
+def _is_shape(value: Any) -> bool:
     return (
-        isinstance(value, dict)
-        and isinstance(value.get("dtype"), str)
-        and isinstance(value.get("shape"), list)
-        and all(isinstance(side, int) for side in value["shape"])
+        isinstance(value, list)
+        and len(value) < _MOST_LEVELS
+        and all(isinstance(side, int) and 0 <= side < _MOST_VALUES for side in value)
+        and math.prod(value) < _MOST_VALUES
     )
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from pipeline.data.manifest import RECEIPT_SUFFIX, load_receipt
-from pipeline.data.samples import IMAGE_EXTENSIONS
+from pipeline.data.samples import IMAGE_EXTENSIONS, split_name
+from pipeline.data.tar import members_at
 from pipeline.errors import DataError
 from pipeline.operate.description import Description, Section, Size
 from pipeline.operate.record_contents import receipt_facts
@@ -100,7 +99,15 @@ def describe_shard(store: Store, name: str, size: int, samples: int) -> Descript
         )
     has_receipt = store.exists(name + RECEIPT_SUFFIX)
     headers = _open(store, name, size, _MOST_REQUESTS if url.startswith("s3://") else math.inf)
-    contents = _walk(headers, url, samples, to_the_end=not has_receipt)
+    try:
+        contents = _walk(headers, size, samples, to_the_end=not has_receipt)
+    except _EnoughError:
+        raise DataError(f"{url} has no file within its first headers", "fetch it and look with tar -t") from None
+    except DataError as error:
+        raise DataError(
+            f"{url} is no tar, or damaged: {error.message.removeprefix('the tar cannot be read: ')}",
+            "fetch or write it again; `lathe encode` uses what stands before the damage",
+        ) from error
     facts: dict[str, Any] = {"bytes": Size(size)}
     if has_receipt:
         facts = receipt_facts(load_receipt(store, name + RECEIPT_SUFFIX))
@@ -122,14 +129,21 @@ def _open(store: Store, name: str, size: int, most_requests: float = math.inf) -
     return cast(BinaryIO, io.BufferedReader(_Ranges(store, name, size, most_requests), _WINDOW))
 
 
-def _walk(ranges: BinaryIO, url: str, samples: int, *, to_the_end: bool) -> _Contents:
+def _walk(ranges: BinaryIO, length: int, samples: int, *, to_the_end: bool) -> _Contents:
+    """Raises DataError where it is damaged, _EnoughError where no file was met before that."""
+
+    def read(start: int, end: int) -> bytes:
+        ranges.seek(start)
+        return ranges.read(end - start)
+
     contents = _Contents()
     current = None
     try:
-        for member in _members(ranges, url):
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key = folder + slash + stem
+        for name, offset, size in members_at(read, length, whole=True):
+            key, extension = split_name(name)
+            contents.at = offset + size
+            if not key:  # no sample's
+                continue
             if key != current:
                 if contents.samples == samples and not to_the_end:
                     return contents
@@ -137,34 +151,15 @@ def _walk(ranges: BinaryIO, url: str, samples: int, *, to_the_end: bool) -> _Con
                 if contents.samples <= samples:
                     contents.first.append(_Sample(key))
             if contents.samples <= samples:
-                contents.first[-1].members[extension] = member.offset_data, member.size
-            kind = extension.lower()
-            if len(contents.counts) < 20 or kind in contents.counts:
-                contents.counts[kind] += 1
-                contents.sizes[kind] += member.size
-            contents.at = member.offset_data + member.size
+                contents.first[-1].members[extension] = offset, size
+            if len(contents.counts) < 20 or extension in contents.counts:
+                contents.counts[extension] += 1
+                contents.sizes[extension] += size
         contents.whole = True
     except _EnoughError:
         if not contents.at:
-            raise DataError(f"{url} has no file within its first headers", "fetch it and look with tar -t") from None
+            raise
     return contents
-
-
-def _members(ranges: BinaryIO, url: str) -> Iterator[tarfile.TarInfo]:
-    """Regular files, in order. tarfile takes a damaged header for the end: what stands there tells."""
-    remedy = "fetch or write it again; `lathe encode` uses what stands before the damage"
-    ranges.seek(0)
-    try:
-        with tarfile.open(fileobj=ranges, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                if member.isfile():
-                    yield member
-            ranges.seek(tar.offset)
-            if any(block := ranges.read(tarfile.BLOCKSIZE)) or len(block) < tarfile.BLOCKSIZE:
-                raise DataError(f"{url} is damaged or cut short at byte {tar.offset:,}", remedy)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{url} is no tar, or damaged: {error}", remedy) from error
 
 
 def _read(ranges: BinaryIO, place: tuple[int, int] | None, limit: int) -> bytes:
@@ -182,12 +177,18 @@ def _about(ranges: BinaryIO, sample: _Sample) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
+def _first_text(value: Any) -> str:
+    """Of a caption or a list of them; anything else may stand there."""
+    first = next(iter(value), "") if isinstance(value, list) else value
+    return first if isinstance(first, str) else ""
+
+
 def _pictures(ranges: BinaryIO, first: list[_Sample], total: int) -> Section:
     from pipeline.data import images  # imports torch: only who looks at pictures waits for it
 
     rows = []
     for sample in first:
-        extension = next((name for name in sample.members if name.lower() in IMAGE_EXTENSIONS), "")
+        extension = next((name for name in sample.members if name in IMAGE_EXTENSIONS), "")
         place = sample.members.get(extension)
         try:
             height, width = images.probe(_read(ranges, place, _MOST_PICTURE))
@@ -195,7 +196,7 @@ def _pictures(ranges: BinaryIO, first: list[_Sample], total: int) -> Section:
         except images.ImageError as error:
             shape = error.reason if place else "no picture"
         caption = _read(ranges, sample.members.get("txt"), _MOST_TEXT).decode("utf-8", "replace").strip()
-        caption = caption or str(_about(ranges, sample).get("caption", ""))
+        caption = caption or _first_text(_about(ranges, sample).get("caption"))
         rows.append((sample.key, extension, Size(place[1] if place else 0), shape, caption[:60]))
     columns = ("key", "format", "bytes", "height_x_width", "caption")
     return Section("first samples", columns, rows, total - len(rows))
@@ -213,8 +214,8 @@ def _latents(ranges: BinaryIO, first: list[_Sample], total: int) -> list[Section
         captions, bucket = about.get("captions"), about.get("bucket")
         captions = captions if isinstance(captions, list) else []
         size = Size(sum(length for _, length in other.members.values()))
-        shape = " x ".join(map(str, bucket)) if isinstance(bucket, list) else ""
-        rows.append((other.key, shape, size, len(captions), str(captions[0])[:60] if captions else ""))
+        sides = bucket if isinstance(bucket, list) and all(isinstance(side, int) for side in bucket) else []
+        rows.append((other.key, " x ".join(map(str, sides)), size, len(captions), _first_text(captions)[:60]))
     columns = ("key", "height_x_width", "bytes", "captions", "first_caption")
     return [
         Section("members of the first sample", ("member", "dtype", "shape", "bytes"), arrays),
@@ -229,6 +230,6 @@ def _array(data: bytes) -> tuple[str, str]:
         version = np.lib.format.read_magic(stream)
         parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = parse(stream)
-    except (ValueError, SyntaxError):
+    except Exception:  # numpy leaves it to Python's own parser, which fails in many ways
         return "", ""
     return str(dtype), " x ".join(map(str, shape))

@@ -126,9 +126,34 @@ def test_nothing_is_unpickled():
         read_npy(stream.getvalue())
 
 
+def npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(64)
+
+
 @pytest.mark.parametrize(
-    "data", [b"", b"not an array at all", npy_bytes(np.zeros(9))[:-3], npy_bytes(np.zeros(9))[:40]]
+    "data",
+    [
+        b"",
+        b"not an array at all",
+        npy_bytes(np.zeros(9))[:-3],
+        npy_bytes(np.zeros(9))[:40],
+        npy(b"{'descr': ("),
+        npy(b"'''"),
+        npy(b"{[]: 1}"),
+        npy(b"{1: 2, 'a': 3}"),
+        npy(b"(" * 3000),
+        npy(b"{'descr': '<f2', 'fortran_order': False, 'shape': (-1, -1)}"),
+    ],
 )
 def test_damaged_arrays_are_told(data):
-    with pytest.raises(DataError, match="an array could not be read"):
+    with pytest.raises(DataError, match="an array could not be read") as caught:
         read_npy(data)
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+def test_an_extended_header_has_a_bound():
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 2 << 20
+    with pytest.raises(DataError, match="an extended header is too long"):
+        list(members(info.tobuf(tarfile.GNU_FORMAT) + bytes(2 << 20)))

@@ -269,6 +269,13 @@ def test_pipeline(url):
     ]
 
 
+def extended(size: int, records: bytes) -> bytes:
+    """A shard that begins with a pax header of so many bytes, as it claims."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, size
+    return header.tobuf(tarfile.GNU_FORMAT) + records + bytes(-len(records) % 512) + image_shard(1)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -276,6 +283,9 @@ def test_pipeline(url):
         ("a.tar", b"", "is no tar, or damaged"),
         ("a.tar", image_shard(3)[:-3000], "is damaged or cut short|is no tar, or damaged"),
         ("a.tar", image_shard(3)[:1024] + b"x" * 512 + image_shard(3)[1536:], "at byte 1,024"),
+        ("a.tar", extended(1 << 40, b""), "ends within the member at byte 0"),
+        ("a.tar", extended(2 << 20, bytes(2 << 20)), "an extended header is too long"),
+        ("a.tar", extended(11, b"11 size=-5\n"), "a header is damaged"),
         ("a.tar", b"\x1f\x8b" + bytes(600), "is compressed"),
         ("manifest.json", b"{}", "is not a manifest"),
         ("b.json", b"[" * 100_000, "is not JSON"),
@@ -293,6 +303,82 @@ def test_what_cannot_be_told(tmp_path, name, data, message):
         describe(str(target))
     assert caught.value.remedy
     assert "\n" not in caught.value.message
+
+
+def test_members_that_are_no_samples_and_sparse_files_are_passed_over(tmp_path):
+    sparse = bytearray(tarfile.TarInfo("old.png").tobuf(tarfile.GNU_FORMAT))
+    sparse[156:157], sparse[482] = tarfile.GNUTYPE_SPARSE, 1
+    sparse[148:156] = b" " * 8
+    sparse[148:156] = b"%06o\0 " % sum(sparse)
+    others = TarBuilder()
+    for name in ("README", ".hidden.png", "0.PNG", "0.txt"):
+        others.add(name, b"x")
+    write(str(tmp_path), {"a.tar": bytes(sparse) + bytes(512) + bytes(others.finish())})
+    tree = json.loads(describe(f"{tmp_path}/a.tar", as_json=True))
+    assert (tree["samples"], tree["members"]) == (1, {"png": 1, "txt": 1})
+
+
+NESTED = json.loads("[" * 900 + "]" * 900)
+ODD = [5, -1, True, None, "x" * 5000, 1e400, {"a": {"b": [1]}}, [[]], [10**4000] * 2, [2] * 100_000, NESTED]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
+def test_records_with_odd_values_are_told_or_refused(tmp_path, value):
+    """In every place of every file that anybody may have written."""
+    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "latent_channels": 4, "scaling_factor": 1.0}
+    run = {"format_version": 1, "counters": {"step": 1}, "parameters": {"a": [3, 4]}}
+    latents = {"images": ["s3://b/i"], "content_hash": "c", "fingerprint": {"resolution": 64}}
+    sample = {"caption": "a", "captions": ["a"], "bucket": [8, 8]}
+
+    def odd(tree):
+        yield value
+        for name in tree:
+            yield {**tree, name: value}
+
+    def dumped(tree):
+        try:
+            return json.dumps(tree).encode()
+        except RecursionError:
+            return b"[" * 900 + b"]" * 900
+
+    def files():
+        for tree in odd({"a": tensor}):
+            yield "w", {"x.safetensors": safetensors(dumped(tree))}
+        for tree in odd(tensor):
+            yield "w", {"x.safetensors": safetensors(dumped({"a": tree}))}
+        for tree in odd(config):
+            yield "v", {"config.json": dumped(tree), "x.safetensors": safetensors(b"{}"), "first_stage.json": b"{}"}
+        for tree in odd({"steps": 1}):
+            yield "v", {"config.json": dumped(config), "x.safetensors": b"", "first_stage.json": dumped(tree)}
+        for tree in odd({"_class_name": "P", "unet": ["diffusers", "UNet"]}):
+            yield "p", {"model_index.json": dumped(tree)}
+        for tree in odd(run):
+            yield "r", {"step-00000010/run.json": dumped(tree)}
+        for tree in odd(latents):
+            yield "r", {"step-00000010/run.json": dumped(run), "step-00000010/manifest.json": dumped(tree)}
+        for tree in odd(sample):
+            for kind in ("png", "latent.npy"):
+                tar = TarBuilder()
+                tar.add(f"0.{kind}", b"x")
+                tar.add("0.json", dumped(tree))
+                yield "s", {"a.tar": bytes(tar.finish())}
+
+    for i, (name, group) in enumerate(files()):
+        folder = tmp_path / f"{i}-{name}"
+        write(str(folder), group)
+        where = (
+            f"{folder}/{next(iter(group))}" if name in "ws" else f"{folder}/step-00000010" if name == "r" else folder
+        )
+        for as_json in (False, True):
+            try:
+                assert describe(str(where), as_json=as_json)
+            except DataError as error:
+                assert len(error.message) < 400
+
+
+def safetensors(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
 
 
 @pytest.mark.parametrize("name", ["", "a.tar", "a/manifest.json"])
