@@ -382,41 +382,42 @@ def export(config: Config, overrides: Overrides = None) -> None:
 @bench.command("encode")
 def bench_encode(
     root: Annotated[
-        str, typer.Option("--root", metavar="URL", help="Where its shards go. Default: a folder that is deleted again.")
+        str,
+        typer.Option("--root", metavar="URL", help="Below it a new folder is made and deleted. Default: a local one."),
     ] = "",
+    size: Annotated[
+        str, typer.Option("--size", help="`small` takes a minute on 2 cores, `standard` under 12, `large` hours.")
+    ] = "standard",
     repeats: Annotated[
-        int, typer.Option("--repeats", metavar="N", min=1, help="Rounds; the figures are their medians.")
-    ] = 3,
+        int | None, typer.Option("--repeats", metavar="N", min=1, help="Rounds; the figures are their medians.")
+    ] = None,
     figures: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write every figure there, local or s3://.")
+    ] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE", help="Write a page in Markdown there, local or s3://.")
     ] = None,
 ) -> None:
     """Is the device ever idle while `lathe encode` works, and does memory grow with the data?
 
-    The usual loop (fetch, decode, encode, write in turn) is measured beside it. What goes to --root stays there.
+    The usual loop (fetch, decode, encode, write in turn) is measured beside it.
 
     ```
-    lathe bench encode --root s3://mine/bench --json figures.json
+    lathe bench encode --json figures.json --report encode.md
+    lathe bench encode --size small --root s3://mine/bench
     ```
     """
-    from pipeline.operate.bench.encode import EncodeBench
     from pipeline.operate.bench.encode import bench_encode as run
-    from pipeline.storage import open_store, split
+    from pipeline.operate.bench.encode import sized
+    from pipeline.operate.bench.page import page, summary
 
-    result = run(EncodeBench(root=root, repeats=repeats), tell)
+    command = f"lathe bench encode --size {size}" + (f" --repeats {repeats}" if repeats else "")
+    result = run(sized(size, root, repeats), tell)
+    _say(summary(result).rstrip())
     if figures is not None:
-        folder, name = split(figures)
-        open_store(folder).write(name, (json.dumps(result, indent=1) + "\n").encode())
-    simulated, real = result["simulated_device"], result["sd_autoencoder"]
-    _say(
-        f"simulated device: job at {simulated['job_over_device']:.3f} of its rate, usual loop at "
-        f"{simulated['naive_over_device']:.3f}"
-    )
-    _say(
-        f"SD autoencoder: job at {real['job_over_model']:.3f} of the bare model's rate, usual loop at "
-        f"{real['naive_over_model']:.3f}"
-    )
-    _say(f"memory: {result['bytes_per_added_shard']:,.0f} bytes for each added source shard")
+        _write(figures, json.dumps(result, indent=1) + "\n")
+    if report is not None:
+        _write(report, page(result, command))
 
 
 @app.command("config")
@@ -447,6 +448,13 @@ def _root(
     if version:
         _say(__version__)
         raise typer.Exit
+
+
+def _write(url: str, text: str) -> None:
+    from pipeline.storage import open_store, split
+
+    folder, name = split(url)
+    open_store(folder).write(name, text.encode())
 
 
 def _say(result: Any) -> None:

@@ -260,15 +260,10 @@ def test_remove_reads_the_keys_and_tells_what_went(
     assert capsys.readouterr().out.endswith("True\n")
 
 
-def test_bench_writes_every_figure(
+def test_bench_writes_every_figure_and_a_page(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    figures = {
-        "encode_over_device": 0.97,
-        "bytes_per_added_shard": 3210.4,
-        "simulated_device": {"job_over_device": 0.97, "naive_over_device": 0.5},
-        "sd_autoencoder": {"job_over_model": 0.98, "naive_over_model": 0.9},
-    }
+    figures = {"encode_over_device": 0.97, "every": ["other", 1.5]}
     asked = []
 
     def bench_encode(sizes: EncodeBench, say: Callable[[str], None]) -> dict[str, object]:
@@ -277,13 +272,17 @@ def test_bench_writes_every_figure(
         return figures
 
     monkeypatch.setattr("pipeline.operate.bench.encode.bench_encode", bench_encode)
-    assert run(monkeypatch, "bench", "encode", "--repeats", "2", "--json", str(tmp_path / "figures.json")) == 0
+    monkeypatch.setattr("pipeline.operate.bench.page.summary", lambda result: f"job at {result['encode_over_device']}")
+    monkeypatch.setattr("pipeline.operate.bench.page.page", lambda result, command: f"{result['every']} by {command}")
+    wanted = ["--json", str(tmp_path / "figures.json"), "--report", str(tmp_path / "encode.md")]
+    assert run(monkeypatch, "bench", "encode", "--repeats", "2", "--root", str(tmp_path), *wanted) == 0
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
-    assert asked == [EncodeBench(repeats=2)]
+    assert (tmp_path / "encode.md").read_text() == "['other', 1.5] by lathe bench encode --size standard --repeats 2"
+    assert asked == [EncodeBench(root=str(tmp_path), repeats=2)]
     output = capsys.readouterr()
-    assert output.err == "round 1\n"
-    assert "job at 0.970 of its rate, usual loop at 0.500" in output.out
-    assert "3,210 bytes" in output.out
+    assert (output.out, output.err) == ("job at 0.97\n", "round 1\n")
+    assert run(monkeypatch, "bench", "encode", "--size", "huge") == 2
+    assert "use one of small, standard, large" in capsys.readouterr().err
 
 
 def test_inspect_prints_what_is_described(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from pipeline import __version__
+from pipeline.cores import available_cores
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "open-clip-torch", "webdataset", "pillow", "numpy", "s3fs")
 
@@ -23,7 +24,8 @@ def setting() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
+        "load_average": round(os.getloadavg()[0], 2),  # of the last minute: what others did beside it
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
