@@ -313,13 +313,14 @@ def test_memory_is_that_of_a_shard_and_a_row_group(place):
             rows = [noise + bytes([i, j]) for j in range(10)]
             writer.write_table(pa.table({"image": rows, "caption": ["x"] * 10}, schema=schema))
     program = """
-import resource, sys
+import sys
 from pipeline.config import PackConfig
 from pipeline.data import parquet
 from pipeline.data.pack import pack
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from pipeline.operate.bench.peak import peak_bytes
+before = peak_bytes()
 pack(PackConfig(source=sys.argv[1], output=sys.argv[2], samples_per_shard=10))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print((peak_bytes() - before) >> 20)
 """
     command = [sys.executable, "-c", program, str(place / "t.parquet"), str(place.parent / "out")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
