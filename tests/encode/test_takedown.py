@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +21,13 @@ from latent_set import (
     write_pictures,
 )
 
-from pipeline.data.manifest import load_manifest, load_receipt
+from pipeline.data.fold import fold, provenance
+from pipeline.data.manifest import key_hash, load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.job import encode
-from pipeline.encode.takedown.job import read_keys, remove
-from pipeline.encode.takedown.keys import read_takedown
+from pipeline.encode.takedown.job import _Survey, read_keys, remove
+from pipeline.encode.takedown.keys import Takedown, read_takedown
 from pipeline.encode.verify.job import verify
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
@@ -203,20 +206,33 @@ def test_killed_at_any_write_and_run_again_it_gives_the_same_bytes(place, tmp_pa
     assert writes == total
 
 
-def test_a_killed_run_with_more_keys_later(copy, monkeypatch):
-    """The shard has lost some samples, its receipt knows of none, and now another is to go."""
-    whole = LocalStore.write
+@pytest.fixture
+def kill(monkeypatch):
+    """Removes, and is killed where it would write the first file of this suffix."""
 
-    def no_receipts(self, name, *args, **options):
-        if name.endswith("00000.tar.receipt.json"):
-            raise Killed
-        return whole(self, name, *args, **options)
+    def call(folder: Path, asked: list[str], suffix: str) -> None:
+        whole = LocalStore.write
 
-    monkeypatch.setattr(LocalStore, "write", no_receipts)
-    with pytest.raises(Killed):
-        remove(f"{copy}/manifest.json", [key(0, 1)])
-    monkeypatch.undo()
-    assert remove(f"{copy}/manifest.json", [key(0, 2), key(0, 3)]).removed == 3
+        def write(self, name, *args, **options):
+            if name.endswith(suffix):
+                raise Killed
+            return whole(self, name, *args, **options)
+
+        monkeypatch.setattr(LocalStore, "write", write)
+        with pytest.raises(Killed):
+            remove(f"{folder}/manifest.json", asked)
+        monkeypatch.undo()
+
+    return call
+
+
+def test_killed_runs_with_more_keys_later(copy, kill):
+    """Twice the receipt knows of a takedown and the shard of none, and then another sample is to go."""
+    kill(copy, [key(0, 1)], "00000.tar")
+    kill(copy, [key(0, 2)], "00000.tar")
+    assert load_receipt(open_store(str(copy)), "00000.tar.receipt.json").samples() == PER_SHARD - 2
+    summary = remove(f"{copy}/manifest.json", [key(0, 1), key(0, 3)])
+    assert (summary.removed, summary.already, summary.unknown) == (1, 1, ())
     report = verify(f"{copy}/manifest.json", decode=0)
     assert report.status == "ok", str(report)
 
@@ -230,23 +246,85 @@ def test_damage_is_not_given_new_checksums(copy):
     assert (copy / "00002.tar").read_bytes() == data
 
 
-def test_damage_is_found_in_a_shard_that_a_killed_run_has_rewritten(copy, monkeypatch):
-    whole = LocalStore.write
-
-    def no_receipts(self, name, *args, **options):
-        if name.endswith(".receipt.json"):
-            raise Killed
-        return whole(self, name, *args, **options)
-
-    monkeypatch.setattr(LocalStore, "write", no_receipts)
-    with pytest.raises(Killed):
-        remove(f"{copy}/manifest.json", [key(1, 0)])
-    monkeypatch.undo()
+@pytest.mark.parametrize("number", range(PER_SHARD))
+def test_damage_is_found_in_whatever_a_killed_run_has_left(copy, kill, number):
+    """In every sample: in the block that is to lose one too, and in others."""
+    kill(copy, [key(1, 0)], "00001.tar")
     data = bytearray((copy / "00001.tar").read_bytes())
-    data[700] ^= 1  # in the first latent, of another bucket
+    data[data.index(f"{key(1, number)}.latent.npy".encode()) + 512 + 200] ^= 1
     (copy / "00001.tar").write_bytes(data)
-    with pytest.raises(DataError, match="the checksum of the block at sample"):
+    if number == 0:  # what is to go may be damaged
         remove(f"{copy}/manifest.json", [])
+        assert verify(f"{copy}/manifest.json", decode=0).status == "ok"
+        return
+    with pytest.raises(DataError, match="its checksum is another") as caught:
+        remove(f"{copy}/manifest.json", [])
+    assert "delete shard and receipt" in caught.value.remedy
+    assert (copy / "00001.tar").read_bytes() == data
+
+
+def test_a_shard_that_lost_a_sample_its_receipt_has_is_refused(copy, tmp_path):
+    other = shutil.copytree(copy, tmp_path / "other")
+    remove(f"{other}/manifest.json", [key(1, 0)])
+    shutil.copy(other / "00001.tar", copy)
+    before = files(copy)
+    with pytest.raises(DataError, match=r"sample \d+ is missing") as caught:
+        remove(f"{copy}/manifest.json", [key(1, 0)])
+    assert "delete shard and receipt" in caught.value.remedy
+    assert {name: data for name, data in files(copy).items() if name != "removed.txt"} == before
+
+
+def test_what_a_killed_job_has_added_is_taken_down_too(copy):
+    """The last shard and its receipt are there, and the manifest does not know of them yet."""
+    store, manifest = open_store(str(copy)), load_manifest(f"{copy}/manifest.json")
+    receipts = [load_receipt(store, shard.receipt) for shard in manifest.shards]
+    store.write("manifest.json", fold(receipts[:-1], provenance(manifest)).to_bytes())
+    last = receipts[-1]
+    foreign = last.model_copy(update={"fingerprint": "another", "shard": "a.tar"})
+    copied = json.loads(last.to_bytes())
+    others = {
+        "a.tar.receipt.json": foreign.to_bytes(),
+        "backup/00002.tar.receipt.json": last.to_bytes(),
+        "old.tar.receipt.json": json.dumps({**copied, "fingerprint": "f", "format_version": 1}).encode(),
+        "b.tar.receipt.json": b"none of ours",
+    }
+    for name, data in others.items():
+        store.write(name, data)
+    before = store.read("manifest.json")
+    gone = key(SHARDS - 1, 5)
+    assert remove(f"{copy}/manifest.json", [gone], dry_run=True).removed == 1
+    summary = remove(f"{copy}/manifest.json", [gone])
+    assert (summary.removed, summary.shards, summary.unknown) == (1, 1, ())
+    changed = load_receipt(store, f"{last.shard}.receipt.json")
+    assert key_hash(gone) not in changed.hashes()
+    assert gone.encode() not in store.read(last.shard)
+    assert hashlib.sha256(store.read(last.shard)).hexdigest() == changed.sha256
+    assert store.read("manifest.json") == before
+    assert {name: store.read(name) for name in others} == others
+    again = remove(f"{copy}/manifest.json", [gone])
+    assert (again.removed, again.already, again.shards) == (0, 1, 0)
+
+
+def test_hundreds_of_thousands_of_keys_cost_each_shard_no_more_than_its_own(copy):
+    (copy / "removed.txt").write_text("".join(f"00000.tar\tgone {i}\n" for i in range(300_000)))
+    takedown = read_takedown(open_store(str(copy)))
+    receipt = load_receipt(open_store(str(copy)), "00000.tar.receipt.json")
+    for asked in (takedown, takedown | Takedown(f"gone {i}" for i in range(300_000))):
+        survey = _Survey([], asked, {})
+        start = time.process_time()
+        for _ in range(30):
+            survey.add(receipt, is_listed=True)
+            assert not asked.touches(receipt)
+            assert not asked.holds("00000.tar", "x")
+        assert time.process_time() - start < 0.5
+
+
+def test_a_key_that_is_not_utf_8_is_told_in_one_line(copy):
+    before = files(copy)
+    with pytest.raises(DataError, match=r"'caf\\udce9' is no key: it is not UTF-8") as caught:
+        remove(f"{copy}/manifest.json", [key(0, 1), "caf\udce9"])
+    assert caught.value.remedy
+    assert files(copy) == before
 
 
 @pytest.mark.parametrize("change", ["cut", "exchanged"])

@@ -1,17 +1,18 @@
 """`lathe remove`: take samples down from a finished data set without encoding anew.
 
-The samples are noted in `removed.txt` first, so that a later `lathe encode` leaves them out too. Then each latent shard
-that holds one is written without it, and behind it its receipt; last comes the manifest. Whoever is killed on the way
-runs the same command again. No worker may be encoding into the data set meanwhile.
+The samples are noted in `removed.txt` first, so that a later `lathe encode` leaves them out too. Then the receipt of
+each latent shard that holds one is written without it, and behind it the shard: so the receipt's checksum tells whether
+what a killed run has left is sound. Last comes the manifest. Whoever is killed on the way runs the same command again.
+No worker may be encoding into the data set meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from pipeline.data.manifest import (
 )
 from pipeline.encode.overlap import mapped
 from pipeline.encode.rejects import reject_lines
-from pipeline.encode.takedown.keys import Takedown, read_takedown
+from pipeline.encode.takedown.keys import REASON, Takedown, read_takedown
 from pipeline.encode.takedown.shard import without
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import Store, open_store, read_file, split, temporary_folder
@@ -94,16 +95,19 @@ def remove(
         progress: called after each rewritten shard with (done, total, a few words).
 
     Raises:
-        DataError: a shard is damaged, or no sample would be left to train on; nothing is written in the latter case.
+        DataError: a shard is damaged; or a key is not UTF-8, or no sample would be left to train on: then nothing is
+            written.
         StorageError: something cannot be read or written.
     """
     manifest, store = load_manifest(manifest_url), open_store(split(manifest_url)[0])
     asked, noted = list(dict.fromkeys(keys)), read_takedown(store)
     takedown = noted | Takedown(asked)
-    survey = _Survey(asked, takedown)
+    survey = _Survey(asked, takedown, {entry.name: entry.size for entry in store.list()})
     for receipt in _receipts(store, manifest):
-        survey.add(receipt)
+        survey.add(receipt, is_listed=True)
     survey.check()
+    for receipt in _unlisted(store, manifest, survey.sizes):
+        survey.add(receipt, is_listed=False)
     if not dry_run:
         if takedown.to_bytes() != noted.to_bytes():
             store.write(REMOVED, takedown.to_bytes())
@@ -112,10 +116,11 @@ def remove(
             for done, name in enumerate(rewritten, 1):
                 progress(done, len(survey.touched), name)
         _refold(store, manifest_url, manifest)
+    known = survey.found | survey.already
     return RemoveSummary(
         removed=survey.removed,
         already=len(survey.already),
-        unknown=tuple(line for line in asked if line not in survey.found | survey.already),
+        unknown=tuple(line for line in asked if line not in known),
         shards=len(survey.touched),
         siblings=tuple(_siblings(store, manifest)),
         dry_run=dry_run,
@@ -128,6 +133,7 @@ class _Survey:
 
     asked: list[str]
     takedown: Takedown
+    sizes: Mapping[str, int]  # of the files that are there
     touched: list[str] = field(default_factory=list)  # names of receipts
     removed: int = 0  # samples
     found: set[str] = field(default_factory=set)  # lines asked for
@@ -140,18 +146,24 @@ class _Survey:
             shard, _, key = line.partition("\t") if "\t" in line else ("", "", line)
             self._lines.setdefault(key_hash(key), []).append((shard, line))
 
-    def add(self, receipt: Receipt) -> None:
-        """Take in one receipt."""
-        keys = self.takedown.keys(receipt.source)
-        hashes = np.frombuffer(receipt.hashes(), np.uint64)
-        hit = np.isin(hashes, np.fromiter(keys, np.uint64, len(keys)))
+    def add(self, receipt: Receipt, *, is_listed: bool) -> None:
+        """Take in one receipt, of which the manifest knows or not."""
+        keys, hashes = self.takedown.keys(receipt.source), receipt.hashes()
+        hit = np.fromiter((hashed in keys for hashed in hashes), bool, len(hashes))
         self.removed += int(hit.sum())
-        self._left += sum(int((~hit[first:end]).sum()) for first, end in receipt.ranges("train"))
-        if hit.any():
+        if is_listed:
+            self._left += sum(int((~hit[first:end]).sum()) for first, end in receipt.ranges("train"))
+        if hit.any() or self._is_halfway(receipt):
             self.touched.append(receipt.shard + RECEIPT_SUFFIX)
-        self.found.update(line for hashed in hashes[hit].tolist() for line in self._asked(hashed, receipt.source))
+        for number in np.flatnonzero(hit):
+            self.found.update(self._asked(hashes[number], receipt.source))
         for reject in receipt.rejects:
             self.already.update(self._asked(key_hash(reject.key), receipt.source))
+
+    def _is_halfway(self, receipt: Receipt) -> bool:
+        """Whether a run was killed that had written this receipt and not yet its shard."""
+        size = self.sizes.get(receipt.shard, receipt.bytes)
+        return size != receipt.bytes and any(reject.reason == REASON for reject in receipt.rejects)
 
     def check(self) -> None:
         """Raises DataError where nothing would be left."""
@@ -168,23 +180,44 @@ class _Survey:
 def _receipts(store: Store, manifest: Manifest) -> Iterator[Receipt]:
     """Receipts in the manifest's order, a few in memory. Raises DataError where one is of another encoding."""
     digest = manifest.fingerprint.digest()
-    names = [shard.receipt for shard in manifest.shards]
+    for receipt in _loaded(partial(load_receipt, store), [shard.receipt for shard in manifest.shards]):
+        if receipt.fingerprint != digest:
+            raise DataError(
+                f"{store.url}: the receipt of {receipt.shard} is of another fingerprint than the manifest",
+                "run `lathe verify`, which tells what does not belong there",
+            )
+        yield receipt
+
+
+def _unlisted(store: Store, manifest: Manifest, names: Iterable[str]) -> Iterator[Receipt]:
+    """Receipts of this encoding that the manifest lacks: a job that adds image shards would go on from them."""
+    digest, listed = manifest.fingerprint.digest(), {shard.receipt for shard in manifest.shards}
+
+    def load(name: str) -> Receipt | None:
+        if digest.encode() not in store.read(name):  # it may be of another format, and no concern of ours
+            return None
+        receipt = load_receipt(store, name)
+        return receipt if (receipt.fingerprint, receipt.shard + RECEIPT_SUFFIX) == (digest, name) else None
+
+    others = sorted(name for name in names if name.endswith(RECEIPT_SUFFIX) and name not in listed)
+    yield from (receipt for receipt in _loaded(load, others) if receipt)
+
+
+_Loaded = TypeVar("_Loaded")
+
+
+def _loaded(load: Callable[[str], _Loaded], names: Iterable[str]) -> Iterator[_Loaded]:
     with ThreadPoolExecutor(_READERS, "receipts") as pool:
-        for receipt in mapped(pool, partial(load_receipt, store), names, ahead=4 * _READERS):
-            if receipt.fingerprint != digest:
-                raise DataError(
-                    f"{store.url}: the receipt of {receipt.shard} is of another fingerprint than the manifest",
-                    "run `lathe verify`, which tells what does not belong there",
-                )
-            yield receipt
+        yield from mapped(pool, load, names, ahead=4 * _READERS)
 
 
 def _rewrite(store: Store, takedown: Takedown, name: str) -> str:
-    """One shard, then its receipt. Until the receipt is there, the size tells that the two do not belong together."""
+    """One receipt, then its shard. Until the shard is there, the size tells that the two do not belong together."""
     receipt = load_receipt(store, name)
     data, changed = without(store.read(receipt.shard), receipt, takedown.keys(receipt.source))
+    if changed != receipt:
+        store.write(name, changed.to_bytes())
     store.write(receipt.shard, data)
-    store.write(name, changed.to_bytes())
     return receipt.shard
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 
 from pipeline.data.manifest import REMOVED, Receipt, key_hash
 from pipeline.errors import DataError
@@ -19,16 +20,22 @@ class Takedown:
 
     Args:
         lines: as in the file; empty ones are passed over.
+
+    Raises:
+        DataError: a line is not UTF-8.
     """
 
     def __init__(self, lines: Iterable[str] = ()) -> None:
         self._lines = {line.strip("\r\n") for line in lines} - {""}
-        self._anywhere = {line for line in self._lines if "\t" not in line}
-        self._in_shard: dict[str, set[str]] = {}
-        for line in self._lines - self._anywhere:
-            shard, _, key = line.partition("\t")
-            self._in_shard.setdefault(shard, set()).add(key)
-        self._hashes = {key_hash(key): key for key in self._anywhere}
+        self._keys: dict[int, str] = {}  # of every shard, by hash
+        self._in_shard: dict[str, dict[int, str]] = {}
+        for line in self._lines:
+            shard, tab, key = line.partition("\t") if "\t" in line else ("", "", line)
+            try:
+                line.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(f"{line!r} is no key: it is not UTF-8", "give keys as UTF-8") from error
+            (self._in_shard.setdefault(shard, {}) if tab else self._keys)[key_hash(key)] = key
 
     def __bool__(self) -> bool:
         return bool(self._lines)
@@ -41,22 +48,22 @@ class Takedown:
 
     def holds(self, source: str, key: str) -> bool:
         """Whether a sample of the image shard `source` was taken down."""
-        return key in self._anywhere or key in self._in_shard.get(source, ())
+        return key in self._lines or f"{source}\t{key}" in self._lines
 
     def touches(self, receipt: Receipt) -> bool:
         """Whether a latent shard still holds one of the samples."""
-        if not self._lines:
-            return False
-        return not self.keys(receipt.source).keys().isdisjoint(receipt.hashes())
+        hashes = receipt.hashes() if self._lines else ()
+        there = self._in_shard.get(receipt.source, {})
+        return not (self._keys.keys().isdisjoint(hashes) and there.keys().isdisjoint(hashes))
 
-    def keys(self, source: str) -> dict[int, str]:
+    def keys(self, source: str) -> Mapping[int, str]:
         """Keys that were taken down from the image shard `source`, by the hash that receipts know them by."""
         there = self._in_shard.get(source)
-        return self._hashes | {key_hash(key): key for key in there} if there else self._hashes
+        return ChainMap(there, self._keys) if there else self._keys
 
     def to_bytes(self) -> bytes:
         """The file: sorted lines, UTF-8."""
-        return "".join(f"{line}\n" for line in sorted(self._lines)).encode("utf-8", "surrogateescape")
+        return "".join(f"{line}\n" for line in sorted(self._lines)).encode("utf-8")
 
 
 def read_takedown(store: Store) -> Takedown:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.data.manifest import Block, BucketRange, Receipt, Reject, key_hash, pack_hashes
+from pipeline.data.samples import split_name
 from pipeline.data.tar import members, read_npy
 from pipeline.data.tar_header import BLOCK
 from pipeline.encode.latent_shard import LatentSums, in_order
 from pipeline.encode.takedown.keys import REASON
 from pipeline.errors import DataError
 
-_AGAIN = "delete its receipt, and run `lathe encode` again: this shard alone is encoded anew, without the samples"
+_AGAIN = "delete shard and receipt, and run `lathe encode` again: this shard alone is encoded anew, without the samples"
 _LATENT = "latent.npy"
 
 
@@ -29,21 +30,19 @@ def without(data: bytes, receipt: Receipt, keys: Mapping[int, str]) -> tuple[byt
     """The shard and its receipt without some samples, as if these had never been encoded; memory of two shards.
 
     Args:
-        data: the shard, as its receipt has it, or already without some of the samples: a writer may have been killed
-            between shard and receipt.
+        data: the shard, as its receipt has it, or with samples besides: a writer may have been killed between receipt
+            and shard.
         receipt: the one that is there.
         keys: the samples' keys by their hashes.
 
     Raises:
-        DataError: the shard is neither.
+        DataError: the shard is neither, to the last byte of what the receipt has.
     """
     try:
-        there = _numbered(list(_samples(memoryview(data))), receipt, keys)
-        if hashlib.sha256(data).hexdigest() != receipt.sha256:
-            _check_rest(there, receipt)
+        there = _verified(_samples(memoryview(data)), receipt)
     except DataError as error:
         raise DataError(f"{receipt.shard} is not what its receipt says: {error.message}", _AGAIN) from error
-    kept = {number: sample for number, sample in there.items() if sample.hash not in keys}
+    kept = {number: sample for number, sample in enumerate(there) if sample.hash not in keys}
     rewritten = b"".join([*(sample.data for sample in kept.values()), bytes(2 * BLOCK)])
     buckets = tuple(_ranges(receipt, list(kept)))
     samples = list(kept.values())
@@ -68,9 +67,7 @@ def _samples(view: memoryview) -> Iterator[_Sample]:
     """The samples of a whole tar, each from the end of the one before it. Raises DataError."""
     key, start, end, latent = "", 0, 0, memoryview(b"")
     for name, offset, size in members(view, whole=True):
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        following = folder + slash + stem
+        following, extension = split_name(name)
         if end and (following != key or (extension == _LATENT and latent)):
             yield _Sample(key_hash(key), view[start:end], latent)
             start, latent = end, memoryview(b"")
@@ -81,31 +78,21 @@ def _samples(view: memoryview) -> Iterator[_Sample]:
         yield _Sample(key_hash(key), view[start:end], latent)
 
 
-def _numbered(found: list[_Sample], receipt: Receipt, keys: Mapping[int, str]) -> dict[int, _Sample]:
-    """The samples by their numbers in the receipt, of which only those of `keys` may lack. Raises DataError."""
-    numbered: dict[int, _Sample] = {}
-    for number, hashed in enumerate(receipt.hashes()):
-        if len(numbered) < len(found) and found[len(numbered)].hash == hashed:
-            numbered[number] = found[len(numbered)]
-        elif hashed not in keys:
+def _verified(found: Iterable[_Sample], receipt: Receipt) -> list[_Sample]:
+    """The receipt's samples, once they alone are seen to have its checksum. Raises DataError."""
+    hashes = receipt.hashes()
+    known = set(hashes)
+    there = [sample for sample in found if sample.hash in known]
+    for number, hashed in enumerate(hashes):
+        if number >= len(there) or there[number].hash != hashed:
             raise DataError(f"sample {number} is missing")
-    if len(numbered) < len(found):
-        raise DataError(f"it has {len(found) - len(numbered)} samples more")
-    return numbered
-
-
-def _check_rest(there: Mapping[int, _Sample], receipt: Receipt) -> None:
-    """What is left of a shard that lost samples is undamaged, as far as blocks that lost none can tell."""
-    if len(there) == receipt.samples():
+    digest = hashlib.sha256()
+    for sample in there:
+        digest.update(sample.data)
+    digest.update(bytes(2 * BLOCK))
+    if digest.hexdigest() != receipt.sha256:
         raise DataError("its checksum is another")
-    for block in receipt.blocks:
-        numbers = range(block.first_sample, block.first_sample + block.samples)
-        if all(number in there for number in numbers):
-            crc32 = 0
-            for number in numbers:
-                crc32 = zlib.crc32(there[number].data, crc32)
-            if crc32 != block.crc32:
-                raise DataError(f"the checksum of the block at sample {block.first_sample} is another")
+    return there
 
 
 def _ranges(receipt: Receipt, kept: list[int]) -> Iterator[BucketRange]:
