@@ -364,6 +364,7 @@ def test_records_with_odd_values_are_told_or_refused(tmp_path, value):
                 tar.add("0.json", dumped(tree))
                 yield "s", {"a.tar": bytes(tar.finish())}
 
+    longest = 0
     for i, (name, group) in enumerate(files()):
         folder = tmp_path / f"{i}-{name}"
         write(str(folder), group)
@@ -374,7 +375,8 @@ def test_records_with_odd_values_are_told_or_refused(tmp_path, value):
             try:
                 assert describe(str(where), as_json=as_json)
             except DataError as error:
-                assert len(error.message) < 400
+                longest = max(longest, len(error.message))
+    assert longest < 400
 
 
 def safetensors(header: bytes) -> bytes:
