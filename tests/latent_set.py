@@ -17,17 +17,19 @@ from support import fingerprint
 from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.fold import Provenance, fold
-from pipeline.data.manifest import ENCODING, MANIFEST, RECEIPT_SUFFIX, REJECTS, Manifest, Receipt
+from pipeline.data.manifest import ENCODING, MANIFEST, RECEIPT_SUFFIX, REJECTS, Manifest, Receipt, Tower, canonical
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar import TarBuilder, npy_bytes
 from pipeline.encode.claim import Encoding
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity
 from pipeline.encode.rejects import reject_lines
 from pipeline.models import autoencoder
+from pipeline.models.text import Tokenizer
 
 BUCKETS = ((24, 40), (32, 32), (40, 24))
 CHANNELS, FACTOR, CONTEXT, BLOCK_SAMPLES, HOLDOUT = 4, 4, 8, 3, 0.3
 SHARDS, PER_SHARD = 3, 14
+TOKENIZER = Tokenizer(CONTEXT)
 Prepare = Callable[[images.Pixels], torch.Tensor]
 Alter = Callable[[int, list[tuple[EncodedSample, bool]]], Sequence[tuple[EncodedSample, bool]]]
 
@@ -88,13 +90,14 @@ def build(place: Path, *, prepare: Prepare = images.normalise, encoder: str = "v
     """
     told = autoencoder.load(str(place / "vae"))
     model = autoencoder.load(str(place / encoder))
+    tokenizer = hashlib.sha256(canonical(TOKENIZER.fingerprint())).hexdigest()
     mark = fingerprint(
         resolution=32,
-        context_length=CONTEXT,
         autoencoder_weights=autoencoder.weights_hash(told),
         buckets=BUCKETS,
         flip=True,
         holdout=HOLDOUT,
+        text_towers=(Tower(name="clip", tokenizer=tokenizer, context_length=CONTEXT),),
     )
     about = Provenance(
         fingerprint=mark,
@@ -124,7 +127,7 @@ def build(place: Path, *, prepare: Prepare = images.normalise, encoder: str = "v
         one.name: getattr(about, one.name) for one in dataclasses.fields(about) if one.name in Encoding.model_fields
     }
     (folder / ENCODING).write_bytes(Encoding(**kept).to_bytes())
-    (folder / "empty.tokens.clip.npy").write_bytes(npy_bytes(np.zeros(CONTEXT, np.uint16)))
+    (folder / "empty.tokens.clip.npy").write_bytes(npy_bytes(TOKENIZER.empty))
     commit(folder, receipts, about)
     return f"{folder}/{MANIFEST}"
 
@@ -169,13 +172,12 @@ def encoded(model: Any, prepare: Prepare, shard: int) -> Iterator[EncodedSample]
         pixels = images.cover(whole, bucket)
         both = np.stack([pixels, pixels[:, ::-1]])
         moments = autoencoder.to_float16(autoencoder.encode_moments(model, prepare(both))).numpy()
-        rng = np.random.default_rng(i)
         yield EncodedSample(
             key=key(shard, i),
             captions=tuple(captions(i)),
             bucket=bucket,
             moments=moments[0],
             flipped=moments[1],
-            text=tuple({"tokens.clip": rng.integers(0, 99, CONTEXT).astype(np.uint16)} for _ in captions(i)),
+            text=tuple({"tokens.clip": row} for row in TOKENIZER(captions(i))),
             size=images.size_record(whole.shape[0], whole.shape[1], bucket),
         )

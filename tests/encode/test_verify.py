@@ -10,7 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from latent_set import CHANNELS, HOLDOUT, SHARDS, build, encode_settings, key, save_autoencoder, write_pictures
+from latent_set import (
+    CHANNELS,
+    HOLDOUT,
+    SHARDS,
+    TOKENIZER,
+    build,
+    encode_settings,
+    key,
+    save_autoencoder,
+    write_pictures,
+)
 from PIL import ImageFont
 from small_models import clip, save_clip
 
@@ -18,6 +28,8 @@ from pipeline.data import images
 from pipeline.data.fold import fold, provenance
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
+from pipeline.data.tar import npy_bytes
+from pipeline.encode.captions import CaptionEncoder
 from pipeline.encode.job import encode
 from pipeline.encode.takedown.job import remove
 from pipeline.encode.verify import job
@@ -356,6 +368,34 @@ def pixels(batch: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float()
 
 
+def other_captions(shard, samples):
+    """Each picture with the tokens of another one's captions."""
+    captioned = [sample for sample, _ in samples if len(sample.captions) == 2]
+    following = {s.key: captioned[(i + 1) % len(captioned)] for i, s in enumerate(captioned)}
+    return [(dataclasses.replace(s, text=following.get(s.key, s).text), held_out) for s, held_out in samples]
+
+
+def test_tokens_that_are_not_those_of_the_captions(place, tmp_path):
+    manifest = rebuilt(place, tmp_path, alter=other_captions)
+    report = verify(manifest, decode=0)
+    assert set(failures(report)) == {"text"}
+    assert re.search(r"00001.tar: '01\d+' tokens0.clip has not the tokens .* 'picture \d+'", failures(report)["text"])
+    assert next(check.problems for check in report.checks if check.name == "text") == 3 * 7
+    assert set(failures(verify(manifest, decode=6, quick=True))) == {"text"}
+
+
+def test_an_empty_prompt_that_is_not_empty(copy):
+    (copy / "empty.tokens.clip.npy").write_bytes(npy_bytes(TOKENIZER(["a"])[0]))
+    said = failures(verify(f"{copy}/manifest.json", decode=0, quick=True))
+    assert said == {"text": "the empty prompt tokens.clip has not the tokens of its caption ''"}
+
+
+def test_captions_of_an_unknown_tokenizer_are_told(copy):
+    edit("manifest.json", "fingerprint", "text_towers", 0, "tokenizer", value=lambda old: "0" * 64)(copy)
+    report = verify(f"{copy}/manifest.json", decode=0, quick=True)
+    assert "tower clip: its tokenizer is none of this Lathe's, so its captions were not looked at" in str(report)
+
+
 def mirrored_wrongly(shard, samples):
     return [(dataclasses.replace(sample, flipped=sample.moments), held_out) for sample, held_out in samples]
 
@@ -465,7 +505,7 @@ def test_latents_that_are_not_finite_are_reported_in_json(place, tmp_path):
         ]
 
     report = verify(rebuilt(place, tmp_path, alter=nan_held_out), decode=12, output=f"{tmp_path}/out", quick=True)
-    assert set(failures(report)) == {"pictures"}
+    assert set(failures(report)) == {"samples", "pictures"}
     told = json.loads((tmp_path / "out" / "verify.json").read_text())
     samples = next(check for check in told["checks"] if check["name"] == "pictures")["measures"]["samples"]
     differences = {one["key"]: one["mean_difference"] for one in samples}
@@ -519,7 +559,7 @@ def test_what_was_found_is_written_before_the_pictures(place, tmp_path, monkeypa
 
 
 def test_an_address_that_is_none_is_told(place):
-    report = verify(f"{place}/latents/manifest.json", images="", quick=True)
+    report = verify(f"{place}/latents/manifest.json", images=[], quick=True)
     assert set(failures(report)) == {"sources"}
 
 
@@ -626,6 +666,30 @@ def test_text_of_frozen_towers(place, tmp_path, padding):
     config = encode_settings(place, tmp_path / "out", text)
     encode(config)
     manifest = f"{tmp_path}/out/32/manifest.json"
-    assert failures(verify(manifest, decode=0)) == {}
+    report = verify(manifest, decode=0)
+    assert failures(report) == {}
+    assert next(check.figure for check in report.checks if check.name == "text") == "42 captions and the empty prompt"
+    assert "where the towers are is not recorded" in str(report)
     (tmp_path / "out" / "32" / "empty.pooled.one.npy").unlink()
     assert "empty.pooled.one.npy: missing" in failures(verify(manifest, decode=0))["files"]
+
+
+@pytest.mark.parametrize("padding", ["full", "trimmed"])
+def test_embeddings_that_are_not_those_of_the_captions(place, tmp_path, monkeypatch, padding):
+    tower = {"name": "one", "model": save_clip(tmp_path / "clip", clip()), "pooled": True}
+    text = {"mode": "cached", "context_length": 20, "padding": padding, "towers": [tower]}
+    whole = CaptionEncoder.__call__
+    monkeypatch.setattr(CaptionEncoder, "__call__", lambda self, captions: whole(self, [*captions[1:], *captions[:1]]))
+    encode(encode_settings(place, tmp_path / "out", text))
+    manifest, folder = f"{tmp_path}/out/32/manifest.json", tmp_path / "out" / "32"
+    assert set(failures(verify(manifest, decode=0))) == {"text"}
+    assert "text0.one differs at token" in failures(verify(manifest, decode=0))["text"]
+    monkeypatch.undo()
+    encode(encode_settings(place, tmp_path / "sound", text))
+    for name in ("text", "pooled"):
+        shutil.copy(folder / f"empty.{name}.one.npy", tmp_path / "sound" / "32")
+    assert failures(verify(f"{tmp_path}/sound/32/manifest.json", decode=0)) == {}
+    empty = np.load(folder / "empty.text.one.npy")
+    (tmp_path / "sound" / "32" / "empty.text.one.npy").write_bytes(npy_bytes(empty[::-1].copy()))
+    said = failures(verify(f"{tmp_path}/sound/32/manifest.json", decode=0))
+    assert "differs at token 0 from that of the empty prompt" in said["text"]

@@ -8,11 +8,12 @@ from math import isfinite
 from typing import Any
 
 from pipeline.data.fold import shard_entry
-from pipeline.data.manifest import Manifest, Receipt, ShardEntry, load_receipt
+from pipeline.data.manifest import Receipt, ShardEntry, load_receipt
 from pipeline.encode.takedown.keys import Takedown
 from pipeline.encode.verify.files import Sizes
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.shard import ShardCheck
+from pipeline.encode.verify.text import Texts
 from pipeline.errors import LatheError, StorageError
 from pipeline.storage import Store, open_stream
 
@@ -28,23 +29,25 @@ class Looked:
     hashes: array[int] = field(default_factory=lambda: array("Q"))  # of the keys found; without reading, those noted
     bytes: int = 0
     numbers: int = 0
+    captions: int = 0
 
 
 class EntryCheck:
     """Holds receipts and shards against the manifest.
 
     Args:
-        manifest: which entries there are, and what all shards must be like.
+        texts: what all shards must be like, and their captions.
         store: the manifest's folder.
         sizes: of the files there.
         takedown: the samples that must be gone.
         quick: the shards are not read.
     """
 
-    def __init__(self, manifest: Manifest, store: Store, sizes: Sizes, takedown: Takedown, *, quick: bool) -> None:
-        self._manifest, self._store, self._sizes = manifest, store, sizes
+    def __init__(self, texts: Texts, store: Store, sizes: Sizes, takedown: Takedown, *, quick: bool) -> None:
+        self._texts, self._store, self._sizes = texts, store, sizes
         self._takedown, self._quick = takedown, quick
-        self._digest = manifest.fingerprint.digest()
+        self._manifest = texts.manifest
+        self._digest = texts.manifest.fingerprint.digest()
 
     def look(self, entry: ShardEntry) -> Looked:
         """Look at one entry; runs beside others."""
@@ -95,9 +98,9 @@ class EntryCheck:
         parent = self._store.url.rstrip("/")
         with open_stream(f"{parent}/{entry.name}", parts_ahead=2) as stream:
             if looked.receipt is not None:
-                check = ShardCheck(self._manifest, entry, looked.receipt, looked.notes)
+                check = ShardCheck(self._texts, entry, looked.receipt, looked.notes)
                 check.run(stream)
-                looked.hashes, looked.numbers = check.hashes, check.numbers
+                looked.hashes, looked.numbers, looked.captions = check.hashes, check.numbers, check.captions
             else:
                 while stream.read(_PIECE):
                     pass

@@ -8,12 +8,14 @@ from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import PurePosixPath
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline.data.fold import content_hash
 from pipeline.data.manifest import (
+    EMPTY_PREFIX,
     ENCODING,
     MANIFEST,
     RECEIPT_SUFFIX,
@@ -27,6 +29,7 @@ from pipeline.encode.claim import Encoding
 from pipeline.encode.rejects import reject_lines
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.sample import SampleCheck, size_text, text_rules
+from pipeline.encode.verify.text import EMPTY_PROMPT, TextCheck, Texts
 from pipeline.errors import LatheError, StorageError
 from pipeline.storage import Store, open_stream
 
@@ -71,22 +74,29 @@ def check_encoding(store: Store, sizes: Sizes, manifest: Manifest, notes: Notes)
             notes.add("fingerprint", f"{ENCODING}: {name} is {one}, {MANIFEST} says {other}")
 
 
-def check_prompt(store: Store, sizes: Sizes, manifest: Manifest, notes: Notes) -> None:
-    """Whether the empty prompt is there, as the shards have captions."""
-    samples = SampleCheck(manifest, "", notes.add)
-    for stem, rule in text_rules(manifest, "").items():
-        name = f"empty.{stem}.npy"
-        if name in sizes:
-            samples.array(name, store.read(name), rule)
-        else:
+def check_prompt(store: Store, sizes: Sizes, texts: Texts, notes: Notes) -> dict[str, NDArray[Any]]:
+    """Whether the empty prompt is there, as the shards have captions; returns it where it is sound."""
+    text = TextCheck(texts, notes.add)
+    samples = SampleCheck(texts.manifest, "", text, notes.add)
+    arrays: dict[str, NDArray[Any]] = {}
+    rules = text_rules(texts.manifest, "")
+    for stem, rule in rules.items():
+        name = f"{EMPTY_PREFIX}{stem}.npy"
+        if name not in sizes:
             notes.add("files", f"{name}: missing; it is the empty prompt")
+        elif (found := samples.array(name, store.read(name), rule)) is not None:
+            arrays[stem] = found
+    if len(arrays) < len(rules):
+        return {}
+    text.check(EMPTY_PROMPT, {"": ""}, arrays)
+    return arrays
 
 
 def check_leftovers(store: Store, sizes: Sizes, manifest: Manifest, pool: Executor, notes: Notes) -> None:
     """What stands in the folders of the data set and is not part of it."""
     listed = {name for shard in manifest.shards for name in (shard.name, shard.receipt)}
     folders = {str(PurePosixPath(name).parent) for name in listed} | {"."}
-    known = {MANIFEST, REJECTS, REMOVED, ENCODING, *(f"empty.{stem}.npy" for stem in text_rules(manifest, ""))}
+    known = {MANIFEST, REJECTS, REMOVED, ENCODING, *(f"{EMPTY_PREFIX}{stem}.npy" for stem in text_rules(manifest, ""))}
     extra = [name for name in sizes if name not in listed | known and str(PurePosixPath(name).parent) in folders]
     receipts = [name for name in extra if name.endswith(RECEIPT_SUFFIX)]
     digest = manifest.fingerprint.digest()

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -27,7 +28,8 @@ from pipeline.encode.verify.files import (
 from pipeline.encode.verify.keys import Draw, KeyIndex, Place
 from pipeline.encode.verify.pictures import PictureCheck, check_quality, find_autoencoder, find_pictures, sheet
 from pipeline.encode.verify.report import REMEDIES, Check, Notes, VerifyReport
-from pipeline.encode.verify.sample import read_sample, stored_sample
+from pipeline.encode.verify.sample import Parts, SampleCheck, Stored, read_sample, stored_sample
+from pipeline.encode.verify.text import TextCheck, Texts, find_texts
 from pipeline.errors import DataError, LatheError
 from pipeline.storage import open_store, split
 
@@ -96,7 +98,8 @@ class _Verification:
         self._takedown = read_takedown(self._store)
         self._notes, self._keys, self._draw = Notes(), KeyIndex(), Draw(samples, seed)
         self._rejects = RejectsCheck(self._store, self._sizes, self._notes)
-        self._samples, self._receipts, self._numbers, self.bytes = samples, 0, 0, 0
+        self._samples, self._receipts, self._numbers, self._captions, self.bytes = samples, 0, 0, 0, 0
+        self._drawn: list[Stored] = []
         self._compared: list[dict[str, Any]] | None = None  # not yet
         self._sources: dict[str, str] = {}
         self.sheet: bytes | None = None  # PNG
@@ -106,15 +109,17 @@ class _Verification:
         manifest, notes = self._manifest, self._notes
         check_manifest(manifest, notes)
         check_encoding(self._store, self._sizes, manifest, notes)
-        check_prompt(self._store, self._sizes, manifest, notes)
+        texts = find_texts(manifest, notes)
+        texts = replace(texts, empty=check_prompt(self._store, self._sizes, texts, notes))
         workers = min(8, 2 * (os.cpu_count() or 1))
         with ThreadPoolExecutor(workers, "verify") as pool:
             check_leftovers(self._store, self._sizes, manifest, pool, notes)
-            entries = EntryCheck(manifest, self._store, self._sizes, self._takedown, quick=self._quick)
+            entries = EntryCheck(texts, self._store, self._sizes, self._takedown, quick=self._quick)
             with self._rejects:
                 self._refold(self._gather(mapped(pool, entries.look, manifest.shards, ahead=2 * workers), progress))
                 self._rejects.finish(manifest, complete=self._receipts == len(manifest.shards))
             self._name_repeated(pool)
+        self._read_drawn(texts)
 
     def _gather(self, results: Iterator[Looked], progress: Progress) -> Iterator[Receipt]:
         """The usable receipts, in the manifest's order."""
@@ -124,6 +129,7 @@ class _Verification:
             self._keys.add(looked.hashes)
             self.bytes += looked.bytes
             self._numbers += looked.numbers
+            self._captions += looked.captions
             if looked.receipt is not None:
                 self._receipts += 1
                 self._draw.add(number, looked.receipt)
@@ -174,24 +180,38 @@ class _Verification:
         except LatheError:
             return None
 
+    def _read_drawn(self, texts: Texts) -> None:
+        """The samples that are compared; `quick` has not looked at them yet."""
+        for shard, number in self._draw.places():
+            try:
+                receipt = load_receipt(self._store, self._manifest.shards[shard].receipt)
+                key, parts = read_sample(self._store, receipt, number)
+                if self._quick:
+                    self._look_at(texts, receipt, number, key, parts)
+                self._drawn.append(stored_sample(receipt.shard, key, parts))
+            except LatheError as error:
+                self._notes.add("samples", error.message)
+
+    def _look_at(self, texts: Texts, receipt: Receipt, number: int, key: str, parts: Parts) -> None:
+        def fail(check: str, said: str) -> None:
+            self._notes.add("text" if check == "text" else "samples", f"{receipt.shard}: {said}")
+
+        text = TextCheck(texts, fail)
+        bucket = next(part.bucket for part in receipt.buckets if part.train[0] <= number < part.holdout[1])
+        SampleCheck(texts.manifest, receipt.source, text, fail).moments(key, parts, bucket)
+        self._captions += text.captions
+
     def compare(self, images: str | Sequence[str] | None, autoencoder: str | None, *, wanted: bool) -> None:
         """Hold the samples drawn against their pictures; what is out of reach fails where it was asked for."""
-        places, self._compared = self._draw.places(), []
-        if not places:
+        self._compared = []
+        if not self._drawn:
             return
         manifest, notes = self._manifest, self._notes
         self._sources = find_pictures(manifest, self._store.url, images, notes, wanted=wanted or images is not None)
         model = find_autoencoder(manifest, autoencoder, notes, wanted=wanted or autoencoder is not None)
         if not self._sources or model is None:
             return
-        samples = []
-        for shard, sample in places:
-            try:
-                receipt = load_receipt(self._store, manifest.shards[shard].receipt)
-                samples.append(stored_sample(self._store, receipt, sample))
-            except LatheError as error:
-                notes.add("pictures", error.message)
-        compared = list(PictureCheck(manifest, model, self._sources, notes, wanted=wanted).run(samples))
+        compared = list(PictureCheck(manifest, model, self._sources, notes, wanted=wanted).run(self._drawn))
         self._compared = [one.measures() for one in compared]
         if compared:
             check_quality(compared, notes)
@@ -208,9 +228,9 @@ class _Verification:
             check("fingerprint", f"{self._digest[:16]}..."),
             check("files", f"sizes of {shards} and the empty prompt"),
             check(
-                "samples",
-                "the empty prompt" if self._quick else f"files, types and shapes of {len(self._keys)} samples",
+                "samples", f"files, types and shapes of {len(self._drawn) if self._quick else len(self._keys)} samples"
             ),
+            check("text", f"{self._captions} captions and the empty prompt"),
             check("keys", f"{len(self._keys)} keys, each once"),
             check("rejects", f"{self._rejects.reasons.total()} samples left out"),
             check("removed", f"{len(self._takedown)} samples to be taken down"),

@@ -23,6 +23,7 @@ REMEDIES = {
     "blocks": _AGAIN,
     "samples": _AGAIN,
     "finite": _AGAIN,
+    "text": _AGAIN,
     "split": _AGAIN,
     "keys": "give each picture its own key in the image shards, or take the doubled ones down with `lathe remove`",
     "statistics": _FOLD,

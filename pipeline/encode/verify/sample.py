@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import Bucket, Manifest, Receipt
 from pipeline.data.samples import split_name
 from pipeline.data.tar import members, read_npy
+from pipeline.encode.verify.text import TextCheck, numbered
 from pipeline.errors import DataError
 from pipeline.storage import Store
 
@@ -110,14 +111,13 @@ def read_sample(store: Store, receipt: Receipt, number: int) -> tuple[str, Parts
     raise DataError(f"{receipt.shard}: sample {number} is not where the receipt says", "encode this shard again")
 
 
-def stored_sample(store: Store, receipt: Receipt, number: int) -> Stored:
-    """As `read_sample`, with its arrays."""
-    key, parts = read_sample(store, receipt, number)
+def stored_sample(shard: str, key: str, parts: Parts) -> Stored:
+    """A sample of `read_sample` with its arrays, whatever they are. Raises DataError where there are none."""
     try:
         about = json.loads(bytes(parts["json"]))
         flipped = parts.get("latent_flip.npy")
         return Stored(
-            shard=receipt.shard,
+            shard=shard,
             key=key,
             source=str(about["source_shard"]),
             captions=tuple(map(str, about["captions"])),
@@ -126,8 +126,8 @@ def stored_sample(store: Store, receipt: Receipt, number: int) -> Stored:
             flipped=None if flipped is None else read_npy(flipped),
             size=read_npy(parts["size.npy"]),
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DataError(f"{receipt.shard}: {key!r} cannot be read", "encode this shard again") from error
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{shard}: {key!r} cannot be read", "encode this shard again") from error
 
 
 class SampleCheck:
@@ -136,11 +136,12 @@ class SampleCheck:
     Args:
         manifest: what all samples must be like.
         source: name of the image shard that they are from.
+        text: looks at what is stored of their captions.
         fail: is told the check's name and, in words, what does not hold.
     """
 
-    def __init__(self, manifest: Manifest, source: str, fail: Callable[[str, str], None]) -> None:
-        self._manifest, self._source, self._fail = manifest, source, fail
+    def __init__(self, manifest: Manifest, source: str, text: TextCheck, fail: Callable[[str, str], None]) -> None:
+        self._manifest, self._source, self._text, self._fail = manifest, source, text, fail
         self._rules: dict[tuple[Bucket, int], dict[str, ArrayRule]] = {}
         self.numbers = 0  # floats looked at
 
@@ -149,9 +150,9 @@ class SampleCheck:
         captions = self._captions(key, parts.get("json"), bucket)
         if captions is None:
             return None
-        rules = self._rules.get((bucket, captions))
+        rules = self._rules.get((bucket, len(captions)))
         if rules is None:
-            rules = self._rules[bucket, captions] = sample_rules(self._manifest, bucket, captions)
+            rules = self._rules[bucket, len(captions)] = sample_rules(self._manifest, bucket, len(captions))
         if len(parts) != len(rules) + 1 or any(f"{name}.npy" not in parts for name in rules):
             wanted = {f"{name}.npy" for name in rules} | {"json"}
             odd = [f"lacks {name}" for name in sorted(wanted - set(parts))]
@@ -164,7 +165,11 @@ class SampleCheck:
             self._fail(
                 "samples", f"{key!r} size.npy names a target of {size_text(target[4:])}, not {size_text(bucket)}"
             )
-        return arrays["latent"] if all(found is not None for found in arrays.values()) else None
+        sound = {name: found for name, found in arrays.items() if found is not None}
+        if len(sound) < len(arrays):
+            return None
+        self._text.check(repr(key), numbered(captions), sound)
+        return sound["latent"]
 
     def array(self, where: str, data: memoryview | bytes, rule: ArrayRule) -> NDArray[Any] | None:
         """The array of a .npy file, where it is as it should be and finite."""
@@ -184,8 +189,8 @@ class SampleCheck:
                 return None
         return found
 
-    def _captions(self, key: str, data: memoryview | None, bucket: Bucket) -> int | None:
-        """The number of captions, where the sample's own account is as it should be."""
+    def _captions(self, key: str, data: memoryview | None, bucket: Bucket) -> list[str] | None:
+        """The captions, where the sample's own account is as it should be."""
         try:
             about = json.loads(bytes(data or b""))
             captions = about.pop("captions")
@@ -198,7 +203,7 @@ class SampleCheck:
             odd = [name for name in sorted({*about, *wanted}) if about.get(name) != wanted.get(name)]
             self._fail("samples", f"{key!r}: its JSON is wrong in {', '.join(odd or ['captions'])}")
             return None
-        return len(captions)
+        return list(captions)
 
 
 def size_text(sides: Sequence[int] | NDArray[Any]) -> str:

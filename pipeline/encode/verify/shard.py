@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.manifest import Block, Bucket, Manifest, Receipt, ShardEntry, Statistics, key_hash
+from pipeline.data.manifest import Block, Bucket, Receipt, ShardEntry, Statistics, key_hash
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar_header import BLOCK
 from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.sample import Parts, SampleCheck, grouped, size_text
+from pipeline.encode.verify.text import TextCheck, Texts
 from pipeline.errors import DataError
 from pipeline.storage.stream import Stream
 
@@ -33,15 +34,17 @@ class ShardCheck:
     """Reads one shard from its beginning to its end, one block in memory at a time.
 
     Args:
-        manifest: what all shards must be like.
+        texts: what all shards must be like, and their captions.
         entry: what the manifest says of this one.
         receipt: what its receipt says.
         notes: where is told what does not hold.
     """
 
-    def __init__(self, manifest: Manifest, entry: ShardEntry, receipt: Receipt, notes: Notes) -> None:
-        self._manifest, self._entry, self._receipt, self._notes = manifest, entry, receipt, notes
-        self._samples = SampleCheck(manifest, receipt.source, self._fail)
+    def __init__(self, texts: Texts, entry: ShardEntry, receipt: Receipt, notes: Notes) -> None:
+        self._entry, self._receipt, self._notes = entry, receipt, notes
+        self._manifest = manifest = texts.manifest
+        self._text = TextCheck(texts, self._fail)
+        self._samples = SampleCheck(manifest, receipt.source, self._text, self._fail)
         self._noted_hashes = receipt.hashes()
         self._sums = np.zeros((3, manifest.latent_channels))  # of mean, mean^2, exp(logvar)
         self._count = 0
@@ -52,6 +55,11 @@ class ShardCheck:
     def numbers(self) -> int:
         """Floats looked at."""
         return self._samples.numbers
+
+    @property
+    def captions(self) -> int:
+        """Captions looked at."""
+        return self._text.captions
 
     def run(self, stream: Stream) -> None:
         """Hold the whole shard against the receipt. Raises StorageError."""
