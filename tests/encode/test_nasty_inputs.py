@@ -170,8 +170,8 @@ def test_the_counts_add_up(job: Job) -> None:
     assert listed == Counter(
         {(shard.name, *reject): count for shard in SHARDS for reject, count in expected_rejects(shard).items()}
     )
-    said = f"{len(USED)} pictures in {len(SHARDS)} shards ({len(SHARDS)} encoded now)"
-    said += f", {reasons.total() - unwanted} rejected, {unwanted} left out by filters; manifest written"
+    said = f"{len(USED)} pictures, {reasons.total() - unwanted} rejected, {unwanted} left out by filters"
+    said += f" in {len(SHARDS)} shards ({len(SHARDS)} encoded now); manifest written"
     assert str(job.summary) == said
 
 
