@@ -222,12 +222,10 @@ class PictureCheck:
         return compared
 
     def _check_flip(self, where: str, stored: Stored, pixels: images.Pixels) -> None:
-        if stored.flipped is not None and (stored.flipped.dtype, stored.flipped.shape) == (
-            stored.moments.dtype,
-            stored.moments.shape,
-        ):
+        flipped, moments = stored.flipped, stored.moments
+        if flipped is not None and (flipped.dtype, flipped.shape) == (moments.dtype, moments.shape):
             fresh = self._encode(np.ascontiguousarray(pixels[:, ::-1]))
-            mean, log_variance, _ = self._differences(stored.flipped, fresh)
+            mean, log_variance, _ = self._differences(flipped, fresh)
             self._check_differences(f"{where} (mirrored)", mean, log_variance)
 
     def _check_differences(self, where: str, mean: float, log_variance: float) -> None:
