@@ -16,9 +16,19 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from pipeline.errors import DataError
@@ -190,11 +200,17 @@ class Receipt(Record):
         return [(first, end) for first, end in found if end > first]
 
 
+@cache
+def _shared(bucket: Bucket) -> Bucket:
+    """One and the same tuple for equal buckets: a manifest of many shards repeats a few of them over and over."""
+    return bucket
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class BucketCount:
     """How many samples of one picture size a shard has. There are many of these in a manifest, so they are small."""
 
-    bucket: Bucket
+    bucket: Annotated[Bucket, AfterValidator(_shared)]
     train: Natural
     holdout: Natural
 
@@ -247,8 +263,11 @@ class Manifest(Record):
         if not self.shards:
             return whole
         before, after = whole.split(b'\n "shards": []', 1)
-        shards = (shard.to_bytes().rstrip().replace(b"\n", b"\n  ") for shard in self.shards)
-        return before + b'\n "shards": [\n  ' + b",\n  ".join(shards) + b"\n ]" + after
+        pieces = [before, b'\n "shards": [']
+        for shard in self.shards:
+            pieces += (b"\n  ", shard.to_bytes().rstrip().replace(b"\n", b"\n  "), b",")
+        pieces[-1] = b"\n ]"
+        return b"".join([*pieces, after])
 
     def samples(self, split: Split) -> int:
         """Samples of the split, over all shards."""

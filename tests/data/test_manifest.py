@@ -4,6 +4,7 @@ import base64
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -77,6 +78,29 @@ def test_a_manifest_written_shard_by_shard_has_the_bytes_of_the_whole(shards):
     manifest = folded(receipts).model_copy(update={"attribution": '\n "shards": []'})
     manifest = manifest.model_copy(update={"shards": manifest.shards[:shards]})
     assert manifest.to_bytes() == canonical(manifest.model_dump(mode="json"))
+
+
+def test_a_shard_takes_little_memory_in_a_manifest():
+    def receipts(count):
+        for i in range(count):
+            ranges = (
+                BucketRange(bucket=(512, 320 + 64 * b), train=(1000 * b, 1000 * (b + 1)), holdout=(1000 * (b + 1),) * 2)
+                for b in range(9)
+            )
+            yield receipt(i, buckets=tuple(ranges), rejects=())
+
+    folded(receipts(2))
+    tracemalloc.start()
+    try:
+        manifest = folded(receipts(200))
+        kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        data = manifest.to_bytes()
+        written = tracemalloc.get_traced_memory()[1] - kept
+    finally:
+        tracemalloc.stop()
+    assert kept / 200 < 3500
+    assert written < 3 * len(data)
 
 
 def test_ranges_of_a_split():
