@@ -386,7 +386,7 @@ def bench_encode(
         typer.Option("--root", metavar="URL", help="Below it a new folder is made and deleted. Default: a local one."),
     ] = "",
     size: Annotated[
-        str, typer.Option("--size", help="`small` takes a minute on 2 cores, `standard` under 12, `large` hours.")
+        str, typer.Option("--size", help="On 2 cores `small` takes 4 minutes, `standard` 11, `large` hours.")
     ] = "standard",
     repeats: Annotated[
         int | None, typer.Option("--repeats", metavar="N", min=1, help="Rounds; the figures are their medians.")

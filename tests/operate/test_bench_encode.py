@@ -12,7 +12,7 @@ from pipeline.encode.job import encode
 from pipeline.errors import SetupError
 from pipeline.operate.bench import memory
 from pipeline.operate.bench.device import SimulatedDevice
-from pipeline.operate.bench.encode import SIZES, EncodeBench, SimulatedSizes, bench_encode, sized
+from pipeline.operate.bench.encode import SIZES, EncodeBench, SimulatedSizes, bench_encode, own_folder, sized
 from pipeline.operate.bench.memory import MemorySizes, encode_folder, write_finished
 from pipeline.operate.bench.naive import naive
 from pipeline.operate.bench.page import page, summary
@@ -115,6 +115,15 @@ def test_a_run_that_found_its_work_done_is_no_measurement(config, tmp_path):
     assert timed_job(config, SimulatedDevice(32, 0.0), 2)["seconds"] > 0
     assert not (tmp_path / "latents").exists(), "each run deletes its output"
     assert (tmp_path / "images").exists()
+
+
+def test_a_bucket_is_left_as_it_was(s3_url):
+    open_store(s3_url).write("mine", b"stays")
+    with own_folder(s3_url) as url:
+        write_shards(open_store(f"{url}/images"), 2, 3, 48)
+        timed_job(job_config(url, 32, batch_size=4), SimulatedDevice(32, 0.0), 2)
+        assert {entry.name.rpartition("/")[2] for entry in open_store(url).list()} == {"00000.tar", "00001.tar"}
+    assert [entry.name for entry in open_store(s3_url).list()] == ["mine"]
 
 
 def test_the_device_serves_one_batch_after_another(monkeypatch):

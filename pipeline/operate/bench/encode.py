@@ -62,14 +62,14 @@ SIZES = {
         repeats=2,
         simulated=SimulatedSizes(shards=4, per_shard=128, naive_shards=1),
         autoencoder=AutoencoderSizes(per_shard=2, batch_size=2),
-        memory=MemorySizes(tiny_shards=(50, 250), finished_shards=(200, 600)),
+        memory=MemorySizes(tiny_shards=(1200, 2200), finished_shards=(1500, 2500)),
     ),
     "standard": EncodeBench(),
     "large": EncodeBench(
         repeats=5,
         simulated=SimulatedSizes(shards=40, per_shard=1024),
         autoencoder=AutoencoderSizes(per_shard=64, batch_size=16),
-        memory=MemorySizes(tiny_shards=(1000, 11_000), finished_shards=(1000, 11_000)),
+        memory=MemorySizes(tiny_shards=(1200, 11_200), finished_shards=(1500, 11_500)),
     ),
 }
 
@@ -92,7 +92,7 @@ def bench_encode(bench: EncodeBench = EncodeBench(), say: Say = lambda text: Non
     about = setting()  # before there is any load of our own
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as folder:
         memory = measure_memory(bench.memory, Path(folder) / "memory", say)
-        with _own_folder(bench.root or folder) as root:
+        with own_folder(bench.root or folder) as root:
             simulated = _simulated(bench.simulated, f"{root}/simulated", bench.repeats, say)
             place = Path(folder) / "autoencoder"
             real = measure_autoencoder(bench.autoencoder, f"{root}/real", place, bench.repeats, say)
@@ -109,7 +109,7 @@ def bench_encode(bench: EncodeBench = EncodeBench(), say: Say = lambda text: Non
 
 
 @contextmanager
-def _own_folder(root: str) -> Iterator[str]:
+def own_folder(root: str) -> Iterator[str]:
     """A new folder below an address, so that no job finds what an earlier one has left; deleted in the end."""
     url = f"{root.rstrip('/')}/bench-encode-{uuid4().hex[:12]}"
     try:

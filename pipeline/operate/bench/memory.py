@@ -38,11 +38,15 @@ _REJECTS = 100  # samples for one that was rejected
 
 @dataclass(frozen=True)
 class MemorySizes:
-    """Numbers of shards, fewer and more; and what is in each."""
+    """Numbers of shards, fewer and more; and what is in each.
 
-    tiny_shards: tuple[int, int] = (200, 2200)
-    tiny_samples: int = 8
-    finished_shards: tuple[int, int] = (500, 3500)
+    The fewer are many enough to have behind them what grows in a few large steps and belongs to no shard: below about
+    1,000 shards, Python's table of interned strings, through which every path's name goes, is twice made anew.
+    """
+
+    tiny_shards: tuple[int, int] = (1200, 3200)
+    tiny_samples: int = 4
+    finished_shards: tuple[int, int] = (1500, 3500)
     finished_samples: int = 10_000
     buckets: int = 9  # picture sizes in a finished shard
 

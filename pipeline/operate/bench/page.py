@@ -54,7 +54,7 @@ _AGAIN = """## How to repeat it
 {command}
 ```
 
-`--size small` takes a minute or two, `--size large` hours; `--root s3://bucket/prefix` measures against a store.
+`--size small` takes a few minutes, `--size large` hours; `--root s3://bucket/prefix` measures against a store.
 Nothing else should run on the machine: the load average before the start is above.
 """
 
