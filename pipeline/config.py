@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Widths = Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -235,7 +236,7 @@ class EngineConfig(Section):
     zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage")
     precision: Literal["float32", "bfloat16"] = "float32"
     world_size: Count | None = Field(None, description="ranks that must be there at start; null = any")
-    threads_per_rank: Count | None = Field(
+    threads_per_rank: Threads | None = Field(
         None, description="CPU threads of each rank; null = OMP_NUM_THREADS, or cores / local ranks"
     )
     timeout_seconds: float = Field(600.0, gt=0, le=1e7, description="a rank that is silent this long ends the others")
@@ -307,7 +308,7 @@ class FirstStageConfig(RunConfig):
     ema_decay: Fraction = 0.995
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
-    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+    threads: Threads | None = Field(None, description="CPU threads; null = torch's choice")
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     log_every: Count = 20
@@ -340,8 +341,8 @@ class EncodeConfig(RunConfig):
     batch_size: Count = 32
     block_samples: Count = Field(64, description="samples per checksummed block, the unit the trainer reads")
     max_reject_rate: Fraction = Field(0.05, description="share of unusable samples past which the job fails")
-    threads: Count | None = Field(None, description="CPU threads of the models; null = torch's choice")
-    decode_threads: Count | None = Field(
+    threads: Threads | None = Field(None, description="CPU threads of the models; null = torch's choice")
+    decode_threads: Threads | None = Field(
         None, description="threads that decode pictures; null = the cores that this process may use"
     )
     metrics: MetricsConfig = MetricsConfig()
@@ -377,7 +378,7 @@ class GenerateConfig(RunConfig):
     steps: Count = Field(25, description="sampler steps")
     batch_size: Count = 64
     seed: Seed = 0
-    threads: Count | None = Field(None, description="CPU threads; null = torch's choice")
+    threads: Threads | None = Field(None, description="CPU threads; null = torch's choice")
 
 
 class SampleConfig(GenerateConfig):

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,8 @@ _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u
 
 def tell(text: str) -> None:
     """Lines for a person, beside the progress."""
-    print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+    with suppress(OSError, ValueError, AttributeError):  # closed, or its disk is full: no reason to end a job
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def printable(text: str, *, one_line: bool = False) -> str:
@@ -70,7 +72,7 @@ class ProgressLine:
         self._done, self._total, self._note = 0.0, 0, ""
         self._eta_seconds: float | None = None
         self._bar: Progress | None = None
-        if visible and sys.stderr.isatty():
+        if visible and sys.stderr is not None and sys.stderr.isatty():
             console = Console(stderr=True)
             self._bar = _NotedProgress(
                 TextColumn("{task.description}"),

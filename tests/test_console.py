@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import re
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from pipeline import console
-from pipeline.console import ProgressLine, duration, printable
+from pipeline.console import ProgressLine, duration, printable, tell
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -169,3 +171,12 @@ def test_nothing_that_is_told_commands_the_terminal(
     with ProgressLine("encode", "shards") as line:
         line.update(1, 2, "at \x1b[2J")
     assert r"  at \x1b[2J" in screen.lines()
+
+
+@pytest.mark.parametrize("stream", [None, "full"])
+def test_nobody_to_tell_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, stream: str | None) -> None:
+    with suppress(OSError), Path("/dev/full").open("w") as full:  # closing it fails too
+        monkeypatch.setattr("sys.stderr", full if stream else None)
+        tell("words")
+        with ProgressLine("encode", "shards") as line:
+            line.update(1, 1)

@@ -127,8 +127,8 @@ def fold(receipts: Iterable[Receipt], about: Provenance) -> Manifest:
             or "all are held out, or the shards are empty"
         )
         raise DataError(
-            f"no picture is left to train on ({said})",
-            "look at the source shards, at images.holdout and at images.filters",
+            f"no picture of {about.fingerprint.resolution} px is left to train on ({said})",
+            "look at the source shards, and at images.holdout, images.filters and images.max_upscale",
         )
     if 0.0 in (std := statistics.std()):
         raise DataError(

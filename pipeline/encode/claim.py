@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
 from pydantic import ValidationError
 
 from pipeline.config import EncodeConfig
-from pipeline.data.manifest import EMPTY_PREFIX, ENCODING, RECEIPT_SUFFIX, Bucket, Fingerprint, Record
+from pipeline.data.buckets import bucket_sizes
+from pipeline.data.manifest import (
+    EMPTY_PREFIX,
+    ENCODING,
+    RECEIPT_SUFFIX,
+    Bucket,
+    Fingerprint,
+    Record,
+    canonical,
+    load_receipt,
+)
 from pipeline.data.tar import npy_bytes
 from pipeline.encode.sources import output_urls
 from pipeline.encode.takedown.keys import Takedown, read_takedown
@@ -84,7 +95,7 @@ def claim(config: EncodeConfig, encoder: Describes) -> list[Target]:
         store = open_store(url)
         encoding = Encoding(
             fingerprint=encoder.fingerprint(resolution),
-            autoencoder=config.autoencoder,
+            autoencoder=lasting(config.autoencoder),
             latent_channels=encoder.channels,
             downsampling_factor=encoder.downsampling_factor,
             scaling_factor=encoder.scaling_factor,
@@ -97,15 +108,60 @@ def claim(config: EncodeConfig, encoder: Describes) -> list[Target]:
 
 
 def claimed(config: EncodeConfig) -> list[Target]:
-    """The outputs as workers have claimed them. Raises DataError where none has."""
-    stores = map(open_store, output_urls(config).values())
-    return [Target(store, _read(store), read_takedown(store)) for store in stores]
+    """The outputs as workers have claimed them.
+
+    Raises:
+        DataError: none has, or for other settings, as far as can be told without the models.
+    """
+    targets = []
+    for resolution, url in output_urls(config).items():
+        store = open_store(url)
+        encoding = _read(store)
+        said = {**settings(config, resolution), "context_length": config.text.context_length}
+        if fields := [name for name, value in said.items() if getattr(encoding.fingerprint, name) != value]:
+            raise DataError(
+                f"{store.url} was encoded with other settings; these differ: {', '.join(fields)}",
+                "use the run file that it was encoded with",
+            )
+        targets.append(Target(store, encoding, read_takedown(store)))
+    return targets
+
+
+def settings(config: EncodeConfig, resolution: int) -> dict[str, Any]:
+    """The fields of the fingerprint that the run file tells by itself."""
+    images = config.images
+    return {
+        "precision": config.precision,
+        "tiling": config.tiling,
+        "resolution": resolution,
+        "buckets": bucket_sizes(resolution, images.buckets),
+        "max_upscale": images.max_upscale,
+        "flip": images.flip,
+        "background": images.background,
+        "filters": canonical(images.filters.model_dump(mode="json")).decode("ascii"),
+        "text_mode": config.text.mode,
+        "text_padding": config.text.padding,
+        "text_precision": config.text.precision,
+        "caption_field": images.caption_field,
+        "holdout": images.holdout,
+    }
+
+
+def lasting(url: str) -> str:
+    """An address that means the same from other folders: what is a folder here must not be looked for on a hub."""
+    path = Path(url)
+    try:
+        return str(path.resolve()) if "://" not in url and path.exists() else url
+    except OSError:
+        return url
 
 
 def _claim(store: Store, encoding: Encoding) -> Encoding:
     """What the output is claimed for, by us now or by another worker before."""
-    if not store.exists(ENCODING) and store.write(ENCODING, encoding.to_bytes(), if_absent=True):
-        return encoding
+    if not store.exists(ENCODING):
+        _refuse_strangers(store, encoding)
+        if store.write(ENCODING, encoding.to_bytes(), if_absent=True):
+            return encoding
     noted = _read(store)
     fields = noted.fingerprint.difference(encoding.fingerprint)
     if not fields:
@@ -121,6 +177,16 @@ def _claim(store: Store, encoding: Encoding) -> Encoding:
     return encoding
 
 
+def _refuse_strangers(store: Store, encoding: Encoding) -> None:
+    """Latents whose `encoding.json` is gone are known by their receipts."""
+    name = next((entry.name for entry in store.list() if entry.name.endswith(RECEIPT_SUFFIX)), None)
+    if name and load_receipt(store, name).fingerprint != encoding.fingerprint.digest():
+        raise DataError(
+            f"{store.url} holds latents that were made otherwise, and its {ENCODING} is gone",
+            "choose another output, or use the settings and the autoencoder that it was begun with",
+        )
+
+
 def _write_empty(store: Store, empty: Mapping[str, npt.NDArray[Any]]) -> None:
     for stem, values in empty.items():
         store.write(f"{EMPTY_PREFIX}{stem}.npy", npy_bytes(values))
@@ -132,7 +198,10 @@ def _read(store: Store) -> Encoding:
     try:
         return Encoding.model_validate_json(store.read(ENCODING))
     except ValidationError as error:
-        raise DataError(f"{store.url}: {ENCODING} cannot be read", "choose another output") from error
+        raise DataError(
+            f"{store.url}: {ENCODING} cannot be read",
+            "delete it, and run the command that the output was begun with: what is finished is kept",
+        ) from error
 
 
 def _told(before: Fingerprint, now: Fingerprint, name: str) -> str:

@@ -25,6 +25,7 @@ from pipeline.data import images
 from pipeline.data.buckets import bucket_sizes
 from pipeline.data.manifest import Environment, Fingerprint, canonical
 from pipeline.encode.captions import CaptionEncoder
+from pipeline.encode.claim import settings
 from pipeline.encode.latent_shard import Text
 from pipeline.errors import ConfigError, SetupError
 from pipeline.models import autoencoder
@@ -83,29 +84,17 @@ class Encoder:
 
     def fingerprint(self, resolution: int) -> Fingerprint:
         """What the bytes mean that are made at one of the config's resolutions."""
-        config, settings = self._config, self._config.images
+        config = self._config
         return Fingerprint(
             autoencoder_weights=self._weights_hash,
             # Names with "_" tell where and by which version it was saved, not what it computes.
             autoencoder_config=_digest({k: v for k, v in self._float32.config.items() if not k.startswith("_")}),
-            precision=config.precision,
-            tiling=config.tiling,
             normalisation=images.NORMALISATION,
             resize_filter=images.RESIZE_FILTER,
             crop_rule=images.CROP_RULE,
-            resolution=resolution,
-            buckets=bucket_sizes(resolution, settings.buckets),
-            max_upscale=settings.max_upscale,
-            flip=settings.flip,
-            background=settings.background,
-            filters=canonical(settings.filters.model_dump(mode="json")).decode("ascii"),
-            text_mode=config.text.mode,
-            text_padding=config.text.padding,
-            text_precision=config.text.precision,
             text_towers=self._captions.towers,
-            caption_field=settings.caption_field,
             dtype="float16",
-            holdout=settings.holdout,
+            **settings(config, resolution),
         )
 
     def start(self, pixels: images.Pixels, flip: bool) -> Pending:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from pipeline.config import EncodeConfig
 from pipeline.console import tell
@@ -23,6 +24,7 @@ from pipeline.data.manifest import (
     load_receipt,
 )
 from pipeline.data.pack import attribution
+from pipeline.data.samples import SHARD_DAMAGED
 from pipeline.encode.claim import Encoding, Target
 from pipeline.encode.overlap import mapped
 from pipeline.encode.rejects import reject_lines
@@ -45,11 +47,13 @@ def commit(target: Target, data: bytes | memoryview, receipt: Receipt) -> Receip
     its latents may differ in their last places, and a shard must never stand beside the receipt of another.
 
     Raises:
-        DataError: the output was claimed for other settings.
+        DataError: the output was claimed for other settings, or holds the latents of the source as it was when it was
+            whole, and now it is damaged.
         StorageError: it cannot be written.
     """
     target.check_claim()
     store, name = target.store, receipt.shard + RECEIPT_SUFFIX
+    _keep_whole(target, receipt)
     for _ in range(_COMMITS):
         if twin := _twin(target, receipt):
             return twin
@@ -215,6 +219,23 @@ def _twin(target: Target, receipt: Receipt) -> Receipt | None:
     return twin if same and _is_whole(target, twin, sizes.get(receipt.shard)) else None
 
 
+def _keep_whole(target: Target, receipt: Receipt) -> None:
+    """A source that was damaged since must not cost the latents of what it held."""
+    name = receipt.shard + RECEIPT_SUFFIX
+    if not _is_damaged(receipt) or not target.store.exists(name):
+        return
+    before = load_receipt(target.store, name)
+    if before.fingerprint == receipt.fingerprint and before.source == receipt.source and not _is_damaged(before):
+        raise DataError(
+            f"image shard {receipt.source} was whole when it was encoded, and is damaged now",
+            f"restore it (its latents are kept); or delete {name}, and what is left of it is encoded",
+        )
+
+
+def _is_damaged(receipt: Receipt) -> bool:
+    return any(reject.reason == SHARD_DAMAGED for reject in receipt.rejects)
+
+
 def _version(store: Store, name: str) -> str:
     """What the store knows the file's present state by; empty where it is not there."""
     return next((entry.version for entry in store.list(name) if entry.name == name), "")
@@ -223,11 +244,16 @@ def _version(store: Store, name: str) -> str:
 def _provenance(config: EncodeConfig, target: Target, sources: Sequence[Source]) -> Provenance:
     images = config.images.shards
     return Provenance(
-        images=(images,) if isinstance(images, str) else images,
+        images=tuple(map(_from_anywhere, (images,) if isinstance(images, str) else images)),
         shard_name_parts=config.images.shard_name_parts,
         attribution=attribution(open_store(split(sources[0].url)[0])),
         **{name: getattr(target.encoding, name) for name in Encoding.model_fields},
     )
+
+
+def _from_anywhere(pattern: str) -> str:
+    """A pattern that means the same from other working folders."""
+    return pattern if "://" in pattern or pattern.startswith("~") else str(Path.cwd() / pattern)
 
 
 def _read_through(sources: Sequence[Source], digests: dict[str, str]) -> None:

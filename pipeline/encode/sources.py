@@ -38,6 +38,8 @@ def find_sources(config: EncodeConfig) -> list[Source]:
     for entry in _outside(find_shard_entries(config.images.shards), output_urls(config)):
         name = "/".join(_below_root(entry.url).split("/")[-parts:])
         shard = name if name.endswith(".tar") else f"{name}.tar"
+        if not shard.isprintable() or "\\" in shard:
+            raise DataError(f"image shard {entry.url!r}: its name cannot be a latent shard's", "rename it")
         sources.append(Source(entry.url, entry.size, entry.version, name, shard))
     repeated = [name for name, count in Counter(source.shard for source in sources).items() if count > 1]
     if repeated:
@@ -58,15 +60,19 @@ def output_urls(config: EncodeConfig) -> dict[int, str]:
 def _outside(entries: Iterable[ShardAddress], outputs: dict[int, str]) -> list[ShardAddress]:
     """The shards that stand in no output. In one that nothing was encoded to yet, they are the user's own."""
     places = {_place(url): url for url in outputs.values()}
-    folders: dict[str, str | None] = {}  # of shards: the output that each is in
-    found = []
+    folders: dict[str, tuple[str, str | None]] = {}  # of shards: where it is, and the output that it is in
+    found, seen = [], set[tuple[str, str]]()
     for entry in entries:
-        folder = split(entry.url)[0]
+        folder, name = split(entry.url)
         if folder not in folders:
-            place = _place(folder) + "/"
-            folders[folder] = next((url for output, url in places.items() if place.startswith(output + "/")), None)
-        if (output := folders[folder]) is None:
-            found.append(entry)
+            place = _place(folder)
+            inside = (url for output, url in places.items() if f"{place}/".startswith(f"{output}/"))
+            folders[folder] = place, next(inside, None)
+        place, output = folders[folder]
+        if output is None:
+            if (place, name) not in seen:  # one shard may be spelled in two ways
+                seen.add((place, name))
+                found.append(entry)
         elif not open_store(output).exists(ENCODING):
             raise ConfigError(f"output: {output} is where the image shards are", "choose another output")
     if not found:

@@ -34,6 +34,11 @@ class Tally:
         return Counter({reason: count for reason, count in self.reasons.items() if not unwanted(reason)})
 
     @property
+    def seen(self) -> int:
+        """Samples of the image shards, used or not. Many are rejected before a filter could leave them out."""
+        return self.samples + self.reasons.total()
+
+    @property
     def unwanted(self) -> int:
         """Samples that the filters or a takedown left out."""
         return sum(count for reason, count in self.reasons.items() if unwanted(reason))
@@ -56,7 +61,7 @@ def check_rejects(tally: Tally, limit: float) -> None:
         DataError: either share is above `limit`; the message has the commonest reasons.
     """
     rejects, damaged = tally.rejects, tally.reasons[SHARD_DAMAGED]
-    seen = tally.samples + rejects.total()
+    seen = tally.seen
     if rejects.total() > limit * seen:
         said = ", ".join(f"{reason}: {count}" for reason, count in rejects.most_common(3))
         raise DataError(
@@ -76,6 +81,5 @@ def check_rejects_so_far(tally: Tally, limit: float) -> None:
     Raises:
         DataError: of the first samples more than half were unusable, as where a field's name is mistyped.
     """
-    rejects = tally.rejects.total()
-    if (seen := tally.samples + rejects) >= _MIN_SEEN and rejects > max(limit, _HOPELESS) * seen:
+    if tally.seen >= _MIN_SEEN and tally.rejects.total() > max(limit, _HOPELESS) * tally.seen:
         check_rejects(tally, limit)

@@ -12,8 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pipeline.config import AutoencoderModelConfig
-from pipeline.errors import DataError
-from pipeline.storage import Store, fetch_folder, open_store, temporary_folder
+from pipeline.errors import DataError, StorageError
+from pipeline.storage import Store, fetch_folder, local_path, open_store, temporary_folder
 
 # AutoencoderKL too: its type, for rooms that may not import diffusers
 __all__ = [
@@ -120,9 +120,12 @@ def load(url: str) -> AutoencoderKL:
         place = f"{url.rstrip('/')}/{PIPELINE_PART}" if whole_pipeline else url
         with temporary_folder("autoencoder") as temporary:
             return _read_folder(fetch_folder(place, temporary), url)
-    folder = Path(url).expanduser()
-    if folder.is_dir():
-        return _read_folder(folder, url)
+    folder = local_path(url)
+    try:
+        if folder.is_dir():
+            return _read_folder(folder, url)
+    except OSError as error:
+        raise StorageError(f"autoencoder {url}: {error.strerror}", "check the path and its permissions") from error
     if url.startswith((".", "/", "~")) or url.count("/") != 1:
         raise DataError(f"autoencoder {url}: no such folder", "give a folder, an s3:// prefix or a hub id (owner/name)")
     return _read_hub(url)

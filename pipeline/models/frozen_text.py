@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.config import TowerConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.models.autoencoder import weights_hash
-from pipeline.storage import fetch_folder, temporary_folder
+from pipeline.storage import fetch_folder, local_path, temporary_folder
 
 _HUB = "hf-hub:"
 _WEIGHTS = (HF_SAFE_WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "model.safetensors")
@@ -107,20 +107,32 @@ class FrozenTower:
 def _find(config: TowerConfig) -> Iterator[_Source]:
     """The tower's files, here for as long as the context lasts. Only names of the hub and tags are looked for there."""
     name = config.model
-    is_folder = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    is_folder = name.startswith((".", "/", "~")) or _is_there(name, Path.is_dir)
     if config.pretrained and (is_folder or "://" in name or name.startswith(_HUB)):
         raise ConfigError(f"text tower {config.name}: {name} has weights of its own", "leave pretrained out")
     if "://" in name:
         with temporary_folder("tower") as folder:
             yield _in_folder(fetch_folder(name, folder), config)
     elif is_folder:
-        yield _in_folder(Path(name).expanduser(), config)
+        try:
+            found = _in_folder(local_path(name), config)
+        except OSError as error:
+            said = f"text tower {config.name}: {name}: {error.strerror}"
+            raise StorageError(said, "check the path and its permissions") from error
+        yield found
     elif name.startswith(_HUB):
         hub_id = name.removeprefix(_HUB)
         description = _parse(_download(hub_id, HF_CONFIG_NAME, config), config)
         yield _Source(description, _download(hub_id, HF_SAFE_WEIGHTS_NAME, config))
     else:
         yield _by_architecture(config)
+
+
+def _is_there(name: str, check: Callable[[Path], bool]) -> bool:
+    try:
+        return check(local_path(name))
+    except (OSError, StorageError):  # no path can be meant
+        return False
 
 
 def _in_folder(folder: Path, config: TowerConfig) -> _Source:
@@ -153,8 +165,8 @@ def _by_architecture(config: TowerConfig) -> _Source:
     if tag := open_clip.get_pretrained_cfg(name, weights):
         # The weights know their activation; the architecture of the same name may have the other one.
         return _Source({**description, "quick_gelu": tag.get("quick_gelu", False)}, _of_tag(tag, config))
-    file = Path(weights).expanduser()
-    if not file.is_file():
+    file = local_path(weights)
+    if not _is_there(weights, Path.is_file):
         raise ConfigError(
             f"text tower {config.name}: pretrained={weights} is neither a file nor a tag of {config.model}",
             f"open_clip's tags for it: {', '.join(tags) or 'none'}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from pipeline.errors import StorageError
 from pipeline.storage import traffic
 from pipeline.storage.base import Entry, changed, checked_name, checked_prefix, checked_range
 
+_log = logging.getLogger(__name__)
 _PARTIAL = ".partial"  # files being written: `.NAME.HEX.partial`, never listed
 _PARTIAL_NAME = re.compile(r"\.(.+)\.[0-9a-f]{12}\.partial", re.DOTALL)
 _ANEW = 3
@@ -106,10 +108,14 @@ class LocalStore:
         with translated(deepest):
             for name in self._names(deepest, into):
                 if name.startswith(prefix) and not name.endswith(_PARTIAL):
-                    with suppress(FileNotFoundError):  # deleted since
+                    try:
                         status = (self._folder / name).stat()
-                        if stat.S_ISREG(status.st_mode):  # whoever opens a pipe waits for its other end
-                            entries.append(Entry(name, status.st_size, _version(status)))
+                    except FileNotFoundError:  # deleted since, or a link to nowhere
+                        if (self._folder / name).is_symlink():
+                            _log.warning("%s is a link to a file that is not there", self._folder / name)
+                        continue
+                    if stat.S_ISREG(status.st_mode):  # whoever opens a pipe waits for its other end
+                        entries.append(Entry(name, status.st_size, _version(status)))
         return sorted(entries)
 
     def exists(self, name: str) -> bool:

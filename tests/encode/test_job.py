@@ -551,7 +551,7 @@ def test_a_shard_never_stands_beside_the_receipt_of_another(place, tmp_path):
 
 def test_one_resolution_that_cannot_be_folded_does_not_cost_the_others(place, tmp_path):
     section = {"shards": str(place / "images"), "resolution": (256, SIDE)}
-    with pytest.raises(DataError, match="no picture is left to train on"):
+    with pytest.raises(DataError, match="no picture of 256 px is left to train on"):
         encode(settings(tmp_path, "out", images=section, autoencoder=str(place / "vae")))
     assert load_manifest(str(tmp_path / "out" / str(SIDE) / "manifest.json")).samples("train") == 66
 
@@ -564,3 +564,87 @@ def test_what_killed_workers_left_in_a_folder_is_swept_up(place, tmp_path):
         (tmp_path / "out" / f".{name}.0123456789ab.partial").write_bytes(b"half")
     encode(config)
     assert content(tmp_path, "out") == content(place, "undisturbed")
+
+
+def test_a_source_that_was_damaged_since_does_not_cost_its_latents(place, tmp_path):
+    shutil.copytree(place / "images", tmp_path / "images")
+    config = settings(tmp_path, "out", autoencoder=str(place / "vae"), max_reject_rate=0.9)
+    encode(config)
+    before = content(tmp_path, "out")
+    with (tmp_path / "images" / "00003.tar").open("r+b") as shard:
+        shard.truncate(9000)
+    with pytest.raises(DataError, match=r"00003\.tar was whole when it was encoded, and is damaged now"):
+        encode(config)
+    assert content(tmp_path, "out") == before
+    (tmp_path / "out" / "00003.tar.receipt.json").unlink()
+    assert encode(config).manifests[0].rejects["shard_damaged"] == 1
+
+
+def test_rejects_are_a_share_of_all_samples_also_of_those_that_filters_leave_out(place, tmp_path):
+    tar = TarBuilder()
+    for i in range(40):
+        tar.add(f"{i}.png", picture(i))
+        if i:
+            tar.add(f"{i}.json", json.dumps({"caption": "words", "q": i}).encode())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.tar").write_bytes(tar.finish())
+    section = {"shards": str(tmp_path / "images"), "resolution": SIDE, "filters": {"where": "q < 6"}}
+    config = settings(tmp_path, "out", images=section, autoencoder=str(place / "vae"), max_reject_rate=0.03)
+    assert encode(config).tallies[0].samples == 5
+    with pytest.raises(DataError, match="1 of 40 pictures were rejected"):
+        encode(config.model_copy(update={"max_reject_rate": 0.02}))
+
+
+def test_finalize_refuses_other_settings(place, tmp_path):
+    shutil.copytree(place / "undisturbed", tmp_path / "out")
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    images_section, text = config.images.model_copy(update={"holdout": 0.3}), EncodeTextConfig(context_length=24)
+    other = config.model_copy(update={"images": images_section, "text": text})
+    with pytest.raises(DataError, match="these differ: holdout, context_length"):
+        finalize(other)
+
+
+def test_latents_whose_claim_is_gone_are_known_by_their_receipts(place, tmp_path):
+    shutil.copytree(place / "undisturbed", tmp_path / "out")
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    (tmp_path / "out" / "encoding.json").write_text("{")
+    with pytest.raises(DataError, match=r"encoding\.json cannot be read") as caught:
+        encode(config)
+    assert "delete it" in caught.value.remedy
+    (tmp_path / "out" / "encoding.json").unlink()
+    with pytest.raises(DataError, match="holds latents that were made otherwise"):
+        encode(config.model_copy(update={"text": EncodeTextConfig(context_length=24)}))
+    assert encode(config).encoded == 0
+    assert content(tmp_path, "out") == content(place, "undisturbed")
+
+
+def test_a_takedown_list_of_another_editor_is_heeded(place, tmp_path):
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "removed.txt").write_bytes(b"\xef\xbb\xbf0000003\r\n")
+    assert encode(config).tallies[0].removed == 1
+
+
+def test_a_link_to_nowhere_is_told(place, tmp_path, caplog):
+    shutil.copytree(place / "images", tmp_path / "images")
+    (tmp_path / "images" / "00009.tar").symlink_to("annex")
+    assert encode(settings(tmp_path, "out", autoencoder=str(place / "vae"))).shards == SHARDS
+    assert any("00009.tar is a link to a file that is not there" in message for message in caplog.messages)
+
+
+def test_a_shard_spelled_in_two_ways_is_one(place, tmp_path):
+    section = {"shards": (f"{place}/images", f"{place}/./images/*.tar"), "resolution": SIDE}
+    assert encode(settings(tmp_path, "out", images=section, autoencoder=str(place / "vae"))).shards == SHARDS
+
+
+def test_the_manifest_tells_addresses_that_hold_from_other_folders(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    section = {"shards": "images", "resolution": SIDE}
+    manifest = encode(settings(tmp_path, "out", images=section, autoencoder="vae")).manifests[0]
+    assert (manifest.autoencoder, manifest.images) == (str(place / "vae"), (str(place / "images"),))
+
+
+@pytest.mark.parametrize("autoencoder", ["~nobody-of-this-name/vae", "x" * 300, "/" + "y" * 300])
+def test_an_autoencoder_that_cannot_be_a_path(place, tmp_path, autoencoder):
+    with pytest.raises((DataError, StorageError), match=r"nobody|no such folder|too long"):
+        encode(settings(tmp_path, "out", images=settings(place, "").images, autoencoder=autoencoder))

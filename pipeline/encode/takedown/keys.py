@@ -76,6 +76,6 @@ def read_takedown(store: Store) -> Takedown:
     if not store.exists(REMOVED):
         return Takedown()
     try:
-        return Takedown(store.read(REMOVED).decode("utf-8").split("\n"))
+        return Takedown(store.read(REMOVED).decode("utf-8-sig").split("\n"))
     except UnicodeDecodeError as error:
         raise DataError(f"{store.url}: {REMOVED} is not UTF-8", "save it as UTF-8, one key a line") from error
