@@ -131,7 +131,7 @@ def test_empty_shards_are_listed_and_nothing_to_train_on_is_an_error():
     empty = receipt(1, buckets=(), keys="", statistics=NOTHING)
     manifest = fold([receipt(0), empty], provenance())
     assert [shard.samples("train") for shard in manifest.shards] == [8, 0]
-    with pytest.raises(DataError, match=r"no picture is left to train on \(no_caption: 1\)"):
+    with pytest.raises(DataError, match=r"no picture of 64 px is left to train on \(no_caption: 1\)"):
         fold([empty], provenance())
     with pytest.raises(DataError, match="all are held out, or the shards are empty"):
         fold([], provenance())
