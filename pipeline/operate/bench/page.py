@@ -47,6 +47,8 @@ of the two.
 - **finished shards**: of {finished_samples:,} samples (img2dataset's default) of {buckets} sizes, encoded by earlier
   runs. The job reads every receipt twice and folds the manifest; what grows with a shard's samples. Tars are sparse
   files, receipts are true ones.
+- The fewer shards are past some 1,000: below, Python's table of interned strings is made anew twice, in steps of 7 and
+  15 MB that belong to no shard. Between 200 and 2,200 shards, steps included, it was 11,850 bytes a shard.
 """
 _AGAIN = """## How to repeat it
 
