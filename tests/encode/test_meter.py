@@ -179,10 +179,10 @@ def test_the_note_is_a_few_words(clock: Clock) -> None:
     meter.count(images=4120, rejected={"not_an_image": 50})
     assert meter.snapshot().note() == "412 images/s, 1.2 % rejected, waiting for decode"
     meter.count(filtered={"filtered_caption": 4170})
-    assert meter.snapshot().note() == "412 images/s, 1.2 % rejected, 50.0 % filtered, waiting for decode"
+    assert meter.snapshot().note() == "412 images/s, 0.6 % rejected, 50.0 % filtered, waiting for decode"
     clock.passes(90)
     meter.count(shards=2)
-    assert meter.snapshot().note() == "41 images/s, 1.2 % rejected, 50.0 % filtered"  # of the whole run
+    assert meter.snapshot().note() == "41 images/s, 0.6 % rejected, 50.0 % filtered"  # of the whole run
 
 
 def test_small_figures_do_not_read_as_none(clock: Clock) -> None:
