@@ -64,7 +64,7 @@ class Snapshot:
         finished = self.shards >= self.total
         rate = self.images / self.elapsed_seconds if finished and self.elapsed_seconds else self.images_per_second
         words = [f"{_round(rate)} images/s"] if self.images else []
-        if rejects:  # of the wanted ones, as max_reject_rate has it
+        if rejects:  # of all that was seen, as max_reject_rate has it
             words.append(f"{_percent(rejects / (self.images + rejects + filtered))} rejected")
         if filtered:
             words.append(f"{_percent(filtered / (self.images + rejects + filtered))} filtered")
