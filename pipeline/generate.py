@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.images import to_uint8
 from pipeline.diffusion.sampler import euler, guided
-from pipeline.diffusion.schedule import unwhiten
+from pipeline.latents import unwhiten
 from pipeline.models.autoencoder import AutoencoderKL, decode
 from pipeline.models.text import Tokenizer
 from pipeline.models.unet import TextToImage

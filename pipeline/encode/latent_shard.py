@@ -27,7 +27,7 @@ from pipeline.data.manifest import (
     pack_hashes,
 )
 from pipeline.data.tar import TarBuilder, npy_bytes
-from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
+from pipeline.latents import LOG_VARIANCE_RANGE
 
 Text = dict[str, NDArray[Any]]
 """One caption by "KIND.TOWER": tokens uint16 [L], text float16 [L, D], or pooled float16 [D]."""

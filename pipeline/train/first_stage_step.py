@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.config import FirstStageConfig
 from pipeline.data.images import normalise, to_uint8
-from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
+from pipeline.latents import LOG_VARIANCE_RANGE
 from pipeline.models import autoencoder
 from pipeline.models.autoencoder import AutoencoderKL
 from pipeline.randomness import Purpose, normal, uniform

@@ -26,6 +26,7 @@ from pipeline.data.tar import read_npy
 from pipeline.diffusion import schedule
 from pipeline.diffusion.loss import velocity_loss
 from pipeline.errors import LatheError
+from pipeline.latents import whiten
 from pipeline.metrics import Metrics
 from pipeline.models import unet
 from pipeline.models.text import TextTower
@@ -181,7 +182,7 @@ class Trainer:
         moments = batch.moments.to(device)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         eps = randomness.normal(seed, Purpose.POSTERIOR, step, positions, shape)
-        latents = schedule.whiten(moments, eps, self.mean, self.std)
+        latents = whiten(moments, eps, self.mean, self.std)
         noise = randomness.normal(seed, Purpose.NOISE, step, positions, shape)
         times = randomness.normal(seed, Purpose.TIMESTEP, step, positions, ())
         t = schedule.logit_normal(times, objective.timestep_mean, objective.timestep_std)

@@ -22,12 +22,12 @@ from pipeline.console import printable
 from pipeline.data import images
 from pipeline.data.manifest import Manifest
 from pipeline.data.samples import ImageSample, read_image_shard
-from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.encode.encoder import find_device
 from pipeline.encode.sources import find_sources
 from pipeline.encode.verify.report import Notes, Status
 from pipeline.encode.verify.sample import Stored, size_text
 from pipeline.errors import LatheError
+from pipeline.latents import LOG_VARIANCE_RANGE
 from pipeline.models import autoencoder
 from pipeline.storage import open_stream
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import Block, Bucket, Receipt, ShardEntry, Statistics, key_hash
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar_header import BLOCK
-from pipeline.diffusion.schedule import LOG_VARIANCE_RANGE
 from pipeline.encode.verify.report import Notes
 from pipeline.encode.verify.sample import Parts, SampleCheck, grouped, size_text
 from pipeline.encode.verify.text import TextCheck, Texts
 from pipeline.errors import DataError
+from pipeline.latents import LOG_VARIANCE_RANGE
 from pipeline.storage.stream import Stream
 
 _END = bytes(2 * BLOCK)  # a tar's end mark
