@@ -179,6 +179,8 @@ def _explain(kind: type[RunConfig], path: str, error: ValidationError) -> Config
 
 def _fields_at(kind: type[BaseModel], place: list[str]) -> list[str]:
     for part in place:
+        if part.isdecimal():  # place in a list
+            continue
         if part not in kind.model_fields:
             return []
         annotation = kind.model_fields[part].annotation

@@ -1,0 +1,58 @@
+"""Every run file as a typed, validated, frozen model. `runfile` reads them from YAML."""
+
+from pipeline.config.base import Byte, Count, Fraction, Positive, Section, Seed, Threads, Widths
+from pipeline.config.images import BucketsConfig, EncodeImagesConfig, FiltersConfig, ImagesConfig, ShardsConfig
+from pipeline.config.jobs import (
+    JOBS,
+    EncodeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FirstStageConfig,
+    GenerateConfig,
+    PackConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from pipeline.config.latents import DataSetConfig, LoaderConfig
+from pipeline.config.models import AutoencoderModelConfig, UNetConfig
+from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
+from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+
+__all__ = [
+    "JOBS",
+    "AutoencoderModelConfig",
+    "BucketsConfig",
+    "Byte",
+    "CheckpointConfig",
+    "Count",
+    "DataSetConfig",
+    "EncodeConfig",
+    "EncodeImagesConfig",
+    "EncodeTextConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FiltersConfig",
+    "FirstStageConfig",
+    "Fraction",
+    "GenerateConfig",
+    "ImagesConfig",
+    "LoaderConfig",
+    "MetricsConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PackConfig",
+    "Positive",
+    "RunConfig",
+    "SampleConfig",
+    "Section",
+    "Seed",
+    "ShardsConfig",
+    "TextConfig",
+    "Threads",
+    "TowerConfig",
+    "TrainConfig",
+    "UNetConfig",
+    "Widths",
+]

@@ -1,0 +1,94 @@
+"""Run files' models: what a run is trained on."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline import config, runfile
+from pipeline.config import DataSetConfig, LoaderConfig, TrainConfig
+from pipeline.errors import ConfigError
+
+RUN = "job: train\noutput: out\nroot: s3://mine\n"
+TWO = "datasets:\n- {manifest: '${root}/a/manifest.json'}\n- {manifest: '${root}/b/manifest.json'}\n"
+
+
+def load(tmp_path_factory: pytest.TempPathFactory, text: str, *overrides: str) -> TrainConfig:
+    file = tmp_path_factory.mktemp("run") / "run.yaml"
+    file.write_text(RUN + text)
+    return runfile.load(TrainConfig, str(file), list(overrides))
+
+
+def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> None:
+    one = load(tmp_path_factory, "manifest: m.json\n")
+    assert one.sources == (DataSetConfig(manifest="m.json"),)
+    several = load(tmp_path_factory, TWO)
+    assert [source.manifest for source in several.sources] == ["s3://mine/a/manifest.json", "s3://mine/b/manifest.json"]
+    part = load(tmp_path_factory, "", "datasets=[{manifest: m.json, share: 0.1, keys: keys.txt, weight: 2}]")
+    assert part.sources == (DataSetConfig(manifest="m.json", share=0.1, keys="keys.txt", weight=2.0),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "manifest: missing; set it to a manifest.json, or set datasets to several"),
+        ("datasets: []\n", "manifest: missing; set it to a manifest.json, or set datasets to several"),
+        ("manifest: m.json\n" + TWO, "manifest: given, and datasets too; keep one of the two"),
+        ("datasets: [{manifest: a}, {manifest: b}, {manifest: a}]", "datasets.2.manifest: a is named twice"),
+        (
+            "datasets: [{manifest: a, weight: 1}, {manifest: b}]",
+            "datasets.1.weight: missing; give every data set a weight, or none",
+        ),
+        ("datasets: [{manifest: a, weight: 0}]", "datasets.0.weight: Input should be greater than 0"),
+        ("datasets: [{manifest: a, share: 0}]", "datasets.0.share: Input should be greater than 0"),
+        ("datasets: [{manifest: a, share: 1.1}]", "datasets.0.share: Input should be less than or equal to 1"),
+        ("datasets: [{manifest: ''}]", "datasets.0.manifest: String should have at least 1 character"),
+        ("datasets: [{}]", "datasets.0.manifest: missing"),
+        ("manifest: m\nloader: {max_skip_rate: 1}", "loader.max_skip_rate: Input should be less than 1"),
+        ("manifest: m\nloader: {requests: 0}", "loader.requests: Input should be greater than or equal to 1"),
+        ("manifest: m\nloader: {cache_gib: 0}", "loader.cache_gib: Input should be greater than 0"),
+        ("manifest: m\nloader: {mixing: both}", "loader.mixing: Input should be 'steps' or 'batches'"),
+    ],
+)
+def test_data_sets_that_cannot_be_are_told(tmp_path_factory: pytest.TempPathFactory, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path_factory, text)
+    assert f"run.yaml: {said}" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_field_misspelt_in_a_list_is_told_with_the_nearest_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path_factory, "datasets: [{manifest: a, wieght: 2}]")
+    assert "datasets.0.wieght: unknown field" in caught.value.message
+    assert "did you mean 'weight'?" in caught.value.remedy
+
+
+def test_data_sets_survive_a_round_trip(tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = load(tmp_path_factory, TWO, "loader.mixing=batches", "loader.cache=/cache", "loader.on_damage=skip")
+    file = tmp_path_factory.mktemp("copy") / "run.yaml"
+    file.write_text(runfile.dump(run))
+    assert runfile.load(TrainConfig, str(file)) == run
+    assert run.loader == LoaderConfig(mixing="batches", cache="/cache", on_damage="skip")
+
+
+@given(st.lists(st.sampled_from([None, 0.5, 1.0, 2.0]), min_size=1, max_size=5))
+def test_all_have_a_weight_or_none(weights: list[float | None]) -> None:
+    sources = tuple(DataSetConfig(manifest=str(i), weight=weight) for i, weight in enumerate(weights))
+    try:
+        assert TrainConfig(output="out", datasets=sources).sources == sources
+        mixed = False
+    except ValidationError:
+        mixed = True
+    assert mixed == (None in weights and any(weights))
+
+
+def test_the_package_names_all_its_models() -> None:
+    models = {kind.__name__ for kind in _below(config.Section)}
+    assert models <= set(config.__all__)
+
+
+def _below(kind: type) -> list[type]:
+    return [each for child in kind.__subclasses__() for each in (child, *_below(child))]
