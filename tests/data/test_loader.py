@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-import zlib
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -11,90 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import fingerprint, provenance
+from latent_shards import BLOCK, CHANNELS, FINGERPRINT, LENGTH, SIDE, write_latents, write_shard
 
-from pipeline.data.fold import fold
 from pipeline.data.loader import Batch, LatentLoader, read_split
-from pipeline.data.manifest import (
-    MANIFEST,
-    RECEIPT_SUFFIX,
-    Block,
-    BucketRange,
-    Fingerprint,
-    Receipt,
-    Statistics,
-    key_hash,
-    pack_hashes,
-)
-from pipeline.data.tar import TarBuilder, npy_bytes
+from pipeline.data.manifest import RECEIPT_SUFFIX
 from pipeline.errors import ConfigError, DataError, StorageError
-
-CHANNELS, SIDE, LENGTH, BLOCK = 2, 2, 4, 8
-FINGERPRINT = fingerprint(resolution=4, context_length=LENGTH)
-
-
-def add_sample(tar: TarBuilder, key: str, captions: int, side: int) -> int:
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    moments = rng.standard_normal((2 * CHANNELS, side, side)).astype(np.float16)
-    offset = tar.add(f"{key}.latent.npy", npy_bytes(moments))
-    for i in range(captions):
-        tar.add(f"{key}.tokens{i}.clip.npy", npy_bytes(np.array([i, *rng.integers(0, 65536, 3)], np.uint16)))
-    tar.add(f"{key}.latent_flip.npy", npy_bytes(moments[..., ::-1]))  # not for the loader
-    tar.add(f"{key}.size.npy", npy_bytes(np.zeros(6, np.int32)))
-    tar.add(f"{key}.json", json.dumps({"captions": [f"{key} {i}" for i in range(captions)]}).encode())
-    return offset
-
-
-def write_shard(folder: Path, name: str, train: int, holdout: int, captions: int, side: int) -> Receipt:
-    tar, blocks = TarBuilder(), []
-    offsets = [add_sample(tar, f"{name[:-4]}/{i:04d}", captions, side) for i in range(train + holdout)]
-    data = tar.finish()
-    ends = [*offsets[1:], tar.size]
-    for start, end in [(0, train), (train, train + holdout)]:
-        for first in range(start, end, BLOCK):
-            last = min(first + BLOCK, end)
-            part = data[offsets[first] : ends[last - 1]]
-            blocks.append(
-                Block(
-                    first_sample=first,
-                    samples=last - first,
-                    offset=offsets[first],
-                    length=len(part),
-                    crc32=zlib.crc32(part),
-                )
-            )
-    ones = (1.0,) * CHANNELS
-    receipt = Receipt(
-        shard=name,
-        source=name,
-        source_bytes=0,
-        source_sha256="",
-        fingerprint=FINGERPRINT.digest(),
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        buckets=(BucketRange(bucket=(4, 4), train=(0, train), holdout=(train, train + holdout)),),
-        blocks=tuple(blocks),
-        keys=pack_hashes(key_hash(f"{name[:-4]}/{i:04d}") for i in range(train + holdout)),
-        statistics=Statistics(count=max(train, 1), sum=ones, sum_squares=ones, sum_variance=ones),
-        rejects=(),
-        environment={},
-    )
-    (folder / name).write_bytes(data)
-    (folder / (name + RECEIPT_SUFFIX)).write_bytes(receipt.to_bytes())
-    return receipt
-
-
-def write_latents(
-    folder: Path,
-    sizes: list[tuple[int, int]],
-    captions: int = 1,
-    side: int = SIDE,
-    fingerprint: Fingerprint = FINGERPRINT,
-) -> str:
-    receipts = [write_shard(folder, f"{i:05d}.tar", *size, captions, side) for i, size in enumerate(sizes)]
-    manifest = fold(receipts, provenance(fingerprint=fingerprint, latent_channels=CHANNELS, downsampling_factor=2))
-    (folder / MANIFEST).write_bytes(manifest.to_bytes())
-    return str(folder / MANIFEST)
 
 
 @pytest.fixture
@@ -250,7 +170,7 @@ def test_a_missing_shard_is_named(latents: str) -> None:
 
 
 def test_a_receipt_of_another_encoding_is_refused(latents: str) -> None:
-    write_shard(Path(latents).parent, "00003.tar", 32, 4, captions=3, side=SIDE)
+    write_shard(Path(latents).parent, 3, (32, 4), captions=3)
     with pytest.raises(DataError, match=r"00003\.tar: its receipt"):
         load(latents, 10)
 
