@@ -27,6 +27,11 @@ def tell(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
+def say(result: object) -> None:
+    """What a command was asked for, on standard output."""
+    print(printable(str(result)), flush=True)  # noqa: T201
+
+
 def printable(text: str, *, one_line: bool = False) -> str:
     r"""Text in which names of files and other people's words cannot command the terminal, as `\x1b[31m` would.
 

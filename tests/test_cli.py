@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from support import fingerprint, provenance
 
-from pipeline import cli
+from pipeline.cli import main
+from pipeline.cli.app import Warnings
 from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.verify.report import Check, Status, VerifyReport
@@ -46,7 +47,7 @@ def run(patch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The command in this process; its exit code."""
     patch.setattr(sys, "argv", ["lathe", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     return int(left.value.code or 0)
 
 
@@ -127,7 +128,7 @@ def test_an_interrupt_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("pipeline.runfile.load_any", interrupt)
     monkeypatch.setattr("sys.argv", ["lathe", "config", "run.yaml"])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     assert left.value.code == 130
     assert capsys.readouterr().err == "stopped; the same command goes on where it was\n"
 
@@ -200,7 +201,7 @@ def test_finalize_tells_of_each_manifest(
 def test_warnings_go_where_stderr_is_at_that_moment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handler = cli.Warnings()
+    handler = Warnings()
     handler.handle(logging.makeLogRecord({"msg": "one"}))
     assert capsys.readouterr().err == "one\n"
     with monkeypatch.context() as patch:

@@ -1,0 +1,90 @@
+"""Commands about models: train-vae, train, sample, evaluate, export."""
+
+from __future__ import annotations
+
+from pipeline import runfile
+from pipeline.cli.arguments import Config, Overrides
+from pipeline.config import EvaluateConfig, ExportConfig, FirstStageConfig, SampleConfig, TrainConfig
+from pipeline.console import ProgressLine, say
+
+
+def train_vae(config: Config, overrides: Overrides = None) -> None:
+    """Train the first stage: the autoencoder that turns pictures into latents and back.
+
+    Not needed where a pretrained one fits: give `lathe encode` its folder or hub id.
+
+    ```
+    lathe train-vae configs/demo/train-vae.yaml root=my-run
+    ```
+    """
+    settings = runfile.load(FirstStageConfig, config, overrides)
+    from pipeline.train.first_stage import fit_first_stage
+
+    with ProgressLine("train-vae", "steps") as line:
+        result = fit_first_stage(settings, line.update)
+    say(result)
+
+
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train the text-to-image model on latent shards.
+
+    Stopped or killed, the same command goes on from the last checkpoint.
+
+    ```
+    lathe train configs/demo/train.yaml root=my-run
+    launchers/accelerate.sh configs/demo/train.yaml root=my-run  # several ranks
+    ```
+    """
+    settings = runfile.load(TrainConfig, config, overrides)
+    from pipeline.train.trainer import fit
+
+    fit(settings)
+
+
+def sample(config: Config, overrides: Overrides = None) -> None:
+    """Make pictures for prompts, from the EMA weights of a training run.
+
+    They go to `output`, with a contact sheet.
+
+    ```
+    lathe sample configs/demo/sample.yaml root=my-run 'prompts=[red heart]'
+    ```
+    """
+    settings = runfile.load(SampleConfig, config, overrides)
+    from pipeline.sample import sample as run
+
+    with ProgressLine("sample", "pictures") as line:
+        result = run(settings, line.update)
+    say(result)
+
+
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Score a training run: do its pictures follow their prompts, and what does the autoencoder lose.
+
+    The scores go to `output` as evaluation.json.
+
+    ```
+    lathe evaluate configs/demo/evaluate.yaml root=my-run
+    ```
+    """
+    settings = runfile.load(EvaluateConfig, config, overrides)
+    from pipeline.evaluate.job import evaluate as run
+
+    with ProgressLine("evaluate", "pictures") as line:
+        result = run(settings, line.update)
+    say(result)
+
+
+def export(config: Config, overrides: Overrides = None) -> None:
+    """Write a training run as a folder that diffusers opens, with no code of Lathe behind it.
+
+    It holds the EMA weights, and opens with `StableDiffusionPipeline.from_pretrained(FOLDER)`.
+
+    ```
+    lathe export configs/demo/export.yaml root=my-run
+    ```
+    """
+    settings = runfile.load(ExportConfig, config, overrides)
+    from pipeline.export import export as run
+
+    say(run(settings))
