@@ -15,7 +15,7 @@ PACKAGE = ROOT / "pipeline"
 # Rooms from the ground up. A room may import rooms of lower floors, and itself; not its neighbours on the same floor.
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"config", "cores", "metrics", "randomness", "latents", "console", "tether"},
+    {"config", "cores", "memory", "metrics", "randomness", "latents", "console", "tether"},
     {"runfile", "stopping"},
     {"storage"},
     {"runtime", "data", "models", "diffusion"},

@@ -6,17 +6,16 @@ Pixel arrays are uint8 [height, width, 3], sRGB. PIL lives in this module alone.
 from __future__ import annotations
 
 import io
-import resource
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 
+from pipeline import memory
 from pipeline.data.manifest import Bucket
 from pipeline.errors import SetupError
 
@@ -37,7 +36,6 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, of pic
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # unpacked; some editors keep histories and profiles of a few MiB
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no news, and `_open` bounds the size itself
 
-_PLENTY_BYTES = 1 << 30  # of memory: four times the largest picture
 _TO_8_BITS = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -206,18 +204,11 @@ def _refusal(error: Exception, reason: str) -> ImageError | SetupError:
     """What to raise in place of a decoder's error. A picture must not be rejected for want of memory."""
     if not isinstance(error, MemoryError) and not (isinstance(error, OSError) and "out of memory" in str(error)):
         return ImageError(reason)
-    if _available_bytes() > _PLENTY_BYTES:  # no picture that may be decoded takes as much: its header lies
+    if not memory.is_scarce():  # no picture that may be decoded takes as much: its header lies
         return ImageError("damaged_image")
     return SetupError(
         "out of memory while decoding a picture", "set decode_threads lower, or give this process more memory"
     )
-
-
-def _available_bytes() -> int:
-    """Memory that this process can still get: of the machine, and under its own limit of addresses (ulimit -v)."""
-    available = psutil.virtual_memory().available
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return available if limit == resource.RLIM_INFINITY else min(available, limit - psutil.Process().memory_info().vms)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline import memory
 from pipeline.errors import DataError, SetupError, StorageError
 
 try:
@@ -27,6 +28,7 @@ class ParquetTable:
 
     Raises:
         DataError: it is cut short, or not Parquet.
+        SetupError: the machine is short of memory.
         StorageError: it cannot be read.
     """
 
@@ -49,7 +51,7 @@ class ParquetTable:
         return _has_bytes(self._schema.field(column).type)
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The rows as Python values; times of nanoseconds are cut to microseconds. Raises DataError, StorageError."""
+        """The rows as Python values; times of nanoseconds are cut to microseconds. Raises as the class."""
         with _told(self._path):
             rows = self._batch_rows()
             for batch in self._file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False):
@@ -74,7 +76,11 @@ def _told(path: Path) -> Iterator[None]:
         if error.errno:
             raise StorageError(f"{path}: {error.strerror or error}", "make the file readable") from error
         raise _damaged(path, error) from error
-    except (pyarrow.ArrowException, ValueError, NotImplementedError, MemoryError) as error:
+    except MemoryError as error:
+        if memory.is_scarce():
+            raise SetupError(f"{path}: out of memory while reading it", "give this process more memory") from error
+        raise _damaged(path, error) from error
+    except (pyarrow.ArrowException, ValueError, NotImplementedError) as error:
         raise _damaged(path, error) from error
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
+import resource
 import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -269,6 +272,21 @@ def test_parquet_that_is_cut_or_damaged(place, cut):
     (place / "t.parquet").write_bytes(data[:4] + bytes(100) + data[104:])
     with pytest.raises(DataError):
         run(place, "t.parquet")
+
+
+@pytest.mark.parametrize(("free", "told"), [(2 << 30, DataError), (1 << 29, SetupError)])
+@pytest.mark.parametrize("where", ["__init__", "iter_batches"])
+def test_want_of_memory_is_the_tables_fault_only_where_there_is_plenty(place, monkeypatch, free, told, where):
+    def fails(*_args, **_options):
+        raise pa.ArrowMemoryError("malloc of size 137438953472 failed")
+
+    parquet.write_table(pa.table({"image": ["a.png"], "caption": ["x"]}), place / "t.parquet")
+    monkeypatch.setattr(parquet.ParquetFile, where, fails)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with pytest.raises(told, match=r"t\.parquet") as caught:
+        run(place, "t.parquet")
+    assert ("more memory" in caught.value.remedy) == (told is SetupError)
 
 
 def test_skipping_counts_by_reason_and_fills_the_shards(place):

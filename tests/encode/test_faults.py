@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
+import small_models
 from encode_worker import FORK, run_command
 
 from pipeline import storage
@@ -242,15 +241,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "images").mkdir()
     for number in range(SHARDS):
         (place / "images" / f"{number}.tar").write_bytes(image_shard(number))
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=16,
-        mid_block_add_attention=False,
-    ).save_pretrained(place / "vae")
+    small_models.autoencoder_of_large_latents().save_pretrained(place / "vae")
     return place
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
+import small_models
 from encode_worker import FORK, run_worker
 
 from pipeline.config import EncodeConfig
@@ -55,15 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tar.add("bad.jpg", b"<html>")
         tar.add("bad.txt", b"x")
         (place / "images" / f"{shard}.tar").write_bytes(tar.finish())
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=16,
-        mid_block_add_attention=False,
-    ).save_pretrained(place / "vae")
+    small_models.autoencoder_of_large_latents().save_pretrained(place / "vae")
     return place
 
 
