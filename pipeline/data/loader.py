@@ -1,70 +1,63 @@
 """Latent shards to training batches: the same global batches at any world size, from any step.
 
-Legend: b samples of this rank, C latent channels, h and w sides of the latent, L tokens of a caption.
+Legend: b samples of this rank, w window, C latent channels, h and w sides of the latent, L tokens of a caption.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pipeline import storage
-from pipeline.data.blocks import BlockReader, LatentSample, LruCache, ShardPlan
-from pipeline.data.manifest import Block, Split, key_hash, load_manifest
+from pipeline.config import LoaderConfig
+from pipeline.data.batch import Batch
+from pipeline.data.datasets import DataSets
+from pipeline.data.fetch import BlockSource, Skip, SkipList
+from pipeline.data.gather import gather
+from pipeline.data.latent_block import LatentBlock
+from pipeline.data.manifest import Split, key_hash
 from pipeline.data.order import Integers, Order, rank_positions
+from pipeline.data.planner import PlannedStep, Planner
 from pipeline.randomness import Purpose, uniform
-
-_BATCHES_AHEAD = 3
-_REQUESTS_AT_ONCE = 8
-_PLANS_CACHED = 1024  # shards, a few kB each
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This rank's part of one global batch, in host memory."""
-
-    step: int
-    epoch: int  # in which the global batch begins; the same on all ranks
-    positions: Tensor  # int64 [b], places in the global batch
-    moments: Tensor  # float16 [b, 2C, h, w]: the posterior's mean and log-variance
-    tokens: Tensor  # int64 [b, L], of the caption drawn for the epoch
-    keys: list[str]
 
 
 class LatentLoader:
-    """An endless iterator over this rank's batches, read ahead by a thread. Close it, or use it as a context.
+    """An endless iterator over this rank's batches, read ahead by threads. Close it, or use it as a context.
 
-    Memory is bounded by the window: a rank keeps its b windows, the blocks at their ends and those under way, at most
-    b * (window + 3 blocks) samples, and what was read ahead. Iterating raises DataError for a damaged block and
-    StorageError for one that cannot be read; then the loader is closed.
+    What a batch holds depends on data sets, seed, global batch, window and step alone; of `config` only `flip` matters.
+    Memory is bounded by the window, whatever the data's size: for each picture size b windows with the blocks at their
+    ends, at most b * (window + 2 blocks) samples; and the batches under way.
+
+    Iterating raises DataError for a damaged block and StorageError for one that cannot be read, after all batches
+    before it; then the loader is closed.
 
     Args:
-        manifest_url: of the latents.
+        datasets: what is read, see `open_datasets`.
         global_batch: samples per step over all ranks.
         seed: of the run.
         window: samples that are shuffled together within each run of an epoch (see `order`).
         rank: this process among all.
         world_size: number of processes; must divide the global batch.
         start_step: the first step to yield: `state_dict()["step"]` of the run that is resumed.
+        skipped: `state_dict()["skipped"]` of that run, of all its ranks.
+        config: how latents are read.
         split: which samples.
 
     Raises:
-        ConfigError: the world size does not divide the global batch.
-        DataError: the manifest cannot be used, has no sample of the split, or is of latents that `BlockReader` refuses.
-        StorageError: the manifest cannot be read.
+        ConfigError: the world size does not divide the global batch; the cache's folder cannot be used.
+        DataError: the latents are none that this version reads.
     """
 
     def __init__(
         self,
-        manifest_url: str,
+        datasets: DataSets,
         *,
         global_batch: int,
         seed: int,
@@ -72,52 +65,62 @@ class LatentLoader:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        skipped: Iterable[Sequence[int]] = (),
+        config: LoaderConfig | None = None,
         split: Split = "train",
     ) -> None:
-        self.manifest = load_manifest(manifest_url)
-        self._seed = seed
+        self.datasets = datasets
+        self._seed, self._config = seed, config or LoaderConfig()
         self._positions = rank_positions(global_batch, rank, world_size)
-        sizes = [shard.samples(split) for shard in self.manifest.shards]
-        self._order = Order([sizes], global_batch=global_batch, seed=seed, window=window)
-        self._reader = BlockReader(storage.open_store(storage.split(manifest_url)[0]), self.manifest, split)
-        self._plans = LruCache[int, ShardPlan](_PLANS_CACHED, lambda plan: 1)
-        self._blocks = LruCache[tuple[int, int], list[LatentSample]](0, len)
-        self._largest_block = 0
-        self._step = self._submitted = start_step
-        self._ahead: deque[Future[Batch]] = deque()
-        self._assembler = ThreadPoolExecutor(1, "latent-batches")
-        self._requests = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "latent-blocks")
+        sizes = [stream.sizes for stream in datasets.streams]
+        order = Order(sizes, global_batch=global_batch, seed=seed, window=window, groups=datasets.groups)
+        known = [(dataset, shard, block) for dataset, shard, block in skipped]
+        self._skips = SkipList(self._config, sum(stream.samples for stream in order.streams), world_size, known)
+        self._pool = ThreadPoolExecutor(self._config.requests, "latent-blocks") if self._config.workers else None
+        self._source = BlockSource(datasets, self._config, self._skips, split, self._pool)
+        self._planner = Planner(datasets, order, self._source, self._positions)
+        self._step = self._first_step = start_step
+        self._ahead = _Ahead(self, self._config) if self._config.workers else None
+        self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
         try:
-            while len(self._ahead) <= _BATCHES_AHEAD:
-                self._ahead.append(self._assembler.submit(self._assemble, self._submitted))
-                self._submitted += 1
-            batch = self._ahead.popleft().result()
+            batch = self._ahead.take() if self._ahead else self.assemble(self.plan(self._step))
         except BaseException:
             self.close()
             raise
         self._step += 1
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Where to resume: the step that comes next. What was read ahead does not count."""
-        return {"step": self._step}
+    def state_dict(self) -> dict[str, Any]:
+        """Where to resume: the step that comes next, and what is skipped. What was read ahead does not count."""
+        return {"step": self._step, "skipped": [list(skip) for skip in self.skipped]}
 
     @property
-    def cached_samples(self) -> int:
-        """Samples in memory, batches read ahead not counted."""
-        return self._blocks.weight
+    def skipped(self) -> list[Skip]:
+        """Blocks whose samples have weight 0: data set, shard, number in the receipt (-1 = the whole shard)."""
+        return self._skips.all()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Since the start: `requests`, `bytes_read`, `blocks_read`, `cached_blocks`, `blocks_read_again`."""
+        names = ("requests", "bytes_read", "blocks_read", "cached_blocks", "blocks_read_again")
+        return {name: self._source.counts[name] for name in names}
 
     def close(self) -> None:
         """Stop the threads, after the requests that are under way. May be called twice."""
-        self._assembler.shutdown(wait=False, cancel_futures=True)
-        self._requests.shutdown(wait=False, cancel_futures=True)
-        self._assembler.shutdown()
-        self._requests.shutdown()
+        self._closed = True
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._ahead:
+            self._ahead.close()
+        if self._pool:
+            self._pool.shutdown()
 
     def __enter__(self) -> LatentLoader:
         return self
@@ -127,91 +130,118 @@ class LatentLoader:
     ) -> None:
         self.close()
 
-    def _assemble(self, step: int) -> Batch:
-        places = self._order.batch(step, self._positions)
-        samples = self._samples(places.shard, places.sample)
-        chosen = _choose_captions(self._seed, places.epoch, samples)
-        tokens = np.stack([sample.tokens[i] for sample, i in zip(samples, chosen, strict=True)])
-        return Batch(
-            step=step,
-            epoch=places.first_epoch,
+    def plan(self, step: int) -> PlannedStep:
+        """What a step reads; for `_Ahead`. At the start somebody waits: then no more is asked for than is needed."""
+        return self._planner.plan(step, hurry=step < self._first_step + self._config.steps_ahead)
+
+    def assemble(self, planned: PlannedStep) -> Batch:
+        """The batch of a planned step, once its blocks are here; for `_Ahead`."""
+        places = planned.places
+        stream = int(places.stream[0])
+        bucket, layout = self.datasets.streams[stream].bucket, self._source.layouts[stream]
+        rows: list[tuple[LatentBlock, int] | None] = []
+        for place in planned.rows:
+            block = None if place is None else place[0].get()
+            rows.append(None if block is None or place is None else (block, place[1]))
+        keys = ["" if row is None else row[0].keys[row[1]] for row in rows]
+        captions, mirrored = self._draw(places.epoch, keys, rows)
+        arrays = gather(rows, captions.tolist(), mirrored.tolist(), layout)
+        batch = Batch(
+            step=planned.step,
+            bucket=bucket,
             positions=torch.from_numpy(self._positions),
-            moments=torch.from_numpy(np.stack([sample.moments for sample in samples])),
-            tokens=torch.from_numpy(tokens.astype(np.int64)),
-            keys=[sample.key for sample in samples],
+            epochs=torch.from_numpy(places.epoch),
+            datasets=torch.tensor([self.datasets.streams[s].dataset for s in places.stream.tolist()]),
+            moments=arrays.moments,
+            text=arrays.text,
+            size=arrays.size,
+            weight=torch.tensor([float(row is not None) for row in rows]),
+            mirrored=torch.from_numpy(mirrored),
+            keys=keys,
+            captions=captions.tolist(),
         )
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
-    def _samples(self, shards: Integers, numbers: Integers) -> list[LatentSample]:
-        plans = self._plans.get(shards.tolist(), self._reader.plan, self._requests)
-        self._plans.trim()
-
-        def fetch(place: tuple[int, int]) -> list[LatentSample]:
-            shard, block = place
-            return self._reader.block(shard, plans[shard].blocks[block])
-
-        places, rows = [], []
-        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
-            block, row = plans[shard].locate(number)
-            places.append((shard, block))
-            rows.append(row)
-        blocks = self._blocks.get(places, fetch, self._requests)
-        self._largest_block = max(self._largest_block, *(len(block) for block in blocks.values()))
-        # a window reaches at most one block, less a sample, over each of its ends
-        reach = self._order.streams[0].span + 2 * self._largest_block
-        self._blocks.capacity = len(self._positions) * reach
-        self._blocks.trim()
-        return [blocks[place][row] for place, row in zip(places, rows, strict=True)]
-
-
-@dataclass(frozen=True)
-class SplitArrays:
-    """Samples of a split in manifest order, each with its first caption."""
-
-    moments: NDArray[np.float16]  # [N, 2C, h, w]
-    tokens: NDArray[np.uint16]  # [N, L]
-    keys: list[str]
-    captions: list[str]
+    def _draw(
+        self, epochs: Integers, keys: Sequence[str], rows: Sequence[tuple[LatentBlock, int] | None]
+    ) -> tuple[Integers, NDArray[np.bool_]]:
+        """The caption of each sample, and whether it is mirrored: drawn by (seed, epoch, key)."""
+        counts = np.array([1 if row is None else row[0].captions(row[1]) for row in rows])
+        flips = np.array([row is not None and row[0].mirrored for row in rows])
+        captions, mirrored = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.bool_)
+        if counts.max() == 1 and not flips.any():
+            return captions, mirrored
+        hashes = torch.tensor([key_hash(key) >> 1 for key in keys])  # 63 bits, as int64 has no more
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            keyed = hashes[torch.from_numpy(here)]
+            if counts.max() > 1:
+                drawn = uniform(self._seed, Purpose.CAPTION_CHOICE, epoch, keyed, ()).double().numpy()
+                captions[here] = (drawn * counts[here]).astype(np.int64)
+            if flips.any():
+                mirrored[here] = flips[here] & (uniform(self._seed, Purpose.FLIP, epoch, keyed, ()).numpy() < 0.5)
+        return captions, mirrored
 
 
-def read_split(manifest_url: str, split: Split, limit: int | None = None) -> SplitArrays:
-    """The samples of a split, all in memory; none where the manifest has none.
+class _Ahead:
+    """Plans steps in a thread, so that their blocks are asked for; assembles the next few in others."""
 
-    Args:
-        manifest_url: of the latents.
-        split: "train" or "holdout".
-        limit: only so many, the first ones; None = all.
+    def __init__(self, loader: LatentLoader, config: LoaderConfig) -> None:
+        self._loader, self._steps = loader, config.steps_ahead
+        self._assembled = config.workers + 1  # batches that may be ready, or under way
+        self._planned: deque[PlannedStep | BaseException] = deque()
+        self._batches: deque[Future[Batch]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._pool = ThreadPoolExecutor(config.workers, "latent-batches")
+        self._next = loader.state_dict()["step"]
+        self._thread = threading.Thread(target=self._run, name="latent-plan", daemon=True)
+        self._thread.start()
 
-    Raises:
-        DataError: manifest, receipt or a block cannot be used, or `BlockReader` refuses the latents.
-        StorageError: one of them cannot be read.
-    """
-    manifest = load_manifest(manifest_url)
-    reader = BlockReader(storage.open_store(storage.split(manifest_url)[0]), manifest, split)
-    left = manifest.samples(split) if limit is None else min(limit, manifest.samples(split))
-    wanted: list[tuple[int, Block]] = []
-    for shard, entry in enumerate(manifest.shards):
-        if left > 0 and entry.samples(split):
-            plan = reader.plan(shard)
-            wanted += [(shard, b) for b, start in zip(plan.blocks, plan.starts, strict=True) if start < left]
-            left -= entry.samples(split)
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        samples = [sample for block in pool.map(lambda at: reader.block(*at), wanted) for sample in block][:limit]
-    side = manifest.latent_side
-    moments = np.empty((len(samples), 2 * manifest.latent_channels, side, side), np.float16)
-    tokens = np.empty((len(samples), manifest.context_length), np.uint16)
-    for row, sample in enumerate(samples):
-        moments[row], tokens[row] = sample.moments, sample.tokens[0]
-    return SplitArrays(moments, tokens, [s.key for s in samples], [s.captions()[0] for s in samples])
+    def take(self) -> Batch:
+        """The next batch, waited for."""
+        with self._changed:
+            while not self._batches:
+                self._changed.wait()
+            batch = self._batches.popleft()
+            self._submit()
+        return batch.result()
 
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.join()
+        self._pool.shutdown()
 
-def _choose_captions(seed: int, epochs: Integers, samples: list[LatentSample]) -> list[int]:
-    """One caption for each sample, drawn by (seed, epoch, key)."""
-    counts = [len(sample.tokens) for sample in samples]
-    if max(counts) == 1:
-        return [0] * len(samples)
-    keys = torch.tensor([key_hash(sample.key) >> 1 for sample in samples])  # 63 bits, as int64 has no more
-    drawn = torch.empty(len(samples), dtype=torch.float64)
-    for epoch in np.unique(epochs).tolist():
-        here = torch.from_numpy(epochs == epoch)
-        drawn[here] = uniform(seed, Purpose.CAPTION_CHOICE, epoch, keys[here], ()).double()
-    return (drawn * torch.tensor(counts)).long().tolist()
+    def _run(self) -> None:
+        planned: PlannedStep | BaseException
+        while True:
+            with self._changed:
+                while len(self._planned) + len(self._batches) > self._steps and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+            try:
+                planned = self._loader.plan(self._next)
+            except BaseException as error:
+                planned = error  # told when its turn comes
+            self._next += 1
+            with self._changed:
+                self._planned.append(planned)
+                self._submit()
+            if isinstance(planned, BaseException):
+                return
+
+    def _submit(self) -> None:
+        """Have planned steps assembled, as far as there is room. The lock is held."""
+        while self._planned and len(self._batches) < self._assembled and not self._closed:
+            planned = self._planned.popleft()
+            if isinstance(planned, BaseException):
+                failed: Future[Batch] = Future()
+                failed.set_exception(planned)
+                self._batches.append(failed)
+            else:
+                self._batches.append(self._pool.submit(self._loader.assemble, planned))
+        self._changed.notify_all()
