@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.data.manifest import Block, Bucket, Manifest, Range, Split, load_receipt
 from pipeline.data.order import Integers
+from pipeline.data.tar_header import BLOCK
 from pipeline.errors import DataError
 from pipeline.storage import Store
 
@@ -51,13 +52,13 @@ def load_plans(store: Store, manifest: Manifest, shard: int, split: Split) -> di
     """
     entry = manifest.shards[shard]
     receipt = load_receipt(store, entry.receipt)
-    counts = {count.bucket: getattr(count, split) for count in entry.buckets if getattr(count, split)}
+    counts = [(count.bucket, getattr(count, split)) for count in entry.buckets if getattr(count, split)]
     ranges = [(one.bucket, getattr(one, split)) for one in receipt.buckets]
-    found = {bucket: (first, end) for bucket, (first, end) in ranges if end > first}
-    sound = receipt.sha256 == entry.sha256 and {b: end - first for b, (first, end) in found.items()} == counts
-    plans = {bucket: _plan(receipt.blocks, found[bucket], entry.bytes) for bucket in counts} if sound else {}
+    ranges = [(bucket, (first, end)) for bucket, (first, end) in ranges if end > first]
+    plans = {bucket: _plan(receipt.blocks, samples, entry.bytes) for bucket, samples in ranges}
     usable = {bucket: plan for bucket, plan in plans.items() if plan is not None}
-    if not sound or len(usable) < len(counts):
+    same = receipt.sha256 == entry.sha256 and [(bucket, end - first) for bucket, (first, end) in ranges] == counts
+    if not same or len(usable) < len(counts):
         raise DataError(
             f"{store.url.rstrip('/')}/{entry.name}: its receipt is not the one the manifest was made from",
             "run `lathe encode` again, which makes the manifest anew",
@@ -75,9 +76,10 @@ def _plan(blocks: tuple[Block, ...], samples: Range, shard_bytes: int) -> ShardP
     ]
     before = 0
     for _, start, count, offset, length, crc32 in rows:
-        if start != before or not count or offset + length > shard_bytes or not 0 <= crc32 < 1 << 32:
+        room = offset + length <= shard_bytes < 1 << 63 and count * BLOCK <= length
+        if start != before or not count or not room or not 0 <= crc32 < 1 << 32:
             return None
         before += count
-    if before != end - first or shard_bytes >= 1 << 63:
+    if before != end - first:
         return None
     return ShardPlan(first, *np.array(rows, np.int64).T.copy())
