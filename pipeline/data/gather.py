@@ -6,7 +6,7 @@ width of a pooled vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,6 +20,8 @@ from pipeline.data.layout import FIXED_COLUMNS, MIRRORED, MOMENTS, SIZE, ArrayLa
 
 _Row = tuple[LatentBlock, int] | None
 
+_FIELDS = {"tokens": "tokens", "text": "embeddings", "pooled": "pooled"}  # of TowerText
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -30,7 +32,7 @@ class Arrays:
     size: Tensor  # int32 [b, 6]
 
 
-def gather(rows: Sequence[_Row], captions: Iterable[int], mirrored: Iterable[bool], layout: Layout) -> Arrays:
+def gather(rows: Sequence[_Row], captions: Sequence[int], mirrored: Sequence[bool], layout: Layout) -> Arrays:
     """Copy samples together.
 
     Args:
@@ -42,28 +44,19 @@ def gather(rows: Sequence[_Row], captions: Iterable[int], mirrored: Iterable[boo
     Raises:
         IndexError: a sample has no such caption, or no mirrored latent.
     """
-    captions, mirrored = [int(caption) for caption in captions], [bool(flip) for flip in mirrored]  # of numpy, or not
     for row, caption, flip in zip(rows, captions, mirrored, strict=True):
         if row is not None and not (0 <= caption < row[0].counts[row[1]] and (row[0].mirrored or not flip)):
             raise IndexError(f"{row[0].keys[row[1]]!r} has no caption {caption}, or no mirrored latent")
-    kinds = len(layout.text)
     moments = _copy(rows, [MIRRORED if flip else MOMENTS for flip in mirrored], layout.fixed[MOMENTS])
-    arrays = {}
-    for number, (kind, tower, array) in enumerate(layout.text):
-        columns = [FIXED_COLUMNS + kinds * caption + number for caption in captions]
-        arrays[kind, tower] = _copy(rows, columns, array)
-        if array.trimmed:
-            arrays["mask", tower] = _mask(rows, columns, array.shape[0])
-    text = {
-        tower.name: TowerText(
-            tokens=arrays["tokens", tower.name].long() if not tower.cached else None,
-            embeddings=arrays.get(("text", tower.name)),
-            pooled=arrays.get(("pooled", tower.name)),
-            mask=arrays.get(("mask", tower.name)),
-        )
-        for tower in layout.towers
-    }
-    return Arrays(moments, text, _copy(rows, [SIZE] * len(rows), layout.fixed[SIZE]))
+    text: dict[str, dict[str, Tensor]] = {}
+    for number, one in enumerate(layout.text):
+        columns = [FIXED_COLUMNS + len(layout.text) * caption + number for caption in captions]
+        found, arrays = _copy(rows, columns, one.array), text.setdefault(one.tower, {})
+        arrays[_FIELDS[one.kind]] = found.long() if one.kind == "tokens" else found
+        if one.array.trimmed:
+            arrays["mask"] = _mask(rows, columns, one.array.shape[0])
+    size = _copy(rows, [SIZE] * len(rows), layout.fixed[SIZE])
+    return Arrays(moments, {tower: TowerText(**arrays) for tower, arrays in text.items()}, size)
 
 
 def _copy(rows: Sequence[_Row], columns: Sequence[int], array: ArrayLayout) -> Tensor:

@@ -108,14 +108,14 @@ class _Parser:
         for column, array in self._layout.fixed.items():
             starts[:, column] = self._arrays(table[:, column], array)[0]
         kinds = len(self._layout.text)
-        for kind, (_, _, array) in enumerate(self._layout.text):
+        for kind, one in enumerate(self._layout.text):
             columns = slice(FIXED_COLUMNS + kind, None, kinds)
             there = table[:, columns] >= 0
-            found = self._arrays(table[:, columns][there], array)
+            found = self._arrays(table[:, columns][there], one.array)
             starts[:, columns][there], tokens[:, columns][there] = found
         about = table[:, JSON]
         ends = self._begins[about] + self._sizes[about]
-        trimmed = any(array.trimmed for _, _, array in self._layout.text)
+        trimmed = any(one.array.trimmed for one in self._layout.text)
         return LatentBlock(
             data=self._data,
             keys=self._keys,

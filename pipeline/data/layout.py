@@ -6,14 +6,13 @@ pooled vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from pipeline.data.manifest import Bucket, Manifest, Tower
+from pipeline.data.manifest import Bucket, Fingerprint, Manifest
 from pipeline.data.samples import MAX_CAPTIONS
 from pipeline.errors import DataError
 
@@ -43,24 +42,26 @@ class ArrayLayout:
 
 
 @dataclass(frozen=True)
-class TowerLayout:
-    """What is stored of a caption for one text tower."""
+class TextArray:
+    """One of the arrays that are stored of each caption, in KEY.{kind}{number}.{tower}.npy."""
 
-    name: str
-    cached: bool  # embeddings; else token ids
-    context_length: int  # L
-    width: int  # D; 0 for token ids
-    pooled_width: int  # P; 0 = none
-    trimmed: bool  # padding is not stored
+    kind: Literal["tokens", "text", "pooled"]
+    tower: str
+    array: ArrayLayout
 
-    def arrays(self) -> Iterator[tuple[str, ArrayLayout]]:
-        """The kinds that stand before the caption's number, and their arrays."""
-        if not self.cached:
-            yield "tokens", ArrayLayout("uint16", (self.context_length,))
-            return
-        yield "text", ArrayLayout("float16", (self.context_length, self.width), self.trimmed)
-        if self.pooled_width:
-            yield "pooled", ArrayLayout("float16", (self.pooled_width,))
+
+def text_arrays(mark: Fingerprint) -> tuple[TextArray, ...]:
+    """What is stored of each caption: tokens [L], or text [L, D] and perhaps pooled [P], tower by tower."""
+    found: list[TextArray] = []
+    for tower in mark.text_towers:
+        if mark.text_mode != "cached":
+            found.append(TextArray("tokens", tower.name, ArrayLayout("uint16", (tower.context_length,))))
+            continue
+        states = ArrayLayout("float16", (tower.context_length, tower.width), mark.text_padding == "trimmed")
+        found.append(TextArray("text", tower.name, states))
+        if tower.pooled_width:
+            found.append(TextArray("pooled", tower.name, ArrayLayout("float16", (tower.pooled_width,))))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Layout:
 
     moments: tuple[int, int, int]  # 2C, h, w
     flip: bool  # mirrored latents are there, and wanted
-    towers: tuple[TowerLayout, ...]
+    text: tuple[TextArray, ...]  # of each caption
 
     @classmethod
     def of(cls, manifest: Manifest, bucket: Bucket, flip: bool = True) -> Layout:
@@ -89,14 +90,7 @@ class Layout:
                 f"the latents' captions are stored for text.mode={mark.text_mode}, which this Lathe does not know",
                 "install a newer lathe-ldm",
             )
-        cached, trimmed = mark.text_mode == "cached", mark.text_padding == "trimmed"
-        towers = tuple(_tower(tower, cached=cached, trimmed=trimmed) for tower in mark.text_towers)
-        return cls(manifest.latent_shape(bucket), flip and mark.flip, towers)
-
-    @cached_property
-    def text(self) -> tuple[tuple[str, str, ArrayLayout], ...]:
-        """Kind, tower and array of each column of one caption."""
-        return tuple((kind, tower.name, array) for tower in self.towers for kind, array in tower.arrays())
+        return cls(manifest.latent_shape(bucket), flip and mark.flip, text_arrays(mark))
 
     @cached_property
     def columns(self) -> dict[str, int]:
@@ -106,7 +100,7 @@ class Layout:
         """
         fixed = {"latent.npy": MOMENTS, "size.npy": SIZE, "json": JSON}
         fixed["latent_flip.npy"] = MIRRORED if self.flip else -1
-        texts = (f"{kind}{number}.{tower}.npy" for number in range(MAX_CAPTIONS) for kind, tower, _ in self.text)
+        texts = (f"{one.kind}{number}.{one.tower}.npy" for number in range(MAX_CAPTIONS) for one in self.text)
         return fixed | {name: FIXED_COLUMNS + column for column, name in enumerate(texts)}
 
     @cached_property
@@ -115,14 +109,3 @@ class Layout:
         latent = ArrayLayout("float16", self.moments)
         arrays = {MOMENTS: latent, SIZE: ArrayLayout("int32", (6,))}
         return arrays | ({MIRRORED: latent} if self.flip else {})
-
-
-def _tower(tower: Tower, *, cached: bool, trimmed: bool) -> TowerLayout:
-    return TowerLayout(
-        name=tower.name,
-        cached=cached,
-        context_length=tower.context_length,
-        width=tower.width if cached else 0,
-        pooled_width=tower.pooled_width if cached else 0,
-        trimmed=cached and trimmed,
-    )

@@ -88,7 +88,7 @@ def _read_block(store: Store, layout: Layout, name: str, plan: ShardPlan, number
     arrays = gather([(block, row) for row in rows], [0 for _ in rows], [False for _ in rows], layout)
     return SplitArrays(
         moments=arrays.moments.numpy(),
-        tokens=cast(Tensor, arrays.text[layout.towers[0].name].tokens).numpy().astype(np.uint16),
+        tokens=cast(Tensor, arrays.text[layout.text[0].tower].tokens).numpy().astype(np.uint16),
         keys=block.keys,
         captions=[block.caption_texts(row)[0] for row in rows],
     )

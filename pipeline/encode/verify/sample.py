@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.layout import ArrayLayout, text_arrays
 from pipeline.data.manifest import Bucket, Manifest, Receipt
 from pipeline.data.samples import split_name
 from pipeline.data.tar import members, read_npy
@@ -24,45 +25,15 @@ Parts = dict[str, memoryview]  # a sample's files by what follows its key
 _EXPONENT = np.uint16(0x7C00)  # float16 infinity and NaN have all of these bits
 
 
-@dataclass(frozen=True)
-class ArrayRule:
-    """What a sample's array must be."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    trimmed: bool = False  # the first side may be shorter
-
-    def fits(self, found: NDArray[Any]) -> bool:
-        """Whether an array is so."""
-        if found.shape == self.shape or (self.trimmed and self._shorter(found.shape)):
-            return bool(found.dtype == self.dtype)
-        return False
-
-    def _shorter(self, shape: tuple[int, ...]) -> bool:
-        return shape[1:] == self.shape[1:] and len(shape) == len(self.shape) and 1 <= shape[0] <= self.shape[0]
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}{' or fewer tokens' if self.trimmed else ''}"
-
-
-def text_rules(manifest: Manifest, number: str) -> dict[str, ArrayRule]:
+def text_rules(manifest: Manifest, number: str) -> dict[str, ArrayLayout]:
     """What is stored of one caption, by name without `.npy`; `number` is the caption's, or nothing."""
-    fingerprint, rules = manifest.fingerprint, dict[str, ArrayRule]()
-    for tower in fingerprint.text_towers:
-        if fingerprint.text_mode != "cached":
-            rules[f"tokens{number}.{tower.name}"] = ArrayRule("uint16", (tower.context_length,))
-            continue
-        trimmed = fingerprint.text_padding == "trimmed"
-        rules[f"text{number}.{tower.name}"] = ArrayRule("float16", (tower.context_length, tower.width), trimmed)
-        if tower.pooled_width:
-            rules[f"pooled{number}.{tower.name}"] = ArrayRule("float16", (tower.pooled_width,))
-    return rules
+    return {f"{one.kind}{number}.{one.tower}": one.array for one in text_arrays(manifest.fingerprint)}
 
 
-def sample_rules(manifest: Manifest, bucket: Bucket, captions: int) -> dict[str, ArrayRule]:
+def sample_rules(manifest: Manifest, bucket: Bucket, captions: int) -> dict[str, ArrayLayout]:
     """The arrays of a sample of this picture size with so many captions, by name without `.npy`."""
-    latent = ArrayRule("float16", manifest.latent_shape(bucket))
-    rules = {"latent": latent, "size": ArrayRule("int32", (6,))}
+    latent = ArrayLayout("float16", manifest.latent_shape(bucket))
+    rules = {"latent": latent, "size": ArrayLayout("int32", (6,))}
     if manifest.fingerprint.flip:
         rules["latent_flip"] = latent
     for i in range(captions):
@@ -142,7 +113,7 @@ class SampleCheck:
 
     def __init__(self, manifest: Manifest, source: str, text: TextCheck, fail: Callable[[str, str], None]) -> None:
         self._manifest, self._source, self._text, self._fail = manifest, source, text, fail
-        self._rules: dict[tuple[Bucket, int], dict[str, ArrayRule]] = {}
+        self._rules: dict[tuple[Bucket, int], dict[str, ArrayLayout]] = {}
         self.numbers = 0  # floats looked at
 
     def moments(self, key: str, parts: Parts, bucket: Bucket) -> NDArray[np.float16] | None:
@@ -171,7 +142,7 @@ class SampleCheck:
         self._text.check(repr(key), numbered(captions), sound)
         return sound["latent"]
 
-    def array(self, where: str, data: memoryview | bytes, rule: ArrayRule) -> NDArray[Any] | None:
+    def array(self, where: str, data: memoryview | bytes, rule: ArrayLayout) -> NDArray[Any] | None:
         """The array of a .npy file, where it is as it should be and finite."""
         try:
             found = read_npy(data)
