@@ -10,7 +10,6 @@ import errno
 import hashlib
 import logging
 import os
-import stat
 import threading
 import time
 from contextlib import suppress
@@ -99,7 +98,7 @@ class BlockCache:
         data = None
         try:
             status = os.fstat(file)
-            if stat.S_ISREG(status.st_mode) and status.st_size == length:
+            if status.st_size == length:
                 data = _read(file, length)
                 self._mark(file, status.st_mtime_ns)
         except OSError as error:

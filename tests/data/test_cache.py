@@ -8,7 +8,8 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import cache_worker
@@ -16,7 +17,7 @@ import pytest
 from cache_worker import SPAWN, content, name, opened
 
 from pipeline.data.cache import BlockCache, block_name
-from pipeline.data.cache_folder import CacheFolder
+from pipeline.data.cache_folder import CacheFolder, OldEntries
 from pipeline.errors import ConfigError
 
 KIB = 1 << 10
@@ -70,6 +71,11 @@ def epoch(cache: BlockCache, seed: int, count: int) -> int:
         else:
             hits += 1
     return hits
+
+
+def process(work: Callable[..., None], *arguments: object) -> SpawnProcess:
+    """A fresh one, that ends with the tests at the latest."""
+    return SPAWN.Process(target=work, args=arguments, daemon=True)
 
 
 class TestEntries:
@@ -326,7 +332,9 @@ class TestDisks:
             patch.setattr(CacheFolder, "free_bytes", lambda _: 1 << 30)
             fill(cache, range(1, 5), 3 << 20)
         assert [len(caplog.messages), "No space left" in caplog.text] == [1, True]
+        fill(cache, range(5, 6), 64 * KIB)
         assert kept(cache, range(1, 5), 3 << 20) == {1}
+        assert not entry(disk, 5).exists(), "for a minute nothing is tried"
         assert not partial(disk)
         assert used(disk) == held(disk)
         monkeypatch.setattr("pipeline.data.cache.time.monotonic", lambda: 1e12)
@@ -347,7 +355,10 @@ class TestDisks:
             BlockCache(disk, KIB)
 
     def test_a_file_size_limit_stops_a_write_in_the_middle(self, tmp_path: Path) -> None:
-        run(cache_worker.put_with_small_files_only, tmp_path, tmp_path / "log")
+        writer = process(cache_worker.put_with_small_files_only, tmp_path, tmp_path / "log")
+        writer.start()
+        writer.join(SECONDS)
+        assert writer.exitcode == 0
         assert (tmp_path / "log").read_text().count("File too large") == 1
         assert not blocks(tmp_path)
         assert not partial(tmp_path)
@@ -382,46 +393,38 @@ class TestDisks:
         assert len(caplog.messages) == 2
 
 
-def run(work: object, *arguments: object) -> None:
-    """In one fresh process, which must end well."""
-    process = SPAWN.Process(target=work, args=arguments)
-    process.start()
-    process.join(SECONDS)
-    assert process.exitcode == 0
-
-
 class TestProcesses:
     def test_the_same_blocks_at_once_are_kept_once(self, tmp_path: Path) -> None:
         start = SPAWN.Barrier(4)
-        writers = [SPAWN.Process(target=cache_worker.put_the_same, args=(tmp_path, start, 100 * KIB)) for _ in range(4)]
-        for process in writers:
-            process.start()
-        for process in writers:
-            process.join(SECONDS)
-        assert [process.exitcode for process in writers] == [0] * 4
+        writers = [process(cache_worker.put_the_same, tmp_path, start, 100 * KIB) for _ in range(4)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join(SECONDS)
+        assert [writer.exitcode for writer in writers] == [0] * 4
         assert kept(BlockCache(tmp_path, 1 << 30), range(20), 100 * KIB) == set(range(20))
         assert used(tmp_path) == held(tmp_path) == 20 * 100 * KIB
         assert not partial(tmp_path)
 
     def test_eight_ranks_of_sixteen_threads_stay_within_the_limit(self, tmp_path: Path) -> None:
         limit, start = 500 * KIB, SPAWN.Barrier(8)
-        ranks = [SPAWN.Process(target=cache_worker.hammer, args=(tmp_path, start, limit, seed)) for seed in range(8)]
-        for process in ranks:
-            process.start()
+        ranks = [process(cache_worker.hammer, tmp_path, start, limit, seed) for seed in range(8)]
+        for rank in ranks:
+            rank.start()
         largest = 0
-        while any(process.is_alive() for process in ranks):
+        while any(rank.is_alive() for rank in ranks):
             with CacheFolder(tmp_path).ledger():  # nothing is added or removed meanwhile
                 sizes = [path.lstat().st_size for path in blocks(tmp_path)]
             largest = max(largest, sum(sizes))
             time.sleep(0.02)
-        assert [process.exitcode for process in ranks] == [0] * 8
+        assert [rank.exitcode for rank in ranks] == [0] * 8
         assert limit * 0.8 < largest <= limit
         assert used(tmp_path) == held(tmp_path)
         assert not partial(tmp_path)
 
     def test_what_a_killed_writer_leaves_is_swept_and_its_room_is_free_again(self, tmp_path: Path) -> None:
         in_the_middle = SPAWN.Event()
-        writer = SPAWN.Process(target=cache_worker.stop_in_the_middle, args=(tmp_path, in_the_middle, None))
+        writer = process(cache_worker.stop_in_the_middle, tmp_path, in_the_middle, None)
         writer.start()
         writer.join(SECONDS)
         assert writer.exitcode == -9
@@ -433,7 +436,7 @@ class TestProcesses:
 
     def test_a_writer_that_lives_is_never_swept(self, tmp_path: Path) -> None:
         in_the_middle, go_on = SPAWN.Event(), SPAWN.Event()
-        writer = SPAWN.Process(target=cache_worker.stop_in_the_middle, args=(tmp_path, in_the_middle, go_on))
+        writer = process(cache_worker.stop_in_the_middle, tmp_path, in_the_middle, go_on)
         writer.start()
         assert in_the_middle.wait(SECONDS)
         cache = opened(tmp_path, KIB * KIB)
@@ -487,10 +490,10 @@ class TestProcesses:
             thread.start()
         try:
             for child in range(10):
-                process = fork.Process(target=fill, args=(cache, range(100 + 10 * child, 110 + 10 * child)))
-                process.start()
-                process.join(SECONDS)
-                assert process.exitcode == 0
+                forked = fork.Process(target=fill, args=(cache, range(100 + 10 * child, 110 + 10 * child)), daemon=True)
+                forked.start()
+                forked.join(SECONDS)
+                assert forked.exitcode == 0
         finally:
             stop.set()
             for thread in threads:
@@ -512,6 +515,24 @@ class TestProcesses:
         finally:
             os.kill(child, 9)
             os.waitpid(child, 0)
+
+    def test_a_run_that_joins_counts_what_is_written_while_it_lists(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = opened(tmp_path, 10 * KIB)
+        fill(first, range(3))
+        listed = CacheFolder.entries
+
+        def entries(folder: CacheFolder) -> tuple[int, OldEntries]:
+            found = listed(folder)
+            fill(first, range(3, 6))
+            return found
+
+        monkeypatch.setattr(CacheFolder, "entries", entries)
+        joined = opened(tmp_path, 10 * KIB)
+        assert used(tmp_path) == held(tmp_path) == 6 * KIB
+        fill(joined, range(6, 20))
+        assert held(tmp_path) == 10 * KIB
 
     def test_a_run_that_joins_counts_no_less_than_there_is(self, tmp_path: Path) -> None:
         """What is written during the listing may count twice, so the limit holds."""
