@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.manifest import Block, Bucket, Manifest, Range, Split, load_receipt
+from pipeline.data.manifest import Block, Bucket, Manifest, Range, ShardEntry, Split, load_receipt
 from pipeline.data.order import Integers
 from pipeline.data.tar_header import BLOCK
 from pipeline.errors import DataError
@@ -59,11 +59,16 @@ def load_plans(store: Store, manifest: Manifest, shard: int, split: Split) -> di
     usable = {bucket: plan for bucket, plan in plans.items() if plan is not None}
     same = receipt.sha256 == entry.sha256 and [(bucket, end - first) for bucket, (first, end) in ranges] == counts
     if not same or len(usable) < len(counts):
-        raise DataError(
-            f"{store.url.rstrip('/')}/{entry.name}: its receipt is not the one the manifest was made from",
-            "run `lathe encode` again, which makes the manifest anew",
-        )
+        raise wrong_receipt(store, entry)
     return usable
+
+
+def wrong_receipt(store: Store, entry: ShardEntry) -> DataError:
+    """What is raised for a receipt that does not fit its entry in the manifest."""
+    return DataError(
+        f"{store.url.rstrip('/')}/{entry.name}: its receipt is not the one the manifest was made from",
+        "run `lathe encode` again, which makes the manifest anew",
+    )
 
 
 def _plan(blocks: tuple[Block, ...], samples: Range, shard_bytes: int) -> ShardPlan | None:

@@ -79,11 +79,11 @@ def test_steps_take_one_stream_each_in_whole_numbers() -> None:
     assert groups == (Group((0,), (64,), 1), Group((1,), (64,), 2), Group((2,), (64,), 3))
 
 
-def test_batches_take_all_streams_of_a_bucket() -> None:
+def test_batches_take_all_streams_of_a_bucket_in_order_of_size() -> None:
     tall, square = (96, 64), (64, 64)
-    # stream 2 is of a bucket that the other data set does not have
-    groups = group_by_batches([Fraction(1, 4), Fraction(1, 4), Fraction(1, 2)], [square, tall, square], 12)
-    assert groups == (Group((0, 2), (4, 8), 3), Group((1,), (12,), 1))
+    # stream 1 is of a bucket that the other data set does not have
+    groups = group_by_batches([Fraction(1, 4), Fraction(1, 4), Fraction(1, 2)], [tall, square, tall], 12)
+    assert groups == (Group((1,), (12,), 1), Group((0, 2), (4, 8), 3))
 
 
 def test_more_data_sets_than_places_are_refused() -> None:

@@ -149,7 +149,7 @@ def change(folder: Path, edit) -> None:
         (lambda tree: tree["buckets"][0].update(train=[0, 19]), "is not the one the manifest was made from"),
         (lambda tree: tree.update(buckets=[]), "is not the one the manifest was made from"),
         (lambda tree: tree.update(keys=tree["keys"][:32]), "is not the one the manifest was made from"),
-        (lambda tree: tree.update(keys="AAAA"), "is not a usable receipt: field keys"),
+        (lambda tree: tree.update(keys="AAAA"), "is not the one the manifest was made from"),
         (lambda tree: tree.update(keys="~"), "is not a usable receipt: field keys"),
         (lambda tree: tree.update(format_version=99), "has format version 99"),
         (lambda tree: tree.pop("sha256"), "is not a usable receipt: field sha256: is missing"),
@@ -160,6 +160,14 @@ def test_a_receipt_that_cannot_be_used_is_named(tmp_path: Path, edit, said: str)
     url = write_latents(tmp_path, [(20, 3), (BLOCK, 0)])
     change(tmp_path, edit)
     with pytest.raises(DataError, match=rf"00000\.tar.*{said}"):
+        choose(url, 0.5)
+
+
+def test_a_receipt_in_another_encoding_is_not_ours(tmp_path: Path) -> None:
+    url = write_latents(tmp_path, [(20, 3)])
+    path = tmp_path / f"00000.tar{RECEIPT_SUFFIX}"
+    path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(DataError, match=r"00000\.tar.*is not the one the manifest was made from"):
         choose(url, 0.5)
 
 
