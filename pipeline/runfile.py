@@ -115,7 +115,7 @@ def _build(kind: type[_Run], tree: dict[str, Any], path: str, overrides: list[st
     except RecursionError as error:
         raise ConfigError(f"{path} holds a section within itself", "mend the YAML anchors (&name, *name)") from error
     except ValidationError as error:
-        raise _explain(kind, path, error) from error
+        raise explain(kind, path, error) from error
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -158,8 +158,8 @@ def _resolve(value: Any, tree: dict[str, Any], seen: tuple[str, ...]) -> Any:
     return _REFERENCE.sub(refer, value)
 
 
-def _explain(kind: type[RunConfig], path: str, error: ValidationError) -> ConfigError:
-    """The first problem as one line: dotted field, value, and the nearest right name."""
+def explain(kind: type[BaseModel], path: str, error: ValidationError) -> ConfigError:
+    """The first problem as one line behind `path`: dotted field, value, and the nearest right name."""
     first = error.errors(include_url=False)[0]
     place = [str(p) for p in first["loc"]]
     field = ".".join(place)

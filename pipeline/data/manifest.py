@@ -39,8 +39,7 @@ MANIFEST = "manifest.json"
 ENCODING = "encoding.json"  # what an output was claimed for, see `encode/claim.py`
 REJECTS = "rejects.jsonl"
 REMOVED = "removed.txt"  # keys that were taken down, see `encode/takedown`
-EMPTY_PREFIX = "empty."  # the empty prompt, as each tower has it
-EMPTY_TOKENS = "empty.tokens.clip.npy"  # token ids of the empty prompt, uint16 [context_length]
+EMPTY_PREFIX = "empty."  # the empty prompt, as each tower has it: empty.tokens.clip.npy
 FILTERED = "filtered_"  # how the reasons of samples begin that nobody wanted, as distinct from unusable ones
 RECEIPT_SUFFIX = ".receipt.json"  # follows the latent shard's whole name: 00000.tar.receipt.json
 

@@ -14,7 +14,7 @@ from support import fingerprint, provenance
 
 from pipeline.data.fold import fold
 from pipeline.data.manifest import (
-    EMPTY_TOKENS,
+    EMPTY_PREFIX,
     MANIFEST,
     RECEIPT_SUFFIX,
     Block,
@@ -71,7 +71,7 @@ def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: in
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     empty = io.BytesIO()
     np.save(empty, np.zeros(LENGTH, np.uint16))
-    (folder / EMPTY_TOKENS).write_bytes(empty.getvalue())
+    (folder / f"{EMPTY_PREFIX}tokens.clip.npy").write_bytes(empty.getvalue())
     return str(folder / MANIFEST)
 
 
