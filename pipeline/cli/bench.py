@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from pipeline.console import say, tell
+from pipeline.errors import ConfigError
 
 app = typer.Typer(
     help="Measure this machine at one job, against what is possible and against the usual way.\n\n"
@@ -56,6 +61,93 @@ def bench_encode(
 
     result = run(sized(size, root, repeats), tell)
     _hand_over(result, summary(result), figures, report, lambda: page(result, _command("encode", size, repeats)))
+
+
+@app.command("scaling")
+def bench_scaling(
+    *,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks whose epoch is planned.")] = 1024,
+    shards: Annotated[int, typer.Option(min=1, help="Shards of the data set.")] = 100_000,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 10_000,
+    buckets: Annotated[int, typer.Option(min=1, help="Picture sizes, where there are several.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Global batch, a multiple of the ranks.")] = 32_768,
+    window: Annotated[int, typer.Option(min=1, help="Samples shuffled together, `shuffle_window`.")] = 256,
+    figures: FiguresFile = None,
+    report: ReportFile = None,
+) -> None:
+    """What does planning cost at many ranks and shards, and what do they ask of the storage?
+
+    Simulated: nothing is read but manifests of data that are not there. It takes a minute.
+
+    ```
+    lathe bench scaling --json scaling.json --report scaling.md
+    lathe bench scaling --ranks 64 --batch 4096 --shards 2000
+    ```
+    """
+    from pipeline.operate.bench.scaling.job import ScalingBench
+    from pipeline.operate.bench.scaling.job import bench_scaling as run
+    from pipeline.operate.bench.scaling.page import page, summary
+
+    given = {"ranks": ranks, "shards": shards, "samples": samples, "buckets": buckets, "batch": batch, "window": window}
+    bench = ScalingBench(**given)
+    changed = (f" --{name} {value}" for name, value in given.items() if value != getattr(ScalingBench(), name))
+    result = run(bench, tell)
+    _hand_over(result, summary(result), figures, report, lambda: page(result, "lathe bench scaling" + "".join(changed)))
+
+
+@app.command("loader")
+def bench_loader(
+    *,
+    root: Annotated[
+        str,
+        typer.Option(
+            "--root", metavar="URL", help="Prefix on your own S3 server. Default: an embedded one on loopback."
+        ),
+    ] = "",
+    size: Size = "standard",
+    repeats: Repeats = None,
+    figures: FiguresFile = None,
+    report: ReportFile = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="All peers, or webdataset alone.")] = True,
+    peers_folder: Annotated[
+        Path | None,
+        typer.Option("--peers-dir", metavar="DIR", help="Where pip puts the peers once. Default: the user's cache."),
+    ] = None,
+) -> None:
+    """How fast do latents become batches, beside webdataset, mosaicml-streaming, litdata and torch's DataLoader?
+
+    From local files and from S3; with starts, resumes, memory and how well it is shuffled. The peers are installed
+    apart from Lathe at the first run. On 2 cores `small` takes 5 minutes, `standard` 20, `large` hours.
+
+    ```
+    lathe bench loader --json figures.json --report loader.md
+    lathe bench loader --size small --no-peers
+    ```
+    """
+    from pipeline.operate.bench.loader.bench import bench_loader as run
+    from pipeline.operate.bench.loader.bench import sized
+    from pipeline.operate.bench.loader.page import page, summary
+    from pipeline.operate.bench.loader.rivals import cache_folder
+
+    command = _command("loader", size, repeats) + ("" if peers else " --no-peers")
+    with _s3(root) as url:
+        result = run(sized(size, repeats), url, (peers_folder or cache_folder()) if peers else None, tell)
+    _hand_over(result, summary(result), figures, report, lambda: page(result, command))
+
+
+@contextmanager
+def _s3(root: str) -> Iterator[str]:
+    """The prefix itself, or one on a server of our own, which the process's variables then tell of."""
+    from pipeline.demo.object_store import EmbeddedObjectStore
+
+    if root:
+        if not root.startswith("s3://"):
+            raise ConfigError(f"--root {root}: not on S3", "write s3://BUCKET/PREFIX, or leave it out")
+        yield root
+        return
+    with TemporaryDirectory(prefix="lathe-bench-s3-") as folder, EmbeddedObjectStore(Path(folder), "bench") as server:
+        os.environ.update(server.environment())
+        yield server.url
 
 
 def _command(name: str, size: str, repeats: int | None) -> str:
