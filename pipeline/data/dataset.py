@@ -6,6 +6,7 @@ caption, D width of its embedding, P width of its pooled vector.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -28,7 +29,7 @@ from pipeline.data.manifest import Split
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Normalisation, Posterior, Preparation, Scale, read_empty
 from pipeline.data.ranks import check_ranks, found_ranks, given_ranks
-from pipeline.errors import SetupError
+from pipeline.errors import ConfigError, SetupError
 
 Source = str | Path | DataSetConfig | Mapping[str, Any]
 
@@ -148,7 +149,9 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             device=self._device,
         )
         self._loader: LatentLoader | None = None
-        self._state: dict[str, Any] = {"step": start_step, "skipped": []}
+        told = repr((self._datasets.identity, seed, global_batch, window)).encode()
+        self._order = int.from_bytes(hashlib.blake2b(told, digest_size=7).digest())
+        self._state: dict[str, Any] = {"step": start_step, "order": self._order, "skipped": []}
         # Process id of the first DataLoader worker that began, seen by all processes; 0 = none.
         self._served = torch.zeros(1, dtype=torch.int64)
         self._served.share_memory_()  # type: ignore[no-untyped-call]
@@ -198,7 +201,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         with self._open(step, state["skipped"]) as loader:
             for batch in islice(loader, 0, None, count):
                 item = self._item(batch)
-                self._state = {"step": batch.step + count, "skipped": loader.state_dict()["skipped"]}
+                self._state |= {"step": batch.step + count, "skipped": loader.state_dict()["skipped"]}
                 if worker:
                     self._state["workers"] = count
                 yield item
@@ -219,12 +222,20 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, at any world size. It holds for the next iteration.
 
+        Args:
+            state: of `state_dict`, or {"step": the next step} alone.
+
         Raises:
-            ConfigError: it is none.
+            ConfigError: it is none, or of other data, or of another seed, global_batch or window.
         """
-        checked = _checked(_State, dict(state))
+        checked = _checked(_State, state)
+        if checked.order not in (None, self._order):
+            raise ConfigError(
+                "LatentDataset: the state is of other data, or of another seed, global_batch, window, weight or share",
+                'give what it was saved with, or load {"step": ...} alone to go on in the new order',
+            )
         self.close()
-        self._state = checked.model_dump(exclude_none=True)
+        self._state = {**checked.model_dump(exclude_none=True), "order": self._order}
         self._began_in_worker = False
         worker = get_worker_info()
         if worker is None or worker.id == 0:
@@ -316,6 +327,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
 
 class _State(Section):
     step: int = Field(ge=0)
+    order: int | None = None
     skipped: list[Annotated[list[int], Field(min_length=3, max_length=3)]] = Field(default_factory=list)
     workers: int | None = None
 

@@ -183,13 +183,29 @@ def test_a_state_goes_on_at_another_world_size(latents: str, expected: list[str]
     stream = dataset(latents)
     take(stream, stop)
     state = stream.state_dict()
-    assert state == {"step": stop, "skipped": []}
+    assert state == {"step": stop, "skipped": [], "order": state["order"]}
     ranks = []
     for rank in range(2):
         other = dataset(latents, rank=rank, world_size=2)
         other.load_state_dict(state)
         ranks.append(take(other, 3))
     assert digests(*ranks) == expected[stop : stop + 3]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 4}, {"global_batch": 4}, {"window": 5}, {"share": 0.9}])
+def test_a_state_is_not_for_another_order(latents: str, changes: dict[str, Any]) -> None:
+    state, arguments = dataset(latents).state_dict(), {"manifest": latents, "share": changes.get("share", 1.0)}
+    other = dataset(arguments, **{name: value for name, value in changes.items() if name != "share"})
+    with pytest.raises(ConfigError, match="the state is of other data"):
+        other.load_state_dict(state)
+    other.load_state_dict({"step": 2})
+    assert take(other, 1)[0]["step"] == 2
+
+
+@pytest.mark.parametrize("state", [{}, {"step": -1}, {"step": 1, "skipped": [[1]]}, {"epoch": 1, "step": 1}])
+def test_what_is_no_state_is_refused(latents: str, state: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="LatentDataset: "):
+        dataset(latents).load_state_dict(state)
 
 
 def test_iterating_again_goes_on(latents: str, expected: list[str]) -> None:
@@ -250,7 +266,7 @@ def test_the_states_of_workers_go_on_each_for_itself(latents: str, expected: lis
 
 def test_a_workers_state_is_not_for_another_number_of_workers(latents: str) -> None:
     state = worker_states(dataset(latents), 3, 3)[0]
-    assert state == {"step": 3, "skipped": [], "workers": 3}
+    assert state == {"step": 3, "skipped": [], "order": state["order"], "workers": 3}
     stream = dataset(latents)
     stream.load_state_dict(state)
     with pytest.raises(SetupError, match="one of 3 workers"):
