@@ -112,6 +112,11 @@ class TrainConfig(RunConfig):
     manifest: str = Field("", description="manifest.json of the latents; of several data sets, set `datasets`")
     datasets: tuple[DataSetConfig, ...] = Field((), description="several data sets, or a part of one, for `manifest`")
     output: str = Field(description="folder or s3:// prefix for checkpoints and the metrics log")
+    restart_order: bool = Field(
+        False,
+        description="go on although the checkpoint was trained on other samples, since data grew, or were taken down:"
+        " the order begins anew with the samples of now; false = refuse",
+    )
     loader: LoaderConfig = LoaderConfig()
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()

@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.config import DataSetConfig
 from pipeline.data.manifest import Bucket, Manifest, Split, canonical, load_manifest
 from pipeline.data.mixture import check_weights, group_by_batches, group_by_steps, mean_and_std, proportions
-from pipeline.data.order import Group, Integers
+from pipeline.data.order import VERSION, Group, Integers
 from pipeline.data.subset import KeyList, Selection, read_keys, select, shards_to_read
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import Store
@@ -62,6 +62,11 @@ class DataSets:
     std: tuple[float, ...]  # [C]
     identity: str  # digest of all that the order depends on, beside seed, global batch and window
     _selections: tuple[Selection | None, ...]
+
+    @property
+    def samples(self) -> int:
+        """How many take part, of all data sets."""
+        return sum(stream.samples for stream in self.streams)
 
     def selected(self, dataset: int, shard: int, bucket: Bucket) -> Integers | None:
         """Which of a shard's training samples of a bucket take part: ascending numbers; None where all do."""
@@ -228,5 +233,6 @@ def _groups(
 
 def _identity(split: Split, mixing: Mixing, datasets: Sequence[dict[str, Any]]) -> str:
     """Addresses do not count; nor does `mixing` where there is nothing to mix."""
-    whole = {"split": split, "mixing": mixing if len(datasets) > 1 else "steps", "datasets": list(datasets)}
+    mixing = mixing if len(datasets) > 1 else "steps"
+    whole = {"order_version": VERSION, "split": split, "mixing": mixing, "datasets": list(datasets)}
     return hashlib.sha256(canonical(whole)).hexdigest()

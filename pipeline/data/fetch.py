@@ -16,13 +16,12 @@ from pipeline.data.cache import BlockCache, block_name
 from pipeline.data.datasets import DataSets
 from pipeline.data.latent_block import LatentBlock, parse_block
 from pipeline.data.layout import Layout
-from pipeline.data.manifest import Bucket, Split
+from pipeline.data.manifest import Bucket
 from pipeline.data.shard_plan import ShardPlan, load_plans
 from pipeline.errors import DataError, LatheError, StorageError
 
 _log = logging.getLogger(__name__)
 
-_PLANS_KEPT = 1024  # shards, a few kB each
 WHOLE_SHARD = -1
 Skip = tuple[int, int, int]
 """Data set, shard, and the block's number in the receipt; `WHOLE_SHARD` where its receipt cannot be used."""
@@ -100,8 +99,8 @@ class BlockSource:
         datasets: what is read.
         config: how.
         skips: which blocks are not.
-        split: which samples.
         pool: does the reading; None = whoever asks.
+        plans_kept: of how many shards the plans are kept, a few kB each.
     """
 
     def __init__(
@@ -109,10 +108,10 @@ class BlockSource:
         datasets: DataSets,
         config: LoaderConfig,
         skips: SkipList,
-        split: Split,
         pool: ThreadPoolExecutor | None,
+        plans_kept: int,
     ) -> None:
-        self._datasets, self._skips, self._split, self._pool = datasets, skips, split, pool
+        self._datasets, self._skips, self._pool, self._plans_kept = datasets, skips, pool, plans_kept
         self._cache = BlockCache(config.cache, int(config.cache_gib * 2**30)) if config.cache else None
         self.layouts = [
             Layout.of(datasets.manifests[stream.dataset], stream.bucket, flip=config.flip)
@@ -131,7 +130,7 @@ class BlockSource:
         """
         streams = self._datasets.streams
         asked = {(s, shard): self._ask((streams[s].dataset, shard)) for s, shard in wanted}
-        while len(self._plans) > _PLANS_KEPT + len(asked):
+        while len(self._plans) > max(self._plans_kept, len(asked)):
             del self._plans[next(iter(self._plans))]
         found: dict[tuple[int, int], ShardPlan | None] = {}
         for (s, shard), pending in asked.items():
@@ -140,7 +139,7 @@ class BlockSource:
                 found[s, shard] = None if self._skips.holds(whole) else pending.result()[streams[s].bucket]
             except (DataError, StorageError) as error:
                 manifest = self._datasets.manifests[streams[s].dataset]
-                self._skips.add(whole, manifest.shards[shard].samples(self._split), error)
+                self._skips.add(whole, manifest.shards[shard].samples(self._datasets.split), error)
                 found[s, shard] = None
         return found
 
@@ -158,7 +157,7 @@ class BlockSource:
             self._plans[place] = self._plans.pop(place)  # used last
         else:
             store, manifest = self._datasets.stores[dataset], self._datasets.manifests[dataset]
-            work = partial(load_plans, store, manifest, shard, self._split)
+            work = partial(load_plans, store, manifest, shard, self._datasets.split)
             self._plans[place] = Pending(work, self._pool)
         return self._plans[place]
 

@@ -22,10 +22,12 @@ from pipeline.data.datasets import DataSets
 from pipeline.data.fetch import BlockSource, Skip, SkipList
 from pipeline.data.gather import gather
 from pipeline.data.latent_block import LatentBlock
-from pipeline.data.manifest import Split, key_hash
+from pipeline.data.manifest import key_hash
 from pipeline.data.order import Integers, Order, rank_positions
 from pipeline.data.planner import PlannedStep, Planner
 from pipeline.randomness import Purpose, uniform
+
+_PLANS_KEPT = 1024  # shards; more where positions and streams are in more of them
 
 
 class LatentLoader:
@@ -45,10 +47,10 @@ class LatentLoader:
         window: samples that are shuffled together within each run of an epoch (see `order`).
         rank: this process among all.
         world_size: number of processes; must divide the global batch.
+        origin: the step with which the order begins: not 0 where a run went on with other data.
         start_step: the first step to yield: `state_dict()["step"]` of the run that is resumed.
         skipped: `state_dict()["skipped"]` of that run, of all its ranks.
         config: how latents are read.
-        split: which samples.
 
     Raises:
         ConfigError: the world size does not divide the global batch; the cache's folder cannot be used.
@@ -64,10 +66,10 @@ class LatentLoader:
         window: int,
         rank: int = 0,
         world_size: int = 1,
+        origin: int = 0,
         start_step: int = 0,
         skipped: Iterable[Sequence[int]] = (),
         config: LoaderConfig | None = None,
-        split: Split = "train",
     ) -> None:
         self.datasets = datasets
         self._seed, self._config = seed, config or LoaderConfig()
@@ -77,8 +79,9 @@ class LatentLoader:
         known = [(dataset, shard, block) for dataset, shard, block in skipped]
         self._skips = SkipList(self._config, sum(stream.samples for stream in order.streams), world_size, known)
         self._pool = ThreadPoolExecutor(self._config.requests, "latent-blocks") if self._config.workers else None
-        self._source = BlockSource(datasets, self._config, self._skips, split, self._pool)
-        self._planner = Planner(datasets, order, self._source, self._positions)
+        plans_kept = max(_PLANS_KEPT, 2 * len(self._positions) * len(datasets.streams))
+        self._source = BlockSource(datasets, self._config, self._skips, self._pool, plans_kept)
+        self._planner = Planner(datasets, order, self._source, self._positions, origin)
         self._step = self._first_step = start_step
         self._ahead = _Ahead(self, self._config) if self._config.workers else None
         self._closed = False
@@ -108,9 +111,9 @@ class LatentLoader:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Since the start: `requests`, `bytes_read`, `blocks_read`, `cached_blocks`, `blocks_read_again`."""
+        """`requests`, `bytes_read`, `blocks_read`, `cached_blocks`, `blocks_read_again` so far; `blocks_held` now."""
         names = ("requests", "bytes_read", "blocks_read", "cached_blocks", "blocks_read_again")
-        return {name: self._source.counts[name] for name in names}
+        return {**{name: self._source.counts[name] for name in names}, "blocks_held": self._planner.blocks_held}
 
     def close(self) -> None:
         """Stop the threads, after the requests that are under way. May be called twice."""
@@ -160,7 +163,9 @@ class LatentLoader:
             keys=keys,
             captions=captions.tolist(),
         )
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+        # a forked child cannot use CUDA
+        pins = torch.cuda.is_available() and torch.utils.data.get_worker_info() is None
+        return batch.pin_memory() if pins else batch
 
     def _draw(
         self, epochs: Integers, keys: Sequence[str], rows: Sequence[tuple[LatentBlock, int] | None]

@@ -63,15 +63,24 @@ class Planner:
         order: of the run.
         source: where blocks come from.
         positions: the rank's, int64 [b].
+        origin: the step with which the order begins.
     """
 
-    def __init__(self, datasets: DataSets, order: Order, source: BlockSource, positions: Integers) -> None:
+    def __init__(
+        self, datasets: DataSets, order: Order, source: BlockSource, positions: Integers, origin: int = 0
+    ) -> None:
+        self._origin = origin
         self._datasets, self._order, self._source, self._positions = datasets, order, source, positions
         self._first = {  # of each stream, its first position in the batch
             stream: sum(group.quotas[:i]) for group in order.groups for i, stream in enumerate(group.streams)
         }
         self._windows: dict[tuple[int, int], _Window] = {}  # by stream and position
         self._alive: WeakValueDictionary[_Id, BlockReference] = WeakValueDictionary()
+
+    @property
+    def blocks_held(self) -> int:
+        """Blocks in memory or under way, see `BlockReference`."""
+        return len(self._alive)
 
     def plan(self, step: int, *, hurry: bool) -> PlannedStep:
         """The step's blocks; those that are not at hand are asked for.
@@ -83,28 +92,25 @@ class Planner:
         Raises:
             DataError, StorageError: a receipt cannot be used.
         """
-        places = self._order.batch(step, self._positions)
+        places = self._order.batch(step - self._origin, self._positions)
         columns = (places.stream, places.epoch, places.window, places.shard, places.sample)
-        rows = list(zip(self._positions.tolist(), *(column.tolist() for column in columns), strict=True))
+        where = list(zip(self._positions.tolist(), *(column.tolist() for column in columns), strict=True))
         entered = {}
-        for position, stream, epoch, window, _, _ in rows:
+        for position, stream, epoch, number, _, _ in where:
             known = self._windows.get((stream, position))
-            if known is None or known.name != (epoch, window):
-                entered[stream, position] = (epoch, window)
-        pieces = {place: self._pieces(*place, *name) for place, name in entered.items()}
-        shards = {(stream, shard) for _, stream, _, _, shard, _ in rows}
-        shards |= {(stream, shard) for (stream, _), found in pieces.items() for shard, _, _ in found}
+            if known is None or known.name != (epoch, number):
+                entered[stream, position] = self._pieces(stream, position, epoch, number)
+        shards = {(stream, shard) for _, stream, _, _, shard, _ in where}
+        shards |= {(stream, shard) for (stream, _), found in entered.items() for shard, _, _ in found}
         plans = self._source.plans(shards)
-        for (stream, position), name in entered.items():
-            self._windows[stream, position] = self._enter(stream, name, pieces[stream, position], plans)
-        return PlannedStep(
-            step,
-            places,
-            [
-                self._row(self._windows[stream, position], stream, shard, sample, plans[stream, shard], hurry=hurry)
-                for position, stream, _, _, shard, sample in rows
-            ],
-        )
+        rows = []
+        for position, stream, epoch, number, shard, sample in where:
+            if (stream, position) in entered:
+                window = self._enter(stream, (epoch, number), entered[stream, position], plans)
+                self._windows[stream, position] = window
+            window = self._windows[stream, position]
+            rows.append(self._row(window, stream, shard, sample, plans[stream, shard], hurry=hurry))
+        return PlannedStep(step, places, rows)
 
     def _pieces(self, stream: int, position: int, epoch: int, window: int) -> list[tuple[int, int, int]]:
         if window == AT_BORDER:

@@ -20,6 +20,6 @@ def velocity_mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """The batch's mean of `velocity_mse`: a scalar to call backward on."""
-    return velocity_mse(prediction, target).mean()
+def velocity_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The batch's mean of `velocity_mse`, each sample times its `weight` [b]: a scalar to call backward on."""
+    return (velocity_mse(prediction, target) * weight).mean()

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import images
-from pipeline.data.loader import SplitArrays, read_split
 from pipeline.data.manifest import Fingerprint, Manifest, load_manifest
 from pipeline.data.samples import ImageSample, read_image_shard
+from pipeline.data.split_arrays import SplitArrays, read_split
 from pipeline.errors import DataError
 from pipeline.evaluate import scores
 from pipeline.generate import generate

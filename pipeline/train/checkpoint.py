@@ -2,11 +2,12 @@
 
     step-00001000/
       config.yaml                          the resolved run file
-      manifest.json                        of the latents: fingerprint, content hash, latent mean and std, autoencoder
+      latents.json                         what the order depends on, latent mean and std, names of the manifests
+      manifest.json                        of the latents, more as manifest-1.json: fingerprint, shards, autoencoder
       run.json                             step, counters, shape of every parameter
       frozen.safetensors                   parameters that are not trained, and buffers
       rank-00000-of-00002.safetensors      tensors "PARAMETER:OFFSET:KEY", flat float32 fragments
-      rank-00000-of-00002.done.json        its size and SHA-256, and its fragments
+      rank-00000-of-00002.done.json        its size and SHA-256, its fragments, and what the rank noted
       complete.json                        size and SHA-256 of every file above; written last
 
 KEY is `weight` (the float32 master) or a state of the optimizer: `exp_avg`, `exp_avg_sq`, `ema`. Everything opens
@@ -31,9 +32,9 @@ from torch import Tensor
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COMPLETE, RUN, FROZEN = "complete.json", "run.json", "frozen.safetensors"
-CONFIG, MANIFEST = "config.yaml", "manifest.json"
+CONFIG = "config.yaml"
 DONE = ".done.json"
 WEIGHT, EMA = "weight", "ema"
 _NAME = re.compile(r"step-\d{8,}(?=/|$)")
@@ -70,11 +71,10 @@ class Checkpoint:
     def run(self) -> dict[str, Any]:
         """Step, counters and parameter shapes: `run.json`."""
         tree: dict[str, Any] = json.loads(self.read(RUN))
-        if tree["format_version"] > FORMAT_VERSION:
+        if (version := tree["format_version"]) != FORMAT_VERSION:
             raise DataError(
-                f"{self.store.url}/{self.name} has format version {tree['format_version']}, this Lathe reads up to "
-                f"{FORMAT_VERSION}",
-                "install a newer lathe-ldm",
+                f"{self.store.url}/{self.name} has format version {version}, this Lathe reads version {FORMAT_VERSION}",
+                "install a newer lathe-ldm" if version > FORMAT_VERSION else "train into another output",
             )
         return tree
 
@@ -83,6 +83,10 @@ class Checkpoint:
         for file in sorted(f for f in self.files if f.endswith(DONE)):
             done = json.loads(self.read(file))
             yield done["file"], [(name, offset, length) for name, offset, length in done["fragments"]]
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What each rank noted of itself."""
+        return [json.loads(self.read(file))["notes"] for file in sorted(f for f in self.files if f.endswith(DONE))]
 
 
 def step_name(step: int) -> str:

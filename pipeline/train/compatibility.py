@@ -7,11 +7,13 @@ from typing import Any
 import yaml
 
 from pipeline.config import TrainConfig
-from pipeline.data.manifest import Manifest, parse_manifest
+from pipeline.data.datasets import DataSets
+from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
-from pipeline.train.checkpoint import CONFIG, MANIFEST, Checkpoint
+from pipeline.train.checkpoint import CONFIG, Checkpoint
+from pipeline.train.trained_on import trained_on
 
-_FIXED = ("unet", "text", "objective.kind", "seed", "global_batch", "shuffle_window")
+_FIXED = ("unet", "text", "objective.kind", "seed", "global_batch", "shuffle_window", "loader.flip")
 """Fields that a run keeps from its first step to its last: geometry, and what the order of the samples depends on."""
 
 
@@ -46,7 +48,7 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
         )
 
 
-def check_resume(checkpoint: Checkpoint, config: TrainConfig, manifest: Manifest) -> None:
+def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets) -> None:
     """Whether a checkpoint is of this run.
 
     Raises:
@@ -56,12 +58,18 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, manifest: Manifest
     """
     where = f"{checkpoint.store.url}/{checkpoint.name}"
     elsewhere = "use the manifest of the earlier steps, or train into another output"
-    saved = parse_manifest(checkpoint.read(MANIFEST), f"{where}/{MANIFEST}")
-    fields = saved.fingerprint.difference(manifest.fingerprint)
-    if fields:
-        raise DataError(f"{where} was trained on latents that differ in {', '.join(fields)}", elsewhere)
-    if saved.content_hash != manifest.content_hash:
-        raise DataError(f"{where} was trained on another list of shards: content_hash differs", elsewhere)
+    saved = trained_on(checkpoint)
+    for manifest in datasets.manifests:
+        known = [m.fingerprint for m in saved.manifests]
+        if manifest.fingerprint not in known:
+            fields = known[0].difference(manifest.fingerprint)
+            raise DataError(f"{where} was trained on latents that differ in {', '.join(fields)}", elsewhere)
+    if saved.order != datasets.identity and not config.restart_order:
+        raise DataError(
+            f"{where} was trained on other samples: {_what_differs(saved.manifests, datasets.manifests)}",
+            "set restart_order=true to go on with these, in an order that begins anew; or use those of the earlier"
+            " steps, or train into another output",
+        )
     before = yaml.safe_load(checkpoint.read(CONFIG))
     now = config.model_dump(mode="json")
     for field in _FIXED:
@@ -72,6 +80,18 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, manifest: Manifest
                 f"{name}: {new}, but the checkpoint {where} has {old}",
                 f"set {name}={old}, or train into another output",
             )
+
+
+def _what_differs(before: tuple[Manifest, ...], now: tuple[Manifest, ...]) -> str:
+    if len(before) != len(now):
+        return f"it had {len(before)} data sets, and there are {len(now)}"
+    changed = [
+        n for n, pair in enumerate(zip(before, now, strict=True)) if pair[0].content_hash != pair[1].content_hash
+    ]
+    if not changed:
+        return "weight, share, keys or loader.mixing was changed"
+    which = f" of data set {changed[0]}" if len(now) > 1 else ""
+    return f"the list of shards{which} has changed (content_hash), because data grew or were taken down"
 
 
 def _get(tree: Any, field: str) -> Any:

@@ -46,6 +46,7 @@ def save(
     step: int,
     texts: Mapping[str, bytes],
     counters: Mapping[str, int],
+    notes: Mapping[str, Any],
 ) -> int:
     """Write a checkpoint; all ranks call it at the same step. Earlier checkpoints are not touched.
 
@@ -56,6 +57,7 @@ def save(
         step: steps done.
         texts: files that are written as they are, such as config.yaml.
         counters: numbers that `restore` gives back, with `step` and `optimizer_step`.
+        notes: of this rank alone, for JSON; see `Checkpoint.notes`.
 
     Returns:
         bytes of all files on rank 0, and 0 elsewhere.
@@ -65,7 +67,7 @@ def save(
     """
     name = step_name(step)
     _together(process, lambda: clear(store, name) if process.is_main else None)
-    _together(process, lambda: _write_fragments(store, name, process, engine))
+    _together(process, lambda: _write_fragments(store, name, process, engine, notes))
     files: dict[str, dict[str, Any]] = {}
 
     def conclude() -> None:
@@ -130,14 +132,14 @@ def _together(process: Process, work: Callable[[], None]) -> None:
     process.agree(problem)
 
 
-def _write_fragments(store: Store, name: str, process: Process, engine: Engine) -> None:
+def _write_fragments(store: Store, name: str, process: Process, engine: Engine, notes: Mapping[str, Any]) -> None:
     fragments = state.fragments(engine, STATE_KEYS)
     tensors = {f"{f.parameter}:{f.offset}:{key}": t.cpu() for f in fragments for key, t in f.tensors.items()}
     stem = f"rank-{process.rank:05d}-of-{process.world_size:05d}"
     data = tensor_bytes(tensors)
     store.write(f"{name}/{stem}.safetensors", data)
     index = [(f.parameter, f.offset, f.length) for f in fragments]
-    done = {"file": f"{stem}.safetensors", **noted(data), "fragments": index}
+    done = {"file": f"{stem}.safetensors", **noted(data), "fragments": index, "notes": dict(notes)}
     store.write(f"{name}/{stem}{DONE}", _json(done))
 
 

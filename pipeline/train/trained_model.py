@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.data.manifest import Manifest, parse_manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
 from pipeline.models import autoencoder, unet
 from pipeline.models.autoencoder import AutoencoderKL
@@ -18,6 +18,7 @@ from pipeline.models.text import TextTower, Tokenizer
 from pipeline.models.unet import TextToImage
 from pipeline.storage import Store, open_store, split
 from pipeline.train import checkpoint
+from pipeline.train.trained_on import trained_on
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class TrainedModel:
     Args:
         step: optimizer steps behind it.
         config: the resolved run file of the training.
-        manifest: of its latents; the statistics undo the whitening.
+        manifest: of its latents, the first where there are several data sets.
+        mean: of the raw latents by channel, float32 [C]; with `std` it undoes the whitening.
+        std: standard deviation of the raw latents by channel, float32 [C].
         model: velocity network, text tower included.
         tokenizer: the one the captions were tokenized with.
     """
@@ -35,18 +38,10 @@ class TrainedModel:
     step: int
     config: TrainConfig
     manifest: Manifest
+    mean: Tensor
+    std: Tensor
     model: TextToImage
     tokenizer: Tokenizer
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the raw latents by channel, float32 [C]."""
-        return torch.tensor(self.manifest.mean)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of the raw latents by channel, float32 [C]."""
-        return torch.tensor(self.manifest.std)
 
     def load_autoencoder(self, url: str) -> AutoencoderKL:
         """The autoencoder at `url`. Raises DataError when it is not the one that made the training latents."""
@@ -69,11 +64,21 @@ def load_trained(run: str, which: Literal["ema", "raw"] = "ema") -> TrainedModel
     store, name = _find(run)
     saved = checkpoint.open_checkpoint(store, name)
     config = TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
-    manifest = parse_manifest(saved.read(checkpoint.MANIFEST), f"{store.url}/{name}/{checkpoint.MANIFEST}")
+    weights = checkpoint.load_weights(store, name, which)
+    latents = trained_on(saved)
+    manifest = latents.manifests[0]
     network = unet.build(config.unet, manifest.latent_channels, manifest.latent_side, config.text.width)
     model = TextToImage(network, TextTower(config.text))
-    model.load_state_dict(checkpoint.load_weights(store, name, which))
-    return TrainedModel(saved.step, config, manifest, model.eval(), Tokenizer(config.text.context_length))
+    model.load_state_dict(weights)
+    return TrainedModel(
+        step=saved.step,
+        config=config,
+        manifest=manifest,
+        mean=torch.tensor(latents.mean),
+        std=torch.tensor(latents.std),
+        model=model.eval(),
+        tokenizer=Tokenizer(config.text.context_length),
+    )
 
 
 def _find(run: str) -> tuple[Store, str]:

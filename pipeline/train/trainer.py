@@ -9,9 +9,8 @@ import logging
 import os
 import signal
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -19,14 +18,15 @@ from torch import Tensor
 from pipeline import randomness, runfile
 from pipeline.config import TrainConfig
 from pipeline.console import ProgressLine, table, tell
-from pipeline.data.loader import Batch, LatentLoader
-from pipeline.data.manifest import EMPTY_TOKENS, Manifest, load_manifest
+from pipeline.data.batch import Batch
+from pipeline.data.datasets import DataSets, open_datasets
+from pipeline.data.fetch import Skip
+from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
-from pipeline.data.tar import read_npy
+from pipeline.data.prepare import Preparation, Scale, read_empty
 from pipeline.diffusion import schedule
 from pipeline.diffusion.loss import velocity_loss
 from pipeline.errors import LatheError
-from pipeline.latents import whiten
 from pipeline.metrics import Metrics
 from pipeline.models import unet
 from pipeline.models.text import TextTower
@@ -34,8 +34,8 @@ from pipeline.models.unet import TextToImage
 from pipeline.randomness import Purpose
 from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
-from pipeline.storage import Store, open_store, read_file, split
-from pipeline.train import checkpoint, sharded
+from pipeline.storage import Store, open_store
+from pipeline.train import checkpoint, sharded, trained_on
 from pipeline.train.compatibility import check_data, check_resume
 from pipeline.train.interval import Interval
 from pipeline.train.optimizer import AdamWithEMA, learning_rate, parameter_groups
@@ -70,11 +70,12 @@ def _fit(config: TrainConfig) -> int:
     if finished:
         _say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
         return 0
-    manifest = load_manifest(config.manifest)
-    check_data(config, manifest)
+    datasets = open_datasets(config.sources, global_batch=config.global_batch, mixing=config.loader.mixing)
+    for manifest in datasets.manifests:
+        check_data(config, manifest)
     ranks = process.start(config.engine)
     try:
-        return Trainer(config, ranks, manifest, store).run()
+        return Trainer(config, ranks, datasets, store).run()
     except RuntimeError as error:
         lost = process.lost_rank(error)
         if lost is None:
@@ -91,6 +92,7 @@ class Example(NamedTuple):
     timestep: Tensor  # float32 [b], in [0, 1000]
     tokens: Tensor  # int64 [b, L]
     target: Tensor  # float32 [b, C, h, w]
+    weight: Tensor  # float32 [b], of each sample's loss
 
 
 class Trainer:
@@ -99,16 +101,19 @@ class Trainer:
     Args:
         config: the run file.
         ranks: this rank among the others.
-        manifest: of the latents.
+        datasets: the latents.
         store: the run's output.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Process, manifest: Manifest, store: Store) -> None:
-        self.config, self.ranks, self.manifest, self.store = config, ranks, manifest, store
+    def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store) -> None:
+        self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.step = 0  # optimizer steps done, skipped ones included
+        self.order_origin = 0  # the step with which the samples' order began
+        self.skips: list[Skip] = []  # blocks of latents that no rank counts, as of the last restart
         self.skipped = self.skipped_in_a_row = 0
         self.saved_step = 0
         micro_batch = len(rank_positions(config.global_batch, ranks.rank, ranks.world_size))
+        manifest = datasets.manifests[0]
         torch.manual_seed(config.seed)
         network = unet.build(config.unet, manifest.latent_channels, manifest.latent_side, config.text.width)
         self.model = TextToImage(network, TextTower(config.text))
@@ -123,8 +128,13 @@ class Trainer:
             micro_batch=micro_batch,
             gradient_clip=config.optimizer.gradient_clip,
         )
-        self.mean, self.std = (torch.tensor(v, device=ranks.device) for v in (manifest.mean, manifest.std))
-        self.empty_tokens = _empty_tokens(config.manifest).to(ranks.device)
+        self.prepare = Preparation(
+            config.seed,
+            Scale("whiten", datasets.mean, datasets.std),
+            read_empty(datasets.stores[0], manifest),
+            caption_dropout=config.objective.caption_dropout,
+            device=ranks.device,
+        )
         self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
 
     def run(self) -> int:
@@ -136,11 +146,11 @@ class Trainer:
         with (
             StopRequest() as request,
             ProgressLine("train", "steps", visible=self.ranks.is_main) as line,
-            self._loader() as loader,
+            self._open_loader() as self.loader,
         ):
             while self.step < config.steps:
                 started = time.perf_counter()
-                batch = next(loader)
+                batch = next(self.loader)
                 waited = time.perf_counter() - started
                 loss = self.train_step(batch)
                 interval.add(loss, waited, time.perf_counter() - started)
@@ -162,7 +172,7 @@ class Trainer:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
         example = self.example(batch)
         prediction = self.engine(example.noisy, example.timestep, example.tokens)
-        loss = velocity_loss(prediction, example.target)
+        loss = velocity_loss(prediction, example.target, example.weight)
         self.engine.backward(loss)
         self.engine.step(learning_rate(self.step, self.config.optimizer, self.config.steps))
         self.step += 1
@@ -177,44 +187,54 @@ class Trainer:
 
     def example(self, batch: Batch) -> Example:
         """Latents, noise, time and caption of a batch; all that is random is keyed by (seed, step, position)."""
-        seed, step, device, objective = self.config.seed, batch.step, self.ranks.device, self.config.objective
-        positions = batch.positions.to(device)
-        moments = batch.moments.to(device)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        eps = randomness.normal(seed, Purpose.POSTERIOR, step, positions, shape)
-        latents = whiten(moments, eps, self.mean, self.std)
-        noise = randomness.normal(seed, Purpose.NOISE, step, positions, shape)
-        times = randomness.normal(seed, Purpose.TIMESTEP, step, positions, ())
+        seed, step, objective = self.config.seed, batch.step, self.config.objective
+        share = self._counted_share(batch)
+        batch = batch.to(self.ranks.device)
+        latents = self.prepare.latents(batch.moments, step, batch.positions)
+        (text,) = self.prepare.text(batch.text, step, batch.positions).values()
+        noise = randomness.normal(seed, Purpose.NOISE, step, batch.positions, tuple(latents.shape[1:]))
+        times = randomness.normal(seed, Purpose.TIMESTEP, step, batch.positions, ())
         t = schedule.logit_normal(times, objective.timestep_mean, objective.timestep_std)
-        drop = randomness.uniform(seed, Purpose.CAPTION_DROPOUT, step, positions, ()) < objective.caption_dropout
         return Example(
             noisy=schedule.interpolate(latents, noise, t),
             timestep=schedule.timestep_embedding_input(t),
-            tokens=torch.where(drop[:, None], self.empty_tokens, batch.tokens.to(device)),
+            tokens=cast(Tensor, text.tokens),  # check_data lets token ids alone pass
             target=schedule.velocity_target(latents, noise),
+            weight=batch.weight / share,
         )
 
-    def _loader(self) -> LatentLoader:
+    def _counted_share(self, batch: Batch) -> float:
+        """Share of the global batch that was not skipped: the loss is the mean of that, on any number of ranks."""
+        if self.config.loader.on_damage == "fail":
+            return 1.0
+        counted = float(self.ranks.sum(batch.weight.sum()))
+        return max(counted, 1.0) / self.config.global_batch
+
+    def _open_loader(self) -> LatentLoader:
         config = self.config
         return LatentLoader(
-            config.manifest,
+            self.datasets,
             global_batch=config.global_batch,
             seed=config.seed,
             window=config.shuffle_window,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            origin=self.order_origin,
             start_step=self.step,
+            skipped=self.skips,
+            config=config.loader,
         )
 
     def _resume(self) -> None:
         """Load the newest checkpoint that is whole; a damaged one is passed over, and said so."""
         for found in checkpoint.find(self.store):
             counters = sharded.restore(
-                found, self.ranks, self.engine, lambda c: check_resume(c, self.config, self.manifest)
+                found, self.ranks, self.engine, lambda c: check_resume(c, self.config, self.datasets)
             )
             if counters is not None:
                 self.step = self.saved_step = counters["step"]
                 self.skipped = counters["skipped"]
+                self._resume_order(found, counters["order_origin"])
                 self._tell(f"going on from {self.store.url}/{found.name}")
                 break
             _log.warning("%s/%s is passed over", self.store.url, found.name)
@@ -222,6 +242,16 @@ class Trainer:
             if checkpoint.find(self.store):
                 raise LatheError(f"no checkpoint of {self.store.url} can be read", "train into another output")
         self.metrics.resume(self.step)
+
+    def _resume_order(self, found: checkpoint.Checkpoint, origin: int) -> None:
+        """Go on in the checkpoint's order, or begin that of other samples."""
+        if trained_on.trained_on(found).order != self.datasets.identity:
+            self.order_origin = self.step
+            self._tell(f"other samples than before: their order begins with step {self.step}")
+            return
+        self.order_origin = origin
+        noted = {tuple(skip) for notes in found.notes() for skip in notes["skipped_blocks"]}
+        self.skips = [(dataset, shard, block) for dataset, shard, block in sorted(noted)]
 
     def _save(self) -> None:
         if self.saved_step == self.step:
@@ -233,11 +263,9 @@ class Trainer:
             self.ranks,
             self.engine,
             step=self.step,
-            texts={
-                checkpoint.CONFIG: runfile.dump(self.config).encode(),
-                checkpoint.MANIFEST: self.manifest.to_bytes(),
-            },
-            counters={"skipped": self.skipped},
+            texts={checkpoint.CONFIG: runfile.dump(self.config).encode(), **trained_on.files(self.datasets)},
+            counters={"skipped": self.skipped, "order_origin": self.order_origin},
+            notes={"skipped_blocks": self.loader.skipped},
         )
         self.saved_step = self.step
         if self.ranks.is_main:
@@ -258,9 +286,10 @@ class Trainer:
             "images_per_second": interval.steps * self.config.global_batch / interval.seconds,
             "step_seconds": interval.seconds / interval.steps,
             "data_wait_seconds": interval.wait_seconds / interval.steps,
-            "epoch": samples / self.manifest.samples("train"),
+            "epoch": samples / self.datasets.samples,
             "samples_seen": samples,
             "skipped_steps": self.skipped,
+            "skipped_blocks": len(self.loader.skipped),
             "resident_memory_bytes": psutil.Process().memory_info().rss,
         }
         self.metrics.log(self.step, values)
@@ -269,17 +298,18 @@ class Trainer:
         return f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
 
     def _introduce(self) -> None:
-        config, network = self.config, self.model
+        config, network, manifest = self.config, self.model, self.datasets.manifests[0]
+        channels, side = manifest.latent_channels, manifest.latent_side
         unet_size, text_size = (sum(p.numel() for p in part.parameters()) for part in (network.unet, network.text))
         self.metrics.set("world_size", self.ranks.world_size)
         self.metrics.set("target_steps", config.steps)
         self.metrics.set("step", self.step)
         facts = {
             "parameters": f"UNet {unet_size / 1e6:.2f} M, text tower {text_size / 1e6:.2f} M",
-            "samples": f"{self.manifest.samples('train'):,} of "
-            f"{self.manifest.latent_channels}x{self.manifest.latent_side}x{self.manifest.latent_side}",
+            "samples": f"{self.datasets.samples:,} of {channels}x{side}x{side}"
+            + (f", from {sets} data sets" if (sets := len(self.datasets.manifests)) > 1 else ""),
             "steps": f"{self.step} to {config.steps} of {config.global_batch} samples, "
-            f"{config.steps * config.global_batch / self.manifest.samples('train'):.1f} epochs",
+            f"{config.steps * config.global_batch / self.datasets.samples:.1f} epochs",
             "ranks": f"{self.ranks.world_size} on {self.ranks.device.type}, {torch.get_num_threads()} threads each",
             "engine": f"{self.engine} (checked)",
             "metrics": self.metrics.address or "not served",
@@ -298,12 +328,6 @@ class Trainer:
     def _tell(self, text: str) -> None:
         if self.ranks.is_main:
             _say(text)
-
-
-def _empty_tokens(manifest_url: str) -> Tensor:
-    """Token ids of the empty prompt, int64 [L], from beside the manifest."""
-    data = read_file(f"{split(manifest_url)[0]}/{EMPTY_TOKENS}")
-    return torch.from_numpy(read_npy(data).astype(np.int64))
 
 
 def _say(text: str) -> None:

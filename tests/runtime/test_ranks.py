@@ -98,6 +98,7 @@ def test_restored_state_is_bit_equal_in_another_stage_and_goes_on_so(results):
     for result in results:
         found = result["saving"]
         assert found["counters"] == {"skipped": 2, "step": 3, "optimizer_step": 3}
+        assert found["notes"] == [{"rank": 0}, {"rank": 1}]
         assert found["restored"]
         assert found["losses"][0] == found["losses"][1]
         assert found["after"]

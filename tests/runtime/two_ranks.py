@@ -131,7 +131,9 @@ def saving(ranks: Process, folder: Path) -> dict[str, Any]:
     store = open_store(str(folder / "run"))
     first = build(ranks, 2, "float32")
     train(first, inputs()[:3])
-    size = sharded.save(store, ranks, first, step=3, texts={"note.txt": b"x"}, counters={"skipped": 2})
+    size = sharded.save(
+        store, ranks, first, step=3, texts={"note.txt": b"x"}, counters={"skipped": 2}, notes={"rank": ranks.rank}
+    )
     second = build(ranks, 1, "float32")
     (saved,) = checkpoint.find(store)
     assert size == (sum(f["size"] for f in saved.files.values()) if ranks.is_main else 0)
@@ -141,7 +143,8 @@ def saving(ranks: Process, folder: Path) -> dict[str, Any]:
     after = same(first, second)
     if ranks.is_main:
         (folder / "losses.json").write_text(json.dumps(losses[0]))
-    return {"counters": counters, "restored": restored, "losses": losses, "after": after}
+    noted = saved.notes()
+    return {"counters": counters, "notes": noted, "restored": restored, "losses": losses, "after": after}
 
 
 def failing_save(ranks: Process, folder: Path) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def failing_save(ranks: Process, folder: Path) -> dict[str, Any]:
             return open_store(self.url).write(name, data)
 
     try:
-        sharded.save(Full(), ranks, build(ranks, 2, "float32"), step=4, texts={}, counters={})  # type: ignore[arg-type]
+        sharded.save(Full(), ranks, build(ranks, 2, "float32"), step=4, texts={}, counters={}, notes={})  # type: ignore[arg-type]
     except LatheError as error:
         return {"error": error.message, "exit_code": error.exit_code, "latest": checkpoint.latest(open_store(Full.url))}
     return {}

@@ -5,18 +5,25 @@ from __future__ import annotations
 import pytest
 
 from pipeline import runfile
-from pipeline.config import TrainConfig
-from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.config import DataSetConfig, TrainConfig
+from pipeline.data.datasets import DataSets, open_datasets
+from pipeline.data.manifest import MANIFEST, Manifest, load_manifest
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import open_store
-from pipeline.train.checkpoint import CONFIG, MANIFEST, Checkpoint, noted
+from pipeline.train.checkpoint import CONFIG, Checkpoint, noted
 from pipeline.train.compatibility import check_data, check_resume
+from pipeline.train.trained_on import files
 
 
 def config(**changes) -> TrainConfig:
+    sources = {} if "datasets" in changes else {"manifest": "m"}
     return TrainConfig.model_validate(
-        {"manifest": "m", "output": "o", "text": {"context_length": 8}, "global_batch": 8, **changes}
+        {**sources, "output": "o", "text": {"context_length": 8}, "global_batch": 8, **changes}
     )
+
+
+def data(*urls: str, **changes) -> DataSets:
+    return open_datasets([DataSetConfig(manifest=url, **changes) for url in urls], global_batch=8)
 
 
 @pytest.fixture
@@ -25,17 +32,18 @@ def manifest(latents) -> Manifest:
 
 
 @pytest.fixture
-def saved(tmp_path, manifest) -> Checkpoint:
+def saved(tmp_path, latents) -> Checkpoint:
     store = open_store(str(tmp_path / "run"))
-    texts = {CONFIG: runfile.dump(config()).encode(), MANIFEST: manifest.to_bytes()}
-    for name, data in texts.items():
-        store.write(f"step-00000001/{name}", data)
-    return Checkpoint(store, "step-00000001", {name: noted(data) for name, data in texts.items()})
+    texts = {CONFIG: runfile.dump(config()).encode(), **files(data(latents))}
+    for name, text in texts.items():
+        store.write(f"step-00000001/{name}", text)
+    return Checkpoint(store, "step-00000001", {name: noted(text) for name, text in texts.items()})
 
 
-def test_what_fits_passes(manifest, saved):
+def test_what_fits_passes(manifest, latents, saved):
     check_data(config(), manifest)
-    check_resume(saved, config(steps=9, optimizer={"learning_rate": 1.0}, engine={"zero_stage": 1}), manifest)
+    now = config(steps=9, optimizer={"learning_rate": 1.0}, engine={"zero_stage": 1})
+    check_resume(saved, now, data(latents))
 
 
 def test_context_length_of_another_encoding(manifest):
@@ -78,29 +86,38 @@ def test_more_levels_than_the_latents_have_halvings(manifest):
         ({"seed": 7}, r"seed: 7.*0"),
         ({"global_batch": 16}, "global_batch: 16.*8"),
         ({"shuffle_window": 1}, "shuffle_window: 1.*256"),
+        ({"loader": {"flip": False}}, r"loader\.flip: False.*True"),
     ],
 )
-def test_a_field_that_a_run_keeps(manifest, saved, changes, field):
+def test_a_field_that_a_run_keeps(latents, saved, changes, field):
     with pytest.raises(ConfigError, match=field):
-        check_resume(saved, config(**changes), manifest)
+        check_resume(saved, config(**changes), data(latents))
 
 
-def test_latents_of_another_meaning(tmp_path, saved, manifest, make_latents):
+@pytest.mark.parametrize("restart", [False, True])
+def test_latents_of_another_meaning(tmp_path, saved, manifest, make_latents, restart):
     other = manifest.fingerprint.model_copy(update={"autoencoder_weights": "other", "resize_filter": "box"})
     url = make_latents(tmp_path / "other", other)
     with pytest.raises(DataError, match="differ in autoencoder_weights, resize_filter"):
-        check_resume(saved, config(), load_manifest(url))
+        check_resume(saved, config(restart_order=restart), data(url))
 
 
-def test_a_checkpoint_of_an_older_format(saved, manifest):
-    data = manifest.model_copy(update={"format_version": 1}).to_bytes()
-    saved.store.write(f"step-00000001/{MANIFEST}", data)
-    saved.files[MANIFEST] = noted(data)
+def test_a_manifest_of_an_older_format(saved, latents, manifest):
+    older = manifest.model_copy(update={"format_version": 1}).to_bytes()
+    saved.store.write(f"step-00000001/{MANIFEST}", older)
+    saved.files[MANIFEST] = noted(older)
     with pytest.raises(DataError, match=r"step-00000001/manifest\.json has format version 1"):
-        check_resume(saved, config(), manifest)
+        check_resume(saved, config(), data(latents))
 
 
-def test_other_shards_of_the_same_meaning(tmp_path, saved, manifest, make_latents):
-    url = make_latents(tmp_path / "other", manifest.fingerprint, seed=1)
-    with pytest.raises(DataError, match="content_hash"):
-        check_resume(saved, config(), load_manifest(url))
+def test_other_samples_of_the_same_meaning(tmp_path, saved, latents, manifest, make_latents):
+    other = make_latents(tmp_path / "other", manifest.fingerprint, seed=1)
+    for now, said in [
+        (data(other), "the list of shards has changed"),
+        (data(latents, share=0.5), "weight, share, keys or loader.mixing was changed"),
+        (data(latents, other), "it had 1 data sets, and there are 2"),
+    ]:
+        with pytest.raises(DataError, match=f"trained on other samples: {said}") as error:
+            check_resume(saved, config(), now)
+        assert "restart_order=true" in error.value.remedy
+        check_resume(saved, config(restart_order=True), now)
