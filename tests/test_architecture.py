@@ -32,10 +32,10 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR_ALLOWED = {("metrics", "config")}
 
 FENCES: dict[str, tuple[str, ...]] = {
-    "s3fs": ("storage",),
+    "s3fs": ("storage", "operate/bench"),
     "fsspec": ("storage",),
     "botocore": ("storage",),
-    "aiobotocore": ("storage",),
+    "aiobotocore": ("storage", "operate/bench"),
     "accelerate": ("runtime", "operate/bench"),
     "deepspeed": ("runtime", "operate/bench"),
     "prometheus_client": ("metrics",),
@@ -115,7 +115,9 @@ def test_nothing_is_unpickled_or_given_to_a_shell(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
-            assert call not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {call}"
+            tensors_alone = "weights_only=True" in map(ast.unparse, node.keywords)  # another loader's own format
+            measured = place(path) == "operate/bench/loader/peers" and call == "torch.load" and tensors_alone
+            assert measured or call not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {call}"
             for keyword in node.keywords:
                 shell = keyword.arg == "shell" and not (
                     isinstance(keyword.value, ast.Constant) and keyword.value.value is False

@@ -57,7 +57,7 @@ def test_help_names_every_command() -> None:
         assert command in text
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench encode"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench encode", "bench loader"])
 def test_every_command_explains_itself(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

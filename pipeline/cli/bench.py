@@ -127,11 +127,12 @@ def bench_loader(
     from pipeline.operate.bench.loader.bench import bench_loader as run
     from pipeline.operate.bench.loader.bench import sized
     from pipeline.operate.bench.loader.page import page, summary
-    from pipeline.operate.bench.loader.rivals import cache_folder
+    from pipeline.operate.bench.loader.rivals import cache_folder, find_rivals
 
     command = _command("loader", size, repeats) + ("" if peers else " --no-peers")
+    bench, rivals = sized(size, repeats), find_rivals((peers_folder or cache_folder()) if peers else None)
     with _s3(root) as url:
-        result = run(sized(size, repeats), url, (peers_folder or cache_folder()) if peers else None, tell)
+        result = run(bench, url, rivals, tell)
     _hand_over(result, summary(result), figures, report, lambda: page(result, command))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from own_environment import own_environment
 from picture_files import file
 from PIL import Image
 from small_models import autoencoder
@@ -28,6 +27,7 @@ from pipeline.data.manifest import load_receipt
 from pipeline.encode.job import EncodeSummary, encode
 from pipeline.encode.verify.job import verify
 from pipeline.encode.verify.report import VerifyReport
+from pipeline.operate.bench.own_environment import own_environment
 from pipeline.storage import open_store
 
 pytestmark = pytest.mark.tools

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
+
+from pipeline.operate.bench.tables import Rows, aligned, listed, markdown, passed, setting_rows
 
 LEAST_OVER_DEVICE = 0.95
 MOST_BYTES = 10_000
@@ -61,14 +62,11 @@ Nothing else should run on the machine: the load average before the start is abo
 """
 
 
-Rows = list[list[str]]
-
-
 def summary(result: dict[str, Any]) -> str:
     """The main figures as aligned text."""
     parts = [_simulated_rows(result["simulated_device"]), _real_rows(result["sd_autoencoder"])]
     parts.append(_memory_rows(result["memory"]))
-    return "\n\n".join(map(_aligned, parts)) + "\n\n" + "\n".join(_verdicts(result)) + "\n"
+    return "\n\n".join(map(aligned, parts)) + "\n\n" + "\n".join(_verdicts(result)) + "\n"
 
 
 def page(result: dict[str, Any], command: str) -> str:
@@ -78,15 +76,15 @@ def page(result: dict[str, Any], command: str) -> str:
         _HEAD,
         "\n".join(f"- {verdict}" for verdict in _verdicts(result)) + "\n",
         _SIMULATED.format(**sizes["simulated"] | simulated, milliseconds=simulated["device_seconds"] * 1e3),
-        _markdown(_simulated_rows(simulated)),
+        markdown(_simulated_rows(simulated)),
         _rounds(simulated, "job_over_device", "naive_over_device"),
         _AUTOENCODER.format(**sizes["autoencoder"] | real),
-        _markdown(_real_rows(real)),
+        markdown(_real_rows(real)),
         _rounds(real, "job_over_model", "naive_over_model"),
         _MEMORY.format(**sizes["memory"]),
-        _markdown(_memory_rows(result["memory"])),
+        markdown(_memory_rows(result["memory"])),
         "## Machine and versions\n",
-        _markdown([["", ""], *_setting_rows(result["setting"])]),
+        markdown([["", ""], *setting_rows(result["setting"])]),
         _AGAIN.format(command=command),
     ]
     return "\n".join(parts)
@@ -95,13 +93,9 @@ def page(result: dict[str, Any], command: str) -> str:
 def _verdicts(result: dict[str, Any]) -> list[str]:
     device, memory = result["encode_over_device"], result["bytes_per_added_shard"]
     return [
-        f"encode_over_device: {device:.3f}, to be at least {LEAST_OVER_DEVICE}: {_passed(device >= LEAST_OVER_DEVICE)}",
-        f"bytes_per_added_shard: {memory:,.0f}, to be below {MOST_BYTES:,}: {_passed(memory < MOST_BYTES)}",
+        f"encode_over_device: {device:.3f}, to be at least {LEAST_OVER_DEVICE}: {passed(device >= LEAST_OVER_DEVICE)}",
+        f"bytes_per_added_shard: {memory:,.0f}, to be below {MOST_BYTES:,}: {passed(memory < MOST_BYTES)}",
     ]
-
-
-def _passed(is_so: bool) -> str:
-    return "passed" if is_so else "MISSED"
 
 
 def _simulated_rows(part: dict[str, Any]) -> Rows:
@@ -139,27 +133,7 @@ def _memory_rows(memory: dict[str, Any]) -> Rows:
     return rows
 
 
-def _setting_rows(setting: dict[str, Any]) -> Rows:
-    facts = {name.replace("_", " "): str(value) for name, value in setting.items() if name != "packages"}
-    return [[name, value] for name, value in (facts | setting["packages"]).items()]
-
-
 def _rounds(part: dict[str, Any], *names: str) -> str:
     """The shares of each round, in words."""
-    said = (f"{_NAMES[name.partition('_')[0]]} {_listed(one[name] for one in part['rounds'])}" for name in names)
+    said = (f"{_NAMES[name.partition('_')[0]]} {listed(one[name] for one in part['rounds'])}" for name in names)
     return f"Medians of {len(part['rounds'])} rounds; round by round: {'; '.join(said)}.\n"
-
-
-def _listed(values: Iterable[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
-
-
-def _aligned(rows: Rows) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _markdown(rows: Rows) -> str:
-    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import torch
 from pipeline import __version__
 from pipeline.cores import available_cores
 
-_PACKAGES = ("torch", "torchvision", "diffusers", "open-clip-torch", "webdataset", "pillow", "numpy", "s3fs")
+PACKAGES = ("torch", "torchvision", "diffusers", "open-clip-torch", "webdataset", "pillow", "numpy", "s3fs")
 
 
-def setting() -> dict[str, Any]:
-    """Machine and versions."""
+def setting(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Machine, and versions of the packages that are installed."""
     return {
         "lathe": __version__,
         "python": platform.python_version(),
@@ -28,7 +29,7 @@ def setting() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),  # of the last minute: what others did beside it
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in packages if (found := _version(name))},
     }
 
 
