@@ -151,7 +151,7 @@ def read_mosaicml(work: Work) -> Batches:
     where = {"local": work.place}
     if work.is_remote:
         os.environ["S3_ENDPOINT_URL"] = work.endpoint
-        where = {"remote": work.place, "local": _fresh()}
+        where = {"remote": work.place, "local": _fresh(work)}
     data = StreamingDataset(**where, shuffle=True, shuffle_algo=work.shuffle_algorithm, batch_size=work.batch)
     return torch.utils.data.DataLoader(data, batch_size=work.batch, **work.loading())
 
@@ -195,7 +195,7 @@ def _litdata(work: Work, **more: Any) -> Batches:
     from litdata.streaming import downloader
 
     if work.is_remote:
-        more |= {"cache_dir": _fresh(), "max_cache_size": "25GB"}
+        more |= {"cache_dir": _fresh(work), "max_cache_size": "25GB"}
         if work.endpoint:
             more["storage_options"] = {"endpoint_url": work.endpoint}
             # Its own options cannot say that plain http is meant, and https alone is taken.
@@ -239,11 +239,11 @@ def read_files(work: Work) -> Batches:
 _folders: list[str] = []
 
 
-def _fresh() -> str:
-    """An empty folder for what is fetched; the one before is deleted."""
+def _fresh(work: Work) -> str:
+    """An empty folder for what is fetched, beside the samples; the one before is deleted."""
     while _folders:
         shutil.rmtree(_folders.pop(), ignore_errors=True)
-    _folders.append(tempfile.mkdtemp(prefix="lathe-bench-peer-"))
+    _folders.append(tempfile.mkdtemp(prefix="fetched-", dir=Path(work.samples).parent))
     return _folders[-1]
 
 
