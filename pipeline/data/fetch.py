@@ -1,15 +1,14 @@
-"""Blocks from the store, or from the local cache: read in few requests, checked, read again once, skipped by option."""
+"""Blocks from storage, or from the local cache: read in few requests, checked, read again once, skipped by option."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from itertools import groupby
-from typing import Generic, TypeVar
+from typing import NamedTuple
 
 from pipeline.config import LoaderConfig
 from pipeline.data.cache import BlockCache, block_name
@@ -18,78 +17,33 @@ from pipeline.data.latent_block import LatentBlock, parse_block
 from pipeline.data.layout import Layout
 from pipeline.data.manifest import Bucket
 from pipeline.data.shard_plan import ShardPlan, load_plans
+from pipeline.data.skips import WHOLE_SHARD, SkipList
+from pipeline.data.threads import WorkerThreads
 from pipeline.errors import DataError, LatheError, StorageError
 
-_log = logging.getLogger(__name__)
-
-WHOLE_SHARD = -1
-Skip = tuple[int, int, int]
-"""Data set, shard, and the block's number in the receipt; `WHOLE_SHARD` where its receipt cannot be used."""
 Plans = Mapping[Bucket, ShardPlan]
-
-_Result = TypeVar("_Result")
-
-
-class Pending(Generic[_Result]):
-    """Work that a pool does in time, or without one the first thread that asks for its result."""
-
-    def __init__(self, work: Callable[[], _Result], pool: ThreadPoolExecutor | None) -> None:
-        self._work: Callable[[], _Result] | None = work if pool is None else None
-        self._future: Future[_Result] = Future() if pool is None else pool.submit(work)
-
-    def result(self) -> _Result:
-        """The result, waited for. Raises what the work raised."""
-        if self._work is not None:
-            work, self._work = self._work, None
-            try:
-                self._future.set_result(work())
-            except BaseException as error:
-                self._future.set_exception(error)
-        return self._future.result()
+_IN_VAIN = 2  # blocks in a row that cannot be read alone either: the rest of their request is not tried
 
 
-class SkipList:
-    """Blocks whose samples do not count, and how many samples they are; safe in threads.
+class BlockReference:
+    """One block, here or under way; as long as somebody refers to it, others find it and need not read it again."""
 
-    Args:
-        config: whether blocks may be skipped, and how many.
-        samples: of all streams.
-        world_size: ranks that share them.
-        known: skipped before, by this run.
-    """
+    __slots__ = ("__weakref__", "future")
 
-    def __init__(self, config: LoaderConfig, samples: int, world_size: int, known: Iterable[Skip]) -> None:
-        self._config, self._samples, self._share = config, samples, samples / world_size
-        self._known = set(known)
-        self._found = 0
-        self._lock = threading.Lock()
+    def __init__(self) -> None:
+        self.future: Future[LatentBlock | None] = Future()
 
-    def holds(self, skip: Skip) -> bool:
-        """Whether a block is skipped, by itself or with its shard."""
-        return skip in self._known or (*skip[:2], WHOLE_SHARD) in self._known
+    def get(self) -> LatentBlock | None:
+        """The block, waited for; None where it is skipped. Raises what reading it raised."""
+        return self.future.result()
 
-    def add(self, skip: Skip, samples: int, error: LatheError) -> None:
-        """Skip `samples` more because of `error`. Raises it where that is not wanted, or where they are too many."""
-        if self._config.on_damage == "fail":
-            raise error
-        with self._lock:
-            if skip in self._known:
-                return
-            self._known.add(skip)
-            self._found += samples
-            found = self._found
-        if found > self._config.max_skip_rate * self._share:
-            raise type(error)(
-                f"{error.message}; with it {found} samples were skipped, more than loader.max_skip_rate="
-                f"{self._config.max_skip_rate:g} of this rank's {self._share:.0f}",
-                error.remedy,
-            ) from error
-        _log.warning("%s; its %d samples are skipped from now on", error.message, samples)
 
-    def all(self) -> list[Skip]:
-        """Every one, sorted."""
-        with self._lock:
-            return sorted(self._known)
+class _Shard(NamedTuple):
+    """What a stream has in a shard."""
+
+    stream: int
+    number: int
+    plan: ShardPlan
 
 
 class BlockSource:
@@ -99,27 +53,28 @@ class BlockSource:
         datasets: what is read.
         config: how.
         skips: which blocks are not.
-        pool: does the reading; None = whoever asks.
+        threads: they do the reading.
         plans_kept: of how many shards the plans are kept, a few kB each.
     """
 
     def __init__(
-        self,
-        datasets: DataSets,
-        config: LoaderConfig,
-        skips: SkipList,
-        pool: ThreadPoolExecutor | None,
-        plans_kept: int,
+        self, datasets: DataSets, config: LoaderConfig, skips: SkipList, threads: WorkerThreads, plans_kept: int
     ) -> None:
-        self._datasets, self._skips, self._pool, self._plans_kept = datasets, skips, pool, plans_kept
+        self._datasets, self._config, self._skips, self._threads = datasets, config, skips, threads
         self._cache = BlockCache(config.cache, int(config.cache_gib * 2**30)) if config.cache else None
         self.layouts = [
             Layout.of(datasets.manifests[stream.dataset], stream.bucket, flip=config.flip)
             for stream in datasets.streams
         ]
-        self._plans: dict[tuple[int, int], Pending[Plans]] = {}
+        self._plans: dict[tuple[int, int], Future[Plans]] = {}
+        self._plans_kept = plans_kept
+        self._closing = threading.Event()
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
+
+    def close(self) -> None:
+        """Begin no further request."""
+        self._closing.set()
 
     def plans(self, wanted: Iterable[tuple[int, int]]) -> dict[tuple[int, int], ShardPlan | None]:
         """Where the blocks of streams' shards are, by (stream, shard); None for a shard that is skipped.
@@ -129,119 +84,151 @@ class BlockSource:
             StorageError: it cannot be read.
         """
         streams = self._datasets.streams
-        asked = {(s, shard): self._ask((streams[s].dataset, shard)) for s, shard in wanted}
+        whole = {(s, shard): (streams[s].dataset, shard, WHOLE_SHARD) for s, shard in wanted}
+        asked = {place: self._ask(skip[:2]) for place, skip in whole.items() if not self._skips.holds(skip)}
         while len(self._plans) > max(self._plans_kept, len(asked)):
             del self._plans[next(iter(self._plans))]
-        found: dict[tuple[int, int], ShardPlan | None] = {}
-        for (s, shard), pending in asked.items():
+        found: dict[tuple[int, int], ShardPlan | None] = dict.fromkeys(whole)
+        for (s, shard), plans in asked.items():
             try:
-                whole = (streams[s].dataset, shard, WHOLE_SHARD)
-                found[s, shard] = None if self._skips.holds(whole) else pending.result()[streams[s].bucket]
+                found[s, shard] = plans.result()[streams[s].bucket]
             except (DataError, StorageError) as error:
-                manifest = self._datasets.manifests[streams[s].dataset]
-                self._skips.add(whole, manifest.shards[shard].samples(self._datasets.split), error)
-                found[s, shard] = None
+                entry = self._datasets.manifests[streams[s].dataset].shards[shard]
+                self._skips.add(whole[s, shard], entry.samples(self._datasets.split), error)
         return found
 
-    def read(self, stream: int, shard: int, plan: ShardPlan, first: int, end: int) -> Pending[list[LatentBlock | None]]:
-        """The blocks [first, end) of a plan, which follow each other in the file; None for each that is skipped.
+    def read(self, stream: int, shard: int, plan: ShardPlan, blocks: Sequence[int]) -> list[BlockReference]:
+        """Ask for blocks that follow each other in the file, in one request.
 
-        Getting the result raises DataError for bytes that are missing, changed or not what the manifest says, and
-        StorageError where they cannot be read.
+        Getting one raises DataError for bytes that are missing, changed or not what the manifest says, and StorageError
+        where they cannot be read; the others of the request have nothing to do with that.
         """
-        return Pending(partial(self._read, stream, shard, plan, range(first, end)), self._pool)
+        references = [BlockReference() for _ in blocks]
+        futures = [reference.future for reference in references]
+        self._threads.submit(
+            partial(self._fill, _Shard(stream, shard, plan), dict(zip(blocks, futures, strict=True))), futures
+        )
+        return references
 
-    def _ask(self, place: tuple[int, int]) -> Pending[Plans]:
-        dataset, shard = place
+    def _ask(self, place: tuple[int, int]) -> Future[Plans]:
         if place in self._plans:
             self._plans[place] = self._plans.pop(place)  # used last
-        else:
-            store, manifest = self._datasets.stores[dataset], self._datasets.manifests[dataset]
-            work = partial(load_plans, store, manifest, shard, self._datasets.split)
-            self._plans[place] = Pending(work, self._pool)
-        return self._plans[place]
+            return self._plans[place]
+        dataset, shard = place
+        store, manifest, split = self._datasets.stores[dataset], self._datasets.manifests[dataset], self._datasets.split
+        future: Future[Plans] = Future()
+        self._plans[place] = future
+        # urgent: the plan of all steps that follow waits for it
+        self._threads.submit(
+            lambda: future.set_result(load_plans(store, manifest, shard, split)), [future], urgent=True
+        )
+        return future
 
-    def _read(self, stream: int, shard: int, plan: ShardPlan, blocks: Sequence[int]) -> list[LatentBlock | None]:
-        dataset = self._datasets.streams[stream].dataset
-        found: dict[int, LatentBlock | None] = {}
-        for block in blocks:
-            if self._skips.holds((dataset, shard, int(plan.numbers[block]))):
-                found[block] = None
-            elif (kept := self._cached(stream, shard, plan, block)) is not None:
-                found[block] = kept
-        missing = [block for block in blocks if block not in found]
+    def _fill(self, at: _Shard, wanted: dict[int, Future[LatentBlock | None]]) -> None:
+        """Read what is neither skipped nor kept, and fill in the futures."""
+        missing = []
+        for block, future in wanted.items():
+            skipped = self._skips.holds(
+                (self._datasets.streams[at.stream].dataset, at.number, int(at.plan.numbers[block]))
+            )
+            kept = None if skipped else self._kept(at, block)
+            if skipped or kept is not None:
+                future.set_result(kept)
+            else:
+                missing.append(block)
         for _, run in groupby(enumerate(missing), lambda place: place[1] - place[0]):
-            found.update(self._fetch(stream, shard, plan, [block for _, block in run]))
-        return [found[block] for block in blocks]
+            blocks = [block for _, block in run]
+            self._fetch(at, {block: wanted[block] for block in blocks})
 
-    def _cached(self, stream: int, shard: int, plan: ShardPlan, block: int) -> LatentBlock | None:
+    def _kept(self, at: _Shard, block: int) -> LatentBlock | None:
         if self._cache is None:
             return None
-        name = self._name(stream, shard, plan, block)
-        data = self._cache.get(name, int(plan.length[block]))
+        name = self._name(at, block)
+        data = self._cache.get(name, int(at.plan.length[block]))
         try:
             if data is not None:
-                parsed = parse_block(data, plan, block, self.layouts[stream], name)
+                parsed = parse_block(data, at.plan, block, self.layouts[at.stream], name)
                 self._count(cached_blocks=1)
                 return parsed
         except DataError:
             self._cache.drop(name)
         return None
 
-    def _fetch(self, stream: int, shard: int, plan: ShardPlan, blocks: Sequence[int]) -> dict[int, LatentBlock | None]:
+    def _fetch(self, at: _Shard, wanted: dict[int, Future[LatentBlock | None]]) -> None:
         """Blocks that follow each other, in one request; what cannot be used is asked for once more, alone."""
+        blocks = list(wanted)
         try:
-            data = memoryview(self._bytes(stream, shard, plan, blocks[0], blocks[-1]))
+            data = memoryview(self._bytes(at, blocks[0], blocks[-1]))
         except StorageError as error:
-            for block in blocks:
-                self._skip(stream, shard, plan, block, error)
-            return dict.fromkeys(blocks)
-        found: dict[int, LatentBlock | None] = {}
-        for block in blocks:
-            start = int(plan.offset[block] - plan.offset[blocks[0]])
-            part = data[start : start + int(plan.length[block])]
+            self._fetch_alone(at, wanted, error)
+            return
+        for block, future in wanted.items():
+            start = int(at.plan.offset[block] - at.plan.offset[blocks[0]])
+            part = data[start : start + int(at.plan.length[block])]
             try:
-                found[block] = self._parsed(stream, shard, plan, block, part)
-            except DataError:
-                found[block] = self._again(stream, shard, plan, block)
-        return found
+                # a copy, or each block would keep the whole request in memory
+                found = self._checked(at, block, part if len(blocks) == 1 else bytes(part))
+            except (DataError, StorageError) as error:
+                self._skip(at, block, error, future)
+            else:
+                future.set_result(found)
 
-    def _again(self, stream: int, shard: int, plan: ShardPlan, block: int) -> LatentBlock | None:
-        self._count(blocks_read_again=1)
+    def _fetch_alone(self, at: _Shard, wanted: dict[int, Future[LatentBlock | None]], fault: StorageError) -> None:
+        """Blocks of a request that failed; where nothing may be skipped, or nothing is read alone either, all fail."""
+        in_vain = _IN_VAIN if len(wanted) == 1 or self._config.on_damage == "fail" else 0
+        for block, future in wanted.items():
+            error: LatheError = fault
+            if in_vain < _IN_VAIN:
+                try:
+                    future.set_result(self._checked(at, block, self._bytes(at, block, block)))
+                    in_vain = 0
+                    continue
+                except StorageError as alone:
+                    error, in_vain = alone, in_vain + 1
+                except DataError as alone:
+                    error = alone
+            self._skip(at, block, error, future)
+
+    def _checked(self, at: _Shard, block: int, data: bytes | memoryview) -> LatentBlock:
+        """A block of these bytes, or where they are not right of others."""
         try:
-            return self._parsed(stream, shard, plan, block, self._bytes(stream, shard, plan, block, block))
-        except (DataError, StorageError) as error:
-            self._skip(stream, shard, plan, block, error)
-            return None
+            return self._parsed(at, block, data)
+        except DataError:
+            self._count(blocks_read_again=1)
+            return self._parsed(at, block, self._bytes(at, block, block))
 
-    def _parsed(self, stream: int, shard: int, plan: ShardPlan, block: int, data: bytes | memoryview) -> LatentBlock:
-        parsed = parse_block(data, plan, block, self.layouts[stream], self.address(stream, shard))
+    def _parsed(self, at: _Shard, block: int, data: bytes | memoryview) -> LatentBlock:
+        parsed = parse_block(data, at.plan, block, self.layouts[at.stream], self._address(at))
         if self._cache is not None:
-            self._cache.put(self._name(stream, shard, plan, block), data)
+            self._cache.put(self._name(at, block), data)
         return parsed
 
-    def _bytes(self, stream: int, shard: int, plan: ShardPlan, first: int, last: int) -> bytes:
-        dataset = self._datasets.streams[stream].dataset
-        start, end = int(plan.offset[first]), int(plan.offset[last] + plan.length[last])
-        name = self._datasets.manifests[dataset].shards[shard].name
+    def _bytes(self, at: _Shard, first: int, last: int) -> bytes:
+        if self._closing.is_set():
+            raise CancelledError
+        dataset = self._datasets.streams[at.stream].dataset
+        start, end = int(at.plan.offset[first]), int(at.plan.offset[last] + at.plan.length[last])
+        name = self._datasets.manifests[dataset].shards[at.number].name
         data = self._datasets.stores[dataset].read(name, start, end)
         self._count(requests=1, bytes_read=len(data), blocks_read=last - first + 1)
         return data
 
-    def _skip(self, stream: int, shard: int, plan: ShardPlan, block: int, error: LatheError) -> None:
-        skip = (self._datasets.streams[stream].dataset, shard, int(plan.numbers[block]))
-        self._skips.add(skip, int(plan.samples[block]), error)
+    def _skip(self, at: _Shard, block: int, error: LatheError, future: Future[LatentBlock | None]) -> None:
+        skip = (self._datasets.streams[at.stream].dataset, at.number, int(at.plan.numbers[block]))
+        try:
+            self._skips.add(skip, int(at.plan.samples[block]), error)
+            future.set_result(None)
+        except LatheError as fault:
+            future.set_exception(fault)
 
-    def _name(self, stream: int, shard: int, plan: ShardPlan, block: int) -> str:
-        manifest = self._datasets.manifests[self._datasets.streams[stream].dataset]
-        return block_name(manifest.shards[shard].sha256, int(plan.offset[block]), int(plan.length[block]))
+    def _name(self, at: _Shard, block: int) -> str:
+        manifest = self._datasets.manifests[self._datasets.streams[at.stream].dataset]
+        return block_name(manifest.shards[at.number].sha256, int(at.plan.offset[block]), int(at.plan.length[block]))
 
-    def address(self, stream: int, shard: int) -> str:
-        """A shard's address, for messages."""
-        dataset = self._datasets.streams[stream].dataset
-        return (
-            f"{self._datasets.stores[dataset].url.rstrip('/')}/{self._datasets.manifests[dataset].shards[shard].name}"
-        )
+    def _address(self, at: _Shard) -> str:
+        dataset = self._datasets.streams[at.stream].dataset
+        name = self._datasets.manifests[dataset].shards[at.number].name
+        return f"{self._datasets.stores[dataset].url.rstrip('/')}/{name}"
 
     def _count(self, **amounts: int) -> None:
         with self._lock:

@@ -6,15 +6,16 @@ go together. Nobody counts: a block lives as long as a window, a step that is no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from pipeline.data.datasets import DataSets
-from pipeline.data.fetch import BlockSource, Pending
-from pipeline.data.latent_block import LatentBlock
+from pipeline.data.fetch import BlockReference, BlockSource
 from pipeline.data.order import AT_BORDER, Integers, Order, Places
 from pipeline.data.shard_plan import ShardPlan
 
@@ -24,19 +25,6 @@ REQUEST_BYTES = 4 << 20
 _Id = tuple[int, int, int]  # stream, shard, block of its plan
 
 
-class BlockReference:
-    """One block of a request; as long as somebody refers to it, others find it and need not read it again."""
-
-    __slots__ = ("__weakref__", "_index", "_read")
-
-    def __init__(self, read: Pending[list[LatentBlock | None]], index: int) -> None:
-        self._read, self._index = read, index
-
-    def get(self) -> LatentBlock | None:
-        """The block, waited for; None where it is skipped. Raises what reading it raised."""
-        return self._read.result()[self._index]
-
-
 @dataclass(frozen=True)
 class PlannedStep:
     """What one step reads: for each of the rank's positions a block and a row in it; None = skipped."""
@@ -44,6 +32,17 @@ class PlannedStep:
     step: int
     places: Places
     rows: list[tuple[BlockReference, int] | None]
+
+
+class _Read(NamedTuple):
+    """What one position reads in a step."""
+
+    position: int
+    stream: int
+    epoch: int
+    window: int
+    shard: int
+    sample: int
 
 
 @dataclass
@@ -64,11 +63,24 @@ class Planner:
         source: where blocks come from.
         positions: the rank's, int64 [b].
         origin: the step with which the order begins.
+        plans_kept: of how many shards of a subset is kept which samples take part.
+        hurried: steps of each stream, at a start and at an epoch's border, that ask for no more than they need: there
+            all positions enter windows at once.
     """
 
     def __init__(
-        self, datasets: DataSets, order: Order, source: BlockSource, positions: Integers, origin: int = 0
+        self,
+        datasets: DataSets,
+        order: Order,
+        source: BlockSource,
+        positions: Integers,
+        *,
+        origin: int,
+        plans_kept: int,
+        hurried: int,
     ) -> None:
+        self._hurried, self._hurry = hurried, [0] * len(order.streams)
+        self._selected = lru_cache(plans_kept)(self._find_selected)
         self._origin = origin
         self._datasets, self._order, self._source, self._positions = datasets, order, source, positions
         self._first = {  # of each stream, its first position in the batch
@@ -82,50 +94,54 @@ class Planner:
         """Blocks in memory or under way, see `BlockReference`."""
         return len(self._alive)
 
-    def plan(self, step: int, *, hurry: bool) -> PlannedStep:
-        """The step's blocks; those that are not at hand are asked for.
-
-        Args:
-            step: whichever; neighbours are cheap.
-            hurry: ask for no more than this step needs, as somebody waits for it.
+    def plan(self, step: int) -> PlannedStep:
+        """The blocks of any step; those that are not at hand are asked for. Neighbouring steps are cheap.
 
         Raises:
             DataError, StorageError: a receipt cannot be used.
         """
         places = self._order.batch(step - self._origin, self._positions)
-        columns = (places.stream, places.epoch, places.window, places.shard, places.sample)
-        where = list(zip(self._positions.tolist(), *(column.tolist() for column in columns), strict=True))
-        entered = {}
-        for position, stream, epoch, number, _, _ in where:
-            known = self._windows.get((stream, position))
-            if known is None or known.name != (epoch, number):
-                entered[stream, position] = self._pieces(stream, position, epoch, number)
-        shards = {(stream, shard) for _, stream, _, _, shard, _ in where}
-        shards |= {(stream, shard) for (stream, _), found in entered.items() for shard, _, _ in found}
+        columns = (self._positions, places.stream, places.epoch, places.window, places.shard, places.sample)
+        reads = [_Read(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        entering = [read for read in reads if self._enters(read)]
+        self._count_hurry(reads, entering)
+        pieces = {(read.stream, read.position): self._pieces(read) for read in entering}
+        shards = {(read.stream, read.shard) for read in reads}
+        shards |= {(stream, shard) for (stream, _), found in pieces.items() for shard, _, _ in found}
         plans = self._source.plans(shards)
         rows = []
-        for position, stream, epoch, number, shard, sample in where:
-            if (stream, position) in entered:
-                window = self._enter(stream, (epoch, number), entered[stream, position], plans)
-                self._windows[stream, position] = window
-            window = self._windows[stream, position]
-            rows.append(self._row(window, stream, shard, sample, plans[stream, shard], hurry=hurry))
+        for read in reads:
+            place = read.stream, read.position
+            if place in pieces:
+                self._windows[place] = self._enter(read, pieces[place], plans)
+            rows.append(self._row(self._windows[place], read, plans[read.stream, read.shard]))
         return PlannedStep(step, places, rows)
 
-    def _pieces(self, stream: int, position: int, epoch: int, window: int) -> list[tuple[int, int, int]]:
-        if window == AT_BORDER:
+    def _enters(self, read: _Read) -> bool:
+        known = self._windows.get((read.stream, read.position))
+        return known is None or known.name != (read.epoch, read.window)
+
+    def _count_hurry(self, reads: Sequence[_Read], entering: Sequence[_Read]) -> None:
+        """Streams begin to hurry where a position leaves a border or an epoch, as then all do."""
+        begun = set()
+        for read in entering:
+            known = self._windows.get((read.stream, read.position))
+            if known is None or known.name[1] == AT_BORDER or known.name[0] != read.epoch:
+                begun.add(read.stream)
+        for stream in {read.stream for read in reads}:
+            self._hurry[stream] = self._hurried if stream in begun else max(0, self._hurry[stream] - 1)
+
+    def _pieces(self, read: _Read) -> list[tuple[int, int, int]]:
+        if read.window == AT_BORDER:
             return []
-        return self._order.streams[stream].pieces(epoch, position - self._first[stream], window)
+        stream = self._order.streams[read.stream]
+        return stream.pieces(read.epoch, read.position - self._first[read.stream], read.window)
 
     def _enter(
-        self,
-        stream: int,
-        name: tuple[int, int],
-        pieces: Iterable[tuple[int, int, int]],
-        plans: dict[tuple[int, int], ShardPlan | None],
+        self, read: _Read, pieces: Iterable[tuple[int, int, int]], plans: Mapping[tuple[int, int], ShardPlan | None]
     ) -> _Window:
         """A window, with those of its blocks that are at hand."""
-        window = _Window(name)
+        window, stream = _Window((read.epoch, read.window)), read.stream
         for shard, first, end in pieces:
             if (plan := plans[stream, shard]) is not None:
                 window.wanted.update((stream, shard, block) for block in self._blocks(stream, shard, plan, first, end))
@@ -142,27 +158,25 @@ class Planner:
         blocks: list[int] = np.unique(np.searchsorted(plan.starts, selected[first:end], "right") - 1).tolist()
         return blocks
 
-    def _row(
-        self, window: _Window, stream: int, shard: int, sample: int, plan: ShardPlan | None, *, hurry: bool
-    ) -> tuple[BlockReference, int] | None:
+    def _row(self, window: _Window, read: _Read, plan: ShardPlan | None) -> tuple[BlockReference, int] | None:
         if plan is None:
             return None
-        selected = self._selected(stream, shard)
-        block, row = plan.locate(sample if selected is None else int(selected[sample]))
-        place = (stream, shard, block)
-        found = window.held.get(place) or self._alive.get(place)
-        if found is None:
-            self._ask(window, stream, shard, plan, block, hurry=hurry)
-            found = window.held[place]
-        window.held[place] = found
-        return found, row
+        selected = self._selected(read.stream, read.shard)
+        block, row = plan.locate(read.sample if selected is None else int(selected[read.sample]))
+        place = (read.stream, read.shard, block)
+        if place not in window.held:
+            if (found := self._alive.get(place)) is not None:
+                window.held[place] = found
+            else:
+                self._ask(window, read.stream, read.shard, plan, block)
+        return window.held[place], row
 
-    def _ask(self, window: _Window, stream: int, shard: int, plan: ShardPlan, block: int, *, hurry: bool) -> None:
+    def _ask(self, window: _Window, stream: int, shard: int, plan: ShardPlan, block: int) -> None:
         """Ask for a block, together with its neighbours that the window wants and that are not at hand."""
 
         def joins(new: int, first: int, last: int) -> bool:
             place = (stream, shard, new)
-            if hurry or place not in window.wanted or place in self._alive:
+            if self._hurry[stream] or place not in window.wanted or place in self._alive:
                 return False
             size = int(plan.offset[last] + plan.length[last] - plan.offset[first])
             # only what touches in the file
@@ -173,10 +187,10 @@ class Planner:
             last += 1
         while joins(first - 1, first - 1, last):
             first -= 1
-        read = self._source.read(stream, shard, plan, first, last + 1)
-        for i in range(first, last + 1):
-            window.held[stream, shard, i] = self._alive[stream, shard, i] = BlockReference(read, i - first)
+        blocks = range(first, last + 1)
+        for i, reference in zip(blocks, self._source.read(stream, shard, plan, blocks), strict=True):
+            window.held[stream, shard, i] = self._alive[stream, shard, i] = reference
 
-    def _selected(self, stream: int, shard: int) -> Integers | None:
+    def _find_selected(self, stream: int, shard: int) -> Integers | None:
         info = self._datasets.streams[stream]
         return self._datasets.selected(info.dataset, shard, info.bucket)

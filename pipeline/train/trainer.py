@@ -20,13 +20,12 @@ from pipeline.config import TrainConfig
 from pipeline.console import ProgressLine, table, tell
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets, open_datasets
-from pipeline.data.fetch import Skip
 from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Preparation, Scale, read_empty
 from pipeline.diffusion import schedule
 from pipeline.diffusion.loss import velocity_loss
-from pipeline.errors import LatheError
+from pipeline.errors import DataError, LatheError
 from pipeline.metrics import Metrics
 from pipeline.models import unet
 from pipeline.models.text import TextTower
@@ -109,9 +108,10 @@ class Trainer:
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.step = 0  # optimizer steps done, skipped ones included
         self.order_origin = 0  # the step with which the samples' order began
-        self.skips: list[Skip] = []  # blocks of latents that no rank counts, as of the last restart
+        self.skips: list[list[int]] = []  # blocks of latents that no rank counts, as of the last restart
+        self.drawn = self.drawn_in_vain = 0  # samples of all ranks since then
         self.skipped = self.skipped_in_a_row = 0
-        self.saved_step = 0
+        self.saved_step = self.begun = 0
         micro_batch = len(rank_positions(config.global_batch, ranks.rank, ranks.world_size))
         manifest = datasets.manifests[0]
         torch.manual_seed(config.seed)
@@ -205,9 +205,18 @@ class Trainer:
 
     def _counted_share(self, batch: Batch) -> float:
         """Share of the global batch that was not skipped: the loss is the mean of that, on any number of ranks."""
-        if self.config.loader.on_damage == "fail":
+        if self.config.loader.on_damage == "fail" and not self.skips:
             return 1.0
         counted = float(self.ranks.sum(batch.weight.sum()))
+        self.drawn += self.config.global_batch
+        self.drawn_in_vain += self.config.global_batch - round(counted)
+        limit = self.config.loader.max_skip_rate
+        if self.drawn_in_vain > limit * max(self.drawn, self.datasets.samples):
+            raise DataError(
+                f"{self.drawn_in_vain} of the {self.drawn} samples drawn since step {self.begun} could not be read,"
+                f" more than loader.max_skip_rate={limit:g} allows",
+                "mend the latents (`lathe verify` tells what is damaged), or allow for more",
+            )
         return max(counted, 1.0) / self.config.global_batch
 
     def _open_loader(self) -> LatentLoader:
@@ -232,7 +241,7 @@ class Trainer:
                 found, self.ranks, self.engine, lambda c: check_resume(c, self.config, self.datasets)
             )
             if counters is not None:
-                self.step = self.saved_step = counters["step"]
+                self.step = self.saved_step = self.begun = counters["step"]
                 self.skipped = counters["skipped"]
                 self._resume_order(found, counters["order_origin"])
                 self._tell(f"going on from {self.store.url}/{found.name}")
@@ -251,7 +260,7 @@ class Trainer:
             return
         self.order_origin = origin
         noted = {tuple(skip) for notes in found.notes() for skip in notes["skipped_blocks"]}
-        self.skips = [(dataset, shard, block) for dataset, shard, block in sorted(noted)]
+        self.skips = [list(skip) for skip in sorted(noted)]
 
     def _save(self) -> None:
         if self.saved_step == self.step:

@@ -1,8 +1,12 @@
 """The loader on hand-made latent shards: the same batches at any world size and from any step, and damage by name."""
 
+import gc
 import hashlib
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -18,8 +22,10 @@ from latent_shards import BLOCK, CHANNELS, FINGERPRINT, LENGTH, SIDE, write_late
 from loader_process import lines
 
 from pipeline.config import DataSetConfig, LoaderConfig
+from pipeline.data import planner
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets, open_datasets
+from pipeline.data.fetch import BlockSource
 from pipeline.data.loader import LatentLoader
 from pipeline.data.manifest import RECEIPT_SUFFIX
 from pipeline.data.split_arrays import read_split
@@ -361,9 +367,9 @@ def test_a_damaged_block_may_be_skipped(latents: str, caplog, world: int) -> Non
     for rank in range(world):
         with loader(latents, rank=rank, world_size=world, on_damage="skip", max_skip_rate=0.9) as opened:
             ranks.append(list(islice(opened, 27)))
-            assert opened.state_dict()["skipped"] in ([], [[0, 3, 2]])
-            skipped |= set(opened.skipped)
-    assert skipped == {(0, 3, 2)}
+            assert opened.state_dict()["skipped"] in ([], [[0, 3, 2, 8]])
+            skipped |= {tuple(skip) for skip in opened.skipped}
+    assert skipped == {(0, 3, 2, 8)}
     assert "00003.tar: samples 16 to 23" in caplog.text
     assert "its 8 samples are skipped" in caplog.text
     assert caplog.text.count("samples 16 to 23") <= world
@@ -378,7 +384,7 @@ def test_a_damaged_block_may_be_skipped(latents: str, caplog, world: int) -> Non
 
 def test_a_skip_list_is_kept_when_the_block_is_sound_again(latents: str) -> None:
     whole = load(latents, 18)
-    known = load(latents, 18, skipped=[[0, 3, 2]], on_damage="fail")
+    known = load(latents, 18, skipped=[[0, 3, 2, 8]], on_damage="fail")
     lost = {f"00003/{i:04d}" for i in range(16, 24)}
     assert [b.weight.tolist() for b in known] == [[0.0 if key in lost else 1.0 for key in b.keys] for b in whole]
 
@@ -403,7 +409,7 @@ def test_a_shard_that_is_gone_may_be_skipped(latents: str, caplog, spoiled: str)
 
 def test_too_many_skips_fail_the_run_all_the_same(latents: str) -> None:
     spoil(latents)
-    with pytest.raises(DataError, match=r"00003\.tar: samples 16 to 23 .* 8 samples .*max_skip_rate=0\.1 .* 70"):
+    with pytest.raises(DataError, match=r"00003\.tar: samples 16 to 23 .* 8 of 70 samples .*max_skip_rate=0\.1 "):
         load(latents, 9, on_damage="skip", max_skip_rate=0.1)
 
 
@@ -439,3 +445,194 @@ def test_the_cache_spares_the_storage(tmp_path: Path, latents: str) -> None:
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(bytes(path.stat().st_size))
     assert digests([load(latents, 9, cache=str(tmp_path / "cache"))]) == expected
+
+
+def test_a_skipped_shard_is_not_asked_for(latents: str) -> None:
+    whole = load(latents, 18)
+    with loader(latents, skipped=[[0, 3, -1, 33]], workers=0) as opened:
+        known = list(islice(opened, 18))
+        assert opened.counts["blocks_read_again"] == 0
+        assert opened.skipped == [[0, 3, -1, 33]]
+    for sound, batch in zip(whole, known, strict=True):
+        assert batch.weight.tolist() == [0.0 if key.startswith("00003") else 1.0 for key in sound.keys]
+
+
+def test_the_rate_of_skips_is_of_all_samples_whatever_the_world_size(tmp_path: Path) -> None:
+    """One damaged block of many: no rank gives up, however many epochs pass, and however small its share is."""
+    url = write_latents(tmp_path, [(400, 0)] * 4)
+    receipt = json.loads((tmp_path / ("00001.tar" + RECEIPT_SUFFIX)).read_text())
+    damage(url, "00001.tar", lambda data: flip(data, receipt["blocks"][7]["offset"] + 700))
+    for rank in range(4):
+        batches = load(url, 600, rank=rank, world=4, on_damage="skip", max_skip_rate=0.006)
+        assert len(batches) == 600  # three epochs
+    with pytest.raises(DataError, match="8 of 1600 samples"):
+        load(url, 600, on_damage="skip", max_skip_rate=0.004)
+    with pytest.raises(DataError, match="20 of 1600 samples"):  # what was skipped before counts
+        load(url, 600, on_damage="skip", max_skip_rate=0.01, skipped=[[0, 2, 0, 12]])
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Counter[str]:
+    """Every read of a block takes so long. Returns how many there were."""
+    from pipeline.storage.local import LocalStore
+
+    plain, reads = LocalStore.read, Counter[str]()
+
+    def read(self, name, start=None, end=None):
+        if start is not None:
+            reads["blocks"] += 1
+            time.sleep(seconds)
+        return plain(self, name, start, end)
+
+    monkeypatch.setattr(LocalStore, "read", read)
+    return reads
+
+
+def test_what_cannot_be_read_is_skipped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of a request: its neighbours are read without it."""
+    from pipeline.storage.local import LocalStore
+
+    url, plain = write_latents(tmp_path, [(400, 0)] * 4), LocalStore.read
+    receipt = json.loads((tmp_path / ("00002.tar" + RECEIPT_SUFFIX)).read_text())
+    bad = range(receipt["blocks"][17]["offset"] + 5, receipt["blocks"][17]["offset"] + 6)
+
+    def read(self, name, start=None, end=None):
+        if name == "00002.tar" and start is not None and start <= bad.start < end:
+            raise StorageError("a sector of the disk", "mend it")
+        return plain(self, name, start, end)
+
+    monkeypatch.setattr(LocalStore, "read", read)
+    for workers in (0, 2):
+        with loader(url, window=64, on_damage="skip", max_skip_rate=0.5, workers=workers) as opened:
+            for _ in range(210):
+                next(opened)
+            assert opened.skipped == [[0, 2, 17, 8]]
+            assert opened.counts["requests"] < opened.counts["blocks_read"] / 2
+
+
+@pytest.mark.parametrize("start", [0, 60, 150])
+def test_a_damaged_block_fails_in_the_step_that_needs_it(tmp_path: Path, start: int) -> None:
+    """Not earlier, with the neighbours that are read in the same request: every step before it is good."""
+    url = write_latents(tmp_path, [(400, 0)] * 4)
+    needs = {key: batch.step for batch in load(url, 200, window=64) for key in batch.keys}
+    receipt = json.loads((tmp_path / ("00002.tar" + RECEIPT_SUFFIX)).read_text())
+    number = max(range(50), key=lambda b: min(needs[f"00002/{i:04d}"] for i in range(8 * b, 8 * b + 8)))
+    damage(url, "00002.tar", lambda data: flip(data, receipt["blocks"][number]["offset"] + 700))
+    first = min(needs[f"00002/{i:04d}"] for i in range(8 * number, 8 * number + 8))
+    assert first > 150
+    with loader(url, window=64, start_step=start) as opened:
+        steps = [next(opened).step for _ in range(first - start)]
+        assert steps[-1] == first - 1
+        with pytest.raises(DataError, match="damaged"):
+            next(opened)
+
+
+def test_who_waits_is_let_go_when_another_thread_closes(latents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 0.5)
+    opened, found = loader(latents), []
+    waiting = threading.Thread(target=lambda: found.append(list(islice(opened, 9))))
+    waiting.start()
+    time.sleep(0.1)
+    opened.close()
+    waiting.join(5)
+    (batches,) = found
+    assert len(batches) <= 1  # which was under way
+
+
+def test_closing_does_not_read_what_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, reads = write_latents(tmp_path, [(400, 0)] * 4), slow(monkeypatch, 0.2)
+    with loader(url, requests=2, window=64, global_batch=64):
+        time.sleep(0.3)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 1
+    assert reads["blocks"] <= 6
+    time.sleep(0.4)
+    assert reads["blocks"] <= 6
+
+
+def test_a_loader_that_nobody_holds_ends_its_threads(latents: str) -> None:
+    before = threading.active_count()
+    opened = loader(latents)
+    next(opened)
+    del opened
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_an_interpreter_that_ends_does_not_wait_for_reads(latents: str) -> None:
+    script = f"""
+import time
+from pipeline.config import DataSetConfig
+from pipeline.data.datasets import open_datasets
+from pipeline.data.loader import LatentLoader
+from pipeline.storage.local import LocalStore
+plain = LocalStore.read
+def read(self, name, start=None, end=None):
+    time.sleep(0 if start is None else 30)
+    return plain(self, name, start, end)
+LocalStore.read = read
+data = open_datasets([DataSetConfig(manifest={latents!r})], global_batch=8)
+opened = LatentLoader(data, global_batch=8, seed=0, window=4)
+time.sleep(0.5)
+print("end", flush=True)
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "end\n"
+    assert child.wait(10) == 0
+    child.stdout.close()
+
+
+def test_what_is_done_to_a_batch_does_not_touch_the_next(latents: str) -> None:
+    expected = digests([load(latents, 9, workers=0)])
+    with loader(latents, workers=0) as opened:
+        for digest in expected:
+            batch = next(opened)
+            assert digests([[batch]]) == [digest]
+            for tensor in (batch.positions, batch.epochs, batch.moments, batch.datasets):
+                tensor.zero_()
+
+
+def test_requests_have_a_limit_and_blocks_go_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "REQUEST_BYTES", 20_000)
+    url, sizes, plain = write_latents(tmp_path, [(400, 0)] * 4), list[int](), BlockSource._bytes
+
+    def counting(self, at, first, last):
+        data = plain(self, at, first, last)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(BlockSource, "_bytes", counting)
+    with loader(url, window=64, global_batch=4, workers=0) as opened:
+        for _ in range(60):
+            next(opened)
+        held = [len(ref.get().data.obj) for ref in opened._planner._alive.values()]
+        block = max(len(ref.get().data) for ref in opened._planner._alive.values())
+    assert 10_000 < max(sizes) <= max(20_000, block)
+    assert max(held) <= block  # no block keeps its whole request in memory
+
+
+def test_the_cache_may_be_half_full_or_wrong(tmp_path: Path) -> None:
+    url = write_latents(tmp_path / "latents", [(400, 0)] * 2)
+    cache, expected = tmp_path / "cache", digests([load(url, 100, window=64)])
+    for change in (lambda path: path.unlink(), lambda path: path.write_bytes(bytes(path.stat().st_size))):
+        with loader(url, window=64, cache=str(cache), workers=0) as opened:
+            opened._source._cache.scan.join()
+            assert digests([list(islice(opened, 100))]) == expected
+            assert opened.counts["blocks_read_again"] == 0
+        kept = sorted(path for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 1000)
+        assert len(kept) == 100
+        for path in kept[::2]:
+            change(path)
+    with loader(url, window=64, cache=str(cache), workers=0) as opened:
+        opened._source._cache.scan.join()
+        assert digests([list(islice(opened, 100))]) == expected
+        assert (opened.counts["cached_blocks"], opened.counts["blocks_read"]) == (50, 50)
+    with loader(url, window=64, cache=str(cache), workers=0) as opened:
+        opened._source._cache.scan.join()
+        list(islice(opened, 100))
+        assert opened.counts["blocks_read"] == 0  # what was wrong has been replaced
+
+
+def test_a_start_before_the_order_begins_is_refused(latents: str) -> None:
+    with pytest.raises(ConfigError, match="begins with step 5"):
+        loader(latents, start_step=4, origin=5)

@@ -1,4 +1,4 @@
-"""The same batches, byte by byte, from real processes on a real S3 server: one rank, two, killed and gone on with as one."""
+"""The same batches, byte by byte, from real processes on a real S3 server: one rank, two, killed and resumed as one."""
 
 import json
 import os

@@ -17,6 +17,7 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import LatentLoader
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.order import Order
+from pipeline.data.planner import Planner
 from pipeline.errors import ConfigError, SetupError
 from pipeline.operate.bench.scaling import job
 from pipeline.operate.bench.scaling.data_set import TEXTS, sample_bytes
@@ -68,7 +69,7 @@ def summed(plans):
 
 @pytest.mark.parametrize("window", [3, 10, 64])
 def test_a_planned_epoch_is_what_loaders_ask_for(tmp_path, monkeypatch, window):
-    monkeypatch.setattr(LatentLoader, "plan", lambda self, step: self._planner.plan(step, hurry=False))
+    monkeypatch.setattr(Planner, "_count_hurry", lambda self, reads, entering: None)
     url, blocks = latents(tmp_path, [37, 1, 50, 9, 53, 0])
     batch = 4
     datasets, order = opened(url, batch, window)

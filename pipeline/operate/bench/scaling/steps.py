@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from pipeline.data.datasets import DataSets
-from pipeline.data.fetch import BlockSource, Pending
-from pipeline.data.latent_block import LatentBlock
+from pipeline.data.fetch import BlockReference, BlockSource
 from pipeline.data.order import Integers, Order, rank_positions
 from pipeline.data.planner import Planner
 from pipeline.data.shard_plan import ShardPlan
@@ -36,11 +35,11 @@ class SimulatedSource(BlockSource):
         streams = self._datasets.streams
         return {(stream, shard): self._plan(int(streams[stream].sizes[shard])) for stream, shard in wanted}
 
-    def read(self, stream: int, shard: int, plan: ShardPlan, first: int, end: int) -> Pending[list[LatentBlock | None]]:
+    def read(self, stream: int, shard: int, plan: ShardPlan, blocks: Sequence[int]) -> list[BlockReference]:
         """Nothing."""
         del stream, shard
-        self.counts.update(requests=1, blocks_read=end - first, bytes_read=int(plan.length[first:end].sum()))
-        return Pending(lambda: [], None)
+        self.counts.update(requests=1, blocks_read=len(blocks), bytes_read=int(plan.length[list(blocks)].sum()))
+        return [BlockReference() for _ in blocks]
 
     def _new_plan(self, size: int) -> ShardPlan:
         starts = np.arange(0, size, self._blocks.samples, dtype=np.int64)
@@ -78,7 +77,7 @@ def plan_steps(
         steps: which.
         ranks: which.
         world_size: how many there are.
-        hurried: steps at the start for which a loader asks block by block, its `steps_ahead`.
+        hurried: steps of a start, and of each epoch, for which a loader asks block by block, its `steps_ahead`.
 
     Raises:
         ConfigError: the world size does not divide the global batch.
@@ -87,9 +86,10 @@ def plan_steps(
     found = np.zeros((len(steps), len(names)), np.int64)
     for rank in ranks:
         source = SimulatedSource(datasets, blocks)
-        planner = Planner(datasets, order, source, rank_positions(order.global_batch, rank, world_size))
+        positions = rank_positions(order.global_batch, rank, world_size)
+        planner = Planner(datasets, order, source, positions, origin=0, plans_kept=1024, hurried=hurried)
         for row, step in enumerate(steps):
             before = [source.counts[name] for name in names]
-            planner.plan(step, hurry=row < hurried)
+            planner.plan(step)
             found[row] += [source.counts[name] - old for name, old in zip(names, before, strict=True)]
     return Steps(*found.T)
