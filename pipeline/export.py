@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.config import ExportConfig
 from pipeline.errors import DataError
+from pipeline.model_card import model_card, training_pictures
 from pipeline.models.autoencoder import downscale
 from pipeline.models.text import PAD, TextTower, Tokenizer
 from pipeline.models.unet import TextToImage
@@ -52,14 +53,15 @@ def export(config: ExportConfig) -> str:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed to save, which would wonder aloud
     trained = load_trained(config.run)
     autoencoder = trained.load_autoencoder(config.autoencoder)
-    manifest = trained.manifest
+    manifests = trained.manifests
+    pictures = training_pictures([manifest.samples("train") for manifest in manifests], trained.config.sources)
     card = model_card(
-        resolution=manifest.fingerprint.resolution,
-        context_length=manifest.context_length,
+        resolution=trained.manifest.fingerprint.resolution,
+        context_length=trained.manifest.context_length,
         guidance=config.guidance,
         steps=25,
-        attribution=manifest.attribution,
-        trained_on=f"{trained.step} steps of {trained.config.global_batch} on {manifest.samples('train')} pictures",
+        attributions=[manifest.attribution for manifest in manifests],
+        trained_on=f"{trained.step} steps of {trained.config.global_batch} on {pictures}",
     )
     with tempfile.TemporaryDirectory(prefix="lathe-export-") as temporary:
         folder = Path(temporary) / "pipeline"
@@ -223,55 +225,6 @@ def flow_scheduler() -> DPMSolverMultistepScheduler:
         flow_shift=1.0,
         steps_offset=1,  # without effect here; StableDiffusionPipeline warns of any other value
     )
-
-
-def model_card(
-    *, resolution: int, context_length: int, guidance: float, steps: int, attribution: str, trained_on: str
-) -> str:
-    """The text of README.md.
-
-    Args:
-        resolution: side of the pictures in pixels.
-        context_length: tokens of a prompt.
-        guidance: guidance scale to suggest.
-        steps: sampler steps to suggest.
-        attribution: whom the training pictures are by, under which licence; "" = not recorded.
-        trained_on: what and how long, in a few words.
-    """
-    source = attribution or "not recorded. Ask whoever trained this model before you publish what it makes."
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [lathe, stable-diffusion, rectified-flow]
----
-
-# Text-to-image model, {resolution} x {resolution} pixels
-
-Trained with Lathe (`lathe-ldm`): {trained_on}. To use it, diffusers and transformers are enough.
-
-```python
-import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-picture = pipeline("your prompt", guidance_scale={guidance:g}, num_inference_steps={steps}).images[0]
-picture.save("picture.png")
-
-variant = AutoPipelineForImage2Image.from_pipe(pipeline)(
-    "your prompt", image=picture, strength=0.6, guidance_scale={guidance:g}, num_inference_steps={steps}
-).images[0]
-```
-
-- Prompts are cut after {context_length} tokens, start and end token included.
-- The model is a rectified flow: keep the scheduler, or take another that knows `prediction_type="flow_prediction"`.
-- Latents are whitened inside the autoencoder's first and last 1x1 convolution; `scaling_factor` is 1.
-- There is no safety checker.
-
-## Licence and attribution
-
-Training pictures: {source}
-"""
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:

@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"runfile", "stopping"},
     {"storage"},
     {"runtime", "data", "models", "diffusion"},
-    {"generate"},
+    {"generate", "model_card"},
     {"encode", "train"},
     {"evaluate", "export", "sample"},
     {"operate"},

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import fingerprint, provenance
 
-from pipeline.config import AutoencoderModelConfig, ExportConfig, TextConfig, TrainConfig, UNetConfig
-from pipeline.data.manifest import Manifest
+from pipeline.config import AutoencoderModelConfig, DataSetConfig, ExportConfig, TextConfig, TrainConfig, UNetConfig
+from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
 from pipeline.errors import DataError
-from pipeline.export import clip_tokenizer, export, fold_whitening, model_card, write_pipeline
+from pipeline.export import clip_tokenizer, export, fold_whitening, write_pipeline
 from pipeline.generate import generate
+from pipeline.model_card import model_card, training_pictures
 from pipeline.models import autoencoder, unet
 from pipeline.models.autoencoder import AutoencoderKL
 from pipeline.models.text import TextTower, Tokenizer
@@ -116,7 +117,7 @@ def folder(
         context_length=LENGTH,
         guidance=2.0,
         steps=25,
-        attribution="Ann Example, CC-BY 4.0",
+        attributions=["Ann Example, CC-BY 4.0"],
         trained_on="x",
     )
     write_pipeline(place, model=model, autoencoder=vae, mean=MEAN, std=STD, tokenizer=tokenizer, card=card)
@@ -231,24 +232,38 @@ def test_autoencoder_without_quant_conv_is_refused(model: TextToImage, tmp_path:
     assert not (tmp_path / "x").exists()
 
 
-def trained(model: TextToImage, tokenizer: Tokenizer, weights: str) -> TrainedModel:
+def manifest_of(weights: str, attribution: str, train: int) -> Manifest:
     about = provenance(
         fingerprint=fingerprint(autoencoder_weights=weights, resolution=16, context_length=LENGTH),
         autoencoder="the/right/one",
         latent_channels=4,
         downsampling_factor=4,
-        attribution="Ann Example, CC-BY",
+        attribution=attribution,
     )
-    manifest = Manifest(
+    return Manifest(
         content_hash="",
-        shards=(),
+        shards=(
+            ShardEntry(
+                name="0.tar",
+                receipt="0",
+                source="0",
+                buckets=(BucketCount(bucket=(16, 16), train=train, holdout=3),),
+                bytes=0,
+                sha256="",
+            ),
+        ),
         mean=tuple(MEAN.tolist()),
         std=tuple(STD.tolist()),
         rejects={},
         environments=(),
         **vars(about),
     )
-    return TrainedModel(7, TrainConfig(manifest="m", output="o"), manifest, model, tokenizer)
+
+
+def trained(model: TextToImage, tokenizer: Tokenizer, *manifests: Manifest) -> TrainedModel:
+    sources = tuple(DataSetConfig(manifest=str(number)) for number in range(len(manifests)))
+    config = TrainConfig(datasets=sources, output="o")
+    return TrainedModel(7, config, manifests, MEAN, STD, model, tokenizer)
 
 
 def test_export_writes_index_last_and_only_for_the_right_autoencoder(
@@ -257,14 +272,54 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
     autoencoder.save(vae, open_store(str(tmp_path / "vae")))
     config = ExportConfig(run="run", autoencoder=str(tmp_path / "vae"), output=str(tmp_path / "out"))
     # a checkpoint needs a training run with its engine: the demo's test goes that way
-    monkeypatch.setattr("pipeline.export.load_trained", lambda _: trained(model, tokenizer, "of another"))
+    monkeypatch.setattr(
+        "pipeline.export.load_trained", lambda _: trained(model, tokenizer, manifest_of("of another", "", 0))
+    )
     with pytest.raises(DataError, match="the/right/one"):
         export(config)
     assert not (tmp_path / "out").exists()
 
     right = autoencoder.weights_hash(vae)
-    monkeypatch.setattr("pipeline.export.load_trained", lambda _: trained(model, tokenizer, right))
+    both = manifest_of(right, "Ann Example, CC-BY", 1000), manifest_of(right, "Bob Example, CC-BY", 234)
+    monkeypatch.setattr("pipeline.export.load_trained", lambda _: trained(model, tokenizer, *both))
     assert str(tmp_path / "out") in export(config)
     files = sorted((tmp_path / "out").rglob("*.*"), key=lambda path: path.stat().st_mtime_ns)
     assert files[-1].name == "model_index.json"
-    assert "7 steps of 64 on 0 pictures" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "7 steps of 64 on 1,234 pictures of 2 data sets" in readme
+    assert "Training pictures:\n\n- Ann Example, CC-BY\n- Bob Example, CC-BY\n" in readme
+
+
+@pytest.mark.parametrize(
+    ("attributions", "said"),
+    [
+        (["A"], "Training pictures: A\n"),
+        (["A", "A\n"], "Training pictures: A\n"),
+        (["B", "A", "B"], "- B\n- A\n"),
+        (["A\nC", "B"], "- A\n  C\n- B\n"),
+        ([""], "Training pictures: not recorded. Ask whoever"),
+        (["", ""], "Training pictures: not recorded. Ask whoever"),
+        (["", "A", " "], "- A\n- 2 of 3 data sets: not recorded. Ask whoever"),
+    ],
+)
+def test_the_card_names_each_source_once(attributions: list[str], said: str) -> None:
+    about = {"resolution": 16, "context_length": LENGTH, "guidance": 2.0, "steps": 25, "trained_on": "x"}
+    assert said in model_card(attributions=attributions, **about)
+
+
+@pytest.mark.parametrize(
+    ("samples", "changes", "said"),
+    [
+        ([1000], [{}], "1,000 pictures"),
+        ([1000], [{"share": 0.125}], "12.5% of 1,000 pictures"),
+        ([1000], [{"keys": "k"}], "listed ones of 1,000 pictures"),
+        ([1000, 50], [{}, {}], "1,050 pictures of 2 data sets"),
+        (
+            [1000, 50],
+            [{}, {"share": 0.3, "keys": "k"}],
+            "a part of 1,050 pictures of 2 data sets (all of 1,000, 30% of listed ones of 50)",
+        ),
+    ],
+)
+def test_the_card_says_how_many_pictures(samples: list[int], changes: list[dict], said: str) -> None:
+    assert training_pictures(samples, [DataSetConfig(manifest="m", **change) for change in changes]) == said

@@ -29,6 +29,13 @@ class DataSetConfig(Section):
         None, description="text file, local or s3://, of the keys that take part, one a line; null = all"
     )
 
+    @property
+    def part_in_words(self) -> str:
+        """What part of its training samples takes part, such as "30%" or "listed ones"; "" = all."""
+        listed = "listed ones" if self.keys is not None else ""
+        share = f"{100 * self.share:.4g}%" if self.share < 1 else ""
+        return " of ".join(filter(None, (share, listed)))
+
 
 class LoaderConfig(Section):
     """How latents are read. Of these fields only `mixing` and `flip` change what a batch holds."""

@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
+from pipeline.config import TrainConfig
 from pipeline.errors import DataError
 from pipeline.operate.description import Description, Section, Size
 from pipeline.storage import Store
 
+_MANIFEST = re.compile(r"manifest(-\d+)?\.json")
 _RANK = re.compile(r"rank-(\d+)-of-(\d+)\.(done\.json|safetensors)")
 _LONGEST_HEADER = 100 << 20  # safetensors' own bound
 _MOST_ROWS = 12
@@ -96,10 +100,12 @@ def describe_run(store: Store, sizes: Mapping[str, int]) -> Description:
             rows.append((name, name in complete, Size(total)))
     newest = next((name for name, whole, _ in rows if whole), None)
     facts: dict[str, Any] = {"checkpoints": len(rows), "complete": len(complete), "newest": newest}
+    section = Section("checkpoints", ("name", "complete", "bytes"), rows[:_MOST_ROWS], max(len(rows) - _MOST_ROWS, 0))
+    sections = [section]
     if newest:
         facts |= _checkpoint_facts(store, newest)
-    section = Section("checkpoints", ("name", "complete", "bytes"), rows[:_MOST_ROWS], max(len(rows) - _MOST_ROWS, 0))
-    return Description("training run", store.url, facts, [section])
+        sections.append(_data_sets(store, newest))
+    return Description("training run", store.url, facts, sections)
 
 
 def describe_checkpoint(store: Store, name: str, sizes: Mapping[str, int]) -> Description:
@@ -116,30 +122,67 @@ def describe_checkpoint(store: Store, name: str, sizes: Mapping[str, int]) -> De
         missing = f"{done} of {world_size} ranks were done" if world_size else "no rank was done"
         state = f"no: {missing}" if checkpoint.COMPLETE not in sizes else "no: a file is missing or cut"
     facts = {"complete": state, "ranks": world_size, "bytes": Size(sum(sizes.values()))}
-    facts |= _checkpoint_facts(store, name) if checkpoint.RUN in sizes else {}
+    sections = []
+    if checkpoint.RUN in sizes:
+        facts |= _checkpoint_facts(store, name)
+        sections.append(_data_sets(store, name))
     files = [(file, Size(size)) for file, size in sorted(sizes.items())]
-    section = Section("files", ("name", "bytes"), files[:_MOST_ROWS], max(len(files) - _MOST_ROWS, 0))
-    return Description("checkpoint", _join(store, name), facts, [section])
+    sections.append(Section("files", ("name", "bytes"), files[:_MOST_ROWS], max(len(files) - _MOST_ROWS, 0)))
+    return Description("checkpoint", _join(store, name), facts, sections)
 
 
 def _checkpoint_facts(store: Store, name: str) -> dict[str, Any]:
-    """Of run.json and of the latents' manifest beside it, as far as they can be read."""
+    """Of run.json, as far as it can be read."""
     run = _json(store, f"{name}/run.json")
     shapes, counters = run.get("parameters"), run.get("counters")
-    facts: dict[str, Any] = {
+    return {
         "format_version": run.get("format_version"),
         "counters": counters if isinstance(counters, dict) else {},
         "parameters": sum(math.prod(shape) for shape in shapes.values() if _is_shape(shape))
         if isinstance(shapes, dict)
         else None,
     }
-    if store.exists(f"{name}/manifest.json"):
-        latents = _json(store, f"{name}/manifest.json")
+
+
+def _data_sets(store: Store, name: str) -> Section:
+    """What a checkpoint was trained on, by the manifests and the run file beside it, as far as they can be read."""
+    found = {entry.name.rpartition("/")[2] for entry in store.list(f"{name}/manifest")}
+    manifests = sorted(filter(_MANIFEST.fullmatch, found), key=lambda file: (len(file), file))
+    parts = _parts(store, f"{name}/config.yaml")
+    rows = []
+    for number, file in enumerate(manifests):
+        latents = _json(store, f"{name}/{file}")
         images, made = latents.get("images"), latents.get("fingerprint")
-        facts["trained_on"] = images if isinstance(images, list) else [images] if images else []
-        facts["resolution"] = made.get("resolution") if isinstance(made, dict) else None
-        facts["content_hash"] = latents.get("content_hash")
-    return facts
+        rows.append(
+            (
+                images if isinstance(images, list) else [images] if images else [],
+                _training_samples(latents.get("shards")),
+                parts[number] if len(parts) == len(manifests) else None,
+                made.get("resolution") if isinstance(made, dict) else None,
+                latents.get("content_hash"),
+                latents.get("attribution"),
+            )
+        )
+    columns = ("images", "training_samples", "part", "resolution", "content_hash", "attribution")
+    return Section("data sets", columns, rows[:_MOST_ROWS], max(len(rows) - _MOST_ROWS, 0))
+
+
+def _parts(store: Store, config: str) -> list[str]:
+    """What part of each data set takes part, in words; empty where the run file cannot be read."""
+    if not store.exists(config):
+        return []
+    try:
+        sources = TrainConfig.model_validate(yaml.safe_load(store.read(config))).sources
+    except (yaml.YAMLError, ValueError):
+        return []
+    return [source.part_in_words or "all" for source in sources]
+
+
+def _training_samples(shards: Any) -> int | None:
+    try:
+        return sum(int(bucket["train"]) for shard in shards for bucket in shard["buckets"])
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 def _tensors(store: Store, sizes: Mapping[str, int]) -> _Tensors:

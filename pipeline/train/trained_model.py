@@ -28,7 +28,7 @@ class TrainedModel:
     Args:
         step: optimizer steps behind it.
         config: the resolved run file of the training.
-        manifest: of its latents, the first where there are several data sets.
+        manifests: of its latents, one for each of `config.sources`.
         mean: of the raw latents by channel, float32 [C]; with `std` it undoes the whitening.
         std: standard deviation of the raw latents by channel, float32 [C].
         model: velocity network, text tower included.
@@ -37,11 +37,16 @@ class TrainedModel:
 
     step: int
     config: TrainConfig
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
     mean: Tensor
     std: Tensor
     model: TextToImage
     tokenizer: Tokenizer
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first data set's: in autoencoder, shape of latents and text, the others agree with it."""
+        return self.manifests[0]
 
     def load_autoencoder(self, url: str) -> AutoencoderKL:
         """The autoencoder at `url`. Raises DataError when it is not the one that made the training latents."""
@@ -73,7 +78,7 @@ def load_trained(run: str, which: Literal["ema", "raw"] = "ema") -> TrainedModel
     return TrainedModel(
         step=saved.step,
         config=config,
-        manifest=manifest,
+        manifests=latents.manifests,
         mean=torch.tensor(latents.mean),
         std=torch.tensor(latents.std),
         model=model.eval(),

@@ -234,9 +234,31 @@ def test_runs_and_checkpoints(url):
     assert (run["kind"], run["newest"], run["counters"]["step"]) == ("training run", "step-00000020", 20)
     whole = json.loads(describe(f"{url}/step-00000020/", as_json=True))
     assert (whole["complete"], whole["ranks"], whole["parameters"]) == ("yes", 2, 13)
-    assert (whole["trained_on"], whole["resolution"]) == (["s3://b/i"], 64)
+    (latents,) = whole["data_sets"]
+    assert (latents["images"], latents["resolution"], latents["content_hash"]) == (["s3://b/i"], 64, "c")
+    assert run["data_sets"] == whole["data_sets"]
     assert describe(f"{url}/step-00000020/run.json") == describe(f"{url}/step-00000020")
     assert "no: 1 of 2 ranks were done" in describe(f"{url}/step-00000030")
+
+
+def test_every_data_set_of_a_checkpoint_is_told(url):
+    config = {"datasets": [{"manifest": "a"}, {"manifest": "b", "share": 0.3, "keys": "k.txt"}], "output": "o"}
+    _, receipt = latents("00000.tar")
+    manifests = [fold([receipt], provenance(images=(name,), attribution=f"by {name}")) for name in ("a", "b")]
+    about = {"manifest.json": manifests[0].to_bytes(), "manifest-1.json": manifests[1].to_bytes()}
+    folder = {"run.json": b'{"format_version": 2}', "config.yaml": json.dumps(config).encode(), **about}
+    write(url, {f"step-00000010/{name}": data for name, data in folder.items()})
+    found = json.loads(describe(f"{url}/step-00000010", as_json=True))["data_sets"]
+    assert [(row["images"], row["training_samples"], row["part"], row["attribution"]) for row in found] == [
+        (["a"], 5, "all", "by a"),
+        (["b"], 5, "30% of listed ones", "by b"),
+    ]
+    assert [row["content_hash"] for row in found] == [manifest.content_hash for manifest in manifests]
+    write(url, {"step-00000010/config.yaml": b"datasets: ["})
+    assert [row["part"] for row in json.loads(describe(f"{url}/step-00000010", as_json=True))["data_sets"]] == [
+        None
+    ] * 2
+    assert "by b" in describe(f"{url}/step-00000010")
 
 
 def test_a_checkpoint_with_a_file_cut(tmp_path):
