@@ -215,6 +215,8 @@ class BlockSource:
 
     def _skip(self, at: _Shard, block: int, error: LatheError, future: Future[LatentBlock | None]) -> None:
         skip = (self._datasets.streams[at.stream].dataset, at.number, int(at.plan.numbers[block]))
+        if isinstance(error, StorageError):  # which tells the file alone
+            error = StorageError(f"{self._address(at)}: {at.plan.place(block)}: {error.message}", error.remedy)
         try:
             self._skips.add(skip, int(at.plan.samples[block]), error)
             future.set_result(None)

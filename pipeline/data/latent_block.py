@@ -17,7 +17,10 @@ from pipeline.data.tar_header import BLOCK
 from pipeline.data.tar_index import find_members
 from pipeline.errors import DataError
 
-_AGAIN = "delete this shard and its receipt, and run `lathe encode` again"
+_AGAIN = (
+    "run `lathe verify` on the manifest; if it finds the shard damaged too, delete the shard and its receipt, and run"
+    " `lathe encode` again"
+)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ FILTERED = "filtered_"  # how the reasons of samples begin that nobody wanted, a
 RECEIPT_SUFFIX = ".receipt.json"  # follows the latent shard's whole name: 00000.tar.receipt.json
 
 Split = Literal["train", "holdout"]
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**53)]
+Natural = Annotated[int, Field(ge=0, lt=2**53)]  # which JSON, floats and numpy all hold
 Range = tuple[Natural, Natural]  # [first, end)
 Bucket = tuple[Positive, Positive]  # height, width in pixels
 Environment = dict[str, str | int]
@@ -243,8 +243,8 @@ class Manifest(Record):
     scaling_factor: FiniteFloat  # of the autoencoder's own config; latents are stored without it
     shift_factor: FiniteFloat
     shards: tuple[ShardEntry, ...]  # in the order of their sources
-    mean: tuple[FiniteFloat, ...]  # [C] of z over the training samples
-    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]  # [C]
+    mean: tuple[Annotated[FiniteFloat, Field(gt=-1e30, lt=1e30)], ...]  # [C] of z over the training samples
+    std: tuple[Annotated[FiniteFloat, Field(gt=1e-30, lt=1e30)], ...]  # [C]; float32 has it, and its inverse
     rejects: dict[str, int]  # reason -> samples; reasons of unwanted ones begin with `FILTERED`
     attribution: str = ""  # whom the pictures are by, under which licence
     environments: tuple[Environment, ...]  # distinct versions and hardware of the workers

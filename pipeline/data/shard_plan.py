@@ -57,7 +57,8 @@ def load_plans(store: Store, manifest: Manifest, shard: int, split: Split) -> di
     ranges = [(bucket, (first, end)) for bucket, (first, end) in ranges if end > first]
     plans = {bucket: _plan(receipt.blocks, samples, entry.bytes) for bucket, samples in ranges}
     usable = {bucket: plan for bucket, plan in plans.items() if plan is not None}
-    same = receipt.sha256 == entry.sha256 and [(bucket, end - first) for bucket, (first, end) in ranges] == counts
+    same = (receipt.sha256, receipt.fingerprint) == (entry.sha256, manifest.fingerprint.digest())
+    same = same and [(bucket, end - first) for bucket, (first, end) in ranges] == counts
     if not same or len(usable) < len(counts):
         raise wrong_receipt(store, entry)
     return usable

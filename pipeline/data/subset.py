@@ -39,6 +39,7 @@ Mask = NDArray[np.bool_]
 
 _REQUESTS_AT_ONCE = 16
 _QUEUED = 1024  # receipts; a future for each of 100,000 would take more memory than what is kept
+_KEY_SHOWN = 100  # characters
 _EMPTY = np.empty(0, np.int32)
 
 
@@ -58,7 +59,8 @@ class KeyList:
     def some(self, of: Mask) -> str:
         """How many these are, a mask [n], and which of them stands first in the file."""
         first = next(itertools.islice(_keys(self.data), int(self.places[of].min()), None))
-        return f"{of.sum()} of its {len(of)} keys, the first is {first!r}"
+        shown = repr(first if first is None or len(first) <= _KEY_SHOWN else f"{first[:_KEY_SHOWN]}...")
+        return f"{of.sum()} of its {len(of)} keys, the first is {shown}"
 
 
 def read_keys(url: str) -> KeyList:

@@ -68,7 +68,8 @@ class LocalStore:
         """See Store.read."""
         path = self._path(name)
         first, end = checked_range(start, end)
-        with translated(path), path.open("rb") as file:
+        ranged = start is not None or end is not None
+        with translated(path), _opened(path) if ranged else path.open("rb") as file:
             file.seek(first)
             data = file.read() if end is None else file.read(end - first)
         traffic.count(requests=1, bytes_read=len(data))
@@ -296,3 +297,12 @@ def _existing(path: Path) -> Path:
 def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file to be read; who opens a pipe would wait for its other end. Raises StorageError for others."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise StorageError(f"{path} is no file that can be read in parts", "put a plain file there")

@@ -9,9 +9,10 @@ import yaml
 from pipeline.config import TrainConfig
 from pipeline.data.datasets import DataSets
 from pipeline.data.manifest import Manifest
+from pipeline.data.order import VERSION
 from pipeline.errors import ConfigError, DataError
 from pipeline.train.checkpoint import CONFIG, Checkpoint
-from pipeline.train.trained_on import trained_on
+from pipeline.train.trained_on import TrainedOn, trained_on
 
 _FIXED = ("unet", "text", "objective.kind", "seed", "global_batch", "shuffle_window", "loader.flip")
 """Fields that a run keeps from its first step to its last: geometry, and what the order of the samples depends on."""
@@ -48,8 +49,8 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
         )
 
 
-def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets) -> None:
-    """Whether a checkpoint is of this run.
+def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets) -> TrainedOn:
+    """What a checkpoint was trained on, if it is of this run.
 
     Raises:
         DataError: the latents are others than the checkpoint's; names the fields. Or its manifest is of another format.
@@ -58,6 +59,7 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
     """
     where = f"{checkpoint.store.url}/{checkpoint.name}"
     elsewhere = "use the manifest of the earlier steps, or train into another output"
+    checkpoint.run()  # of another format, it says so
     saved = trained_on(checkpoint)
     for manifest in datasets.manifests:
         known = [m.fingerprint for m in saved.manifests]
@@ -66,7 +68,7 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
             raise DataError(f"{where} was trained on latents that differ in {', '.join(fields)}", elsewhere)
     if saved.order != datasets.identity and not config.restart_order:
         raise DataError(
-            f"{where} was trained on other samples: {_what_differs(saved.manifests, datasets.manifests)}",
+            f"{where} was trained on other samples: {_what_differs(saved, datasets)}",
             "set restart_order=true to go on with these, in an order that begins anew; or use those of the earlier"
             " steps, or train into another output",
         )
@@ -80,18 +82,22 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
                 f"{name}: {new}, but the checkpoint {where} has {old}",
                 f"set {name}={old}, or train into another output",
             )
+    return saved
 
 
-def _what_differs(before: tuple[Manifest, ...], now: tuple[Manifest, ...]) -> str:
+def _what_differs(saved: TrainedOn, datasets: DataSets) -> str:
+    before, now = ([m.content_hash for m in manifests] for manifests in (saved.manifests, datasets.manifests))
     if len(before) != len(now):
         return f"it had {len(before)} data sets, and there are {len(now)}"
-    changed = [
-        n for n, pair in enumerate(zip(before, now, strict=True)) if pair[0].content_hash != pair[1].content_hash
-    ]
-    if not changed:
-        return "weight, share, keys or loader.mixing was changed"
-    which = f" of data set {changed[0]}" if len(now) > 1 else ""
-    return f"the list of shards{which} has changed (content_hash), because data grew or were taken down"
+    if before != now and sorted(before) == sorted(now):
+        return "the data sets stand in another order"
+    changed = [number for number, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1]]
+    if changed:
+        which = f" of data set {changed[0]}" if len(now) > 1 else ""
+        return f"the list of shards{which} has changed (content_hash), because data grew or were taken down"
+    if saved.order_version != VERSION:
+        return f"the order was version {saved.order_version}, and this Lathe's is {VERSION}"
+    return "weight, share, keys or loader.mixing was changed"
 
 
 def _get(tree: Any, field: str) -> Any:

@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import time
-from typing import NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -34,11 +36,12 @@ from pipeline.randomness import Purpose
 from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
-from pipeline.train import checkpoint, sharded, trained_on
+from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_data, check_resume
 from pipeline.train.interval import Interval
 from pipeline.train.optimizer import AdamWithEMA, learning_rate, parameter_groups
 from pipeline.train.preemption import StopRequest
+from pipeline.train.trained_on import TrainedOn, files
 
 SKIPS_IN_A_ROW = 10
 """Steps without a finite loss or gradient after which a run is given up."""
@@ -69,7 +72,10 @@ def _fit(config: TrainConfig) -> int:
     if finished:
         _say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
         return 0
-    datasets = open_datasets(config.sources, global_batch=config.global_batch, mixing=config.loader.mixing)
+    with ProgressLine("data", "receipts", visible=os.environ.get("RANK", "0") == "0") as line:
+        datasets = open_datasets(
+            config.sources, global_batch=config.global_batch, mixing=config.loader.mixing, progress=line.update
+        )
     for manifest in datasets.manifests:
         check_data(config, manifest)
     ranks = process.start(config.engine)
@@ -109,9 +115,13 @@ class Trainer:
         self.step = 0  # optimizer steps done, skipped ones included
         self.order_origin = 0  # the step with which the samples' order began
         self.skips: list[list[int]] = []  # blocks of latents that no rank counts, as of the last restart
-        self.drawn = self.drawn_in_vain = 0  # samples of all ranks since then
+        self.drawn = self.drawn_in_vain = 0  # samples of all ranks; those in vain were skipped
+        self.mean, self.std = (
+            datasets.mean,
+            datasets.std,
+        )  # latents are whitened by these to the last step
         self.skipped = self.skipped_in_a_row = 0
-        self.saved_step = self.begun = 0
+        self.saved_step = 0
         micro_batch = len(rank_positions(config.global_batch, ranks.rank, ranks.world_size))
         manifest = datasets.manifests[0]
         torch.manual_seed(config.seed)
@@ -128,19 +138,19 @@ class Trainer:
             micro_batch=micro_batch,
             gradient_clip=config.optimizer.gradient_clip,
         )
-        self.prepare = Preparation(
-            config.seed,
-            Scale("whiten", datasets.mean, datasets.std),
-            read_empty(datasets.stores[0], manifest),
-            caption_dropout=config.objective.caption_dropout,
-            device=ranks.device,
-        )
         self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
 
     def run(self) -> int:
         """Resume, then train to the last step. Returns the signal that asked to stop, or 0."""
         config = self.config
         self._resume()
+        self.prepare = Preparation(
+            config.seed,
+            Scale("whiten", self.mean, self.std),
+            read_empty(self.datasets.stores[0], self.datasets.manifests[0]),
+            caption_dropout=config.objective.caption_dropout,
+            device=self.ranks.device,
+        )
         self._introduce()
         interval, stop = Interval.start(self.ranks.device), 0
         with (
@@ -213,8 +223,8 @@ class Trainer:
         limit = self.config.loader.max_skip_rate
         if self.drawn_in_vain > limit * max(self.drawn, self.datasets.samples):
             raise DataError(
-                f"{self.drawn_in_vain} of the {self.drawn} samples drawn since step {self.begun} could not be read,"
-                f" more than loader.max_skip_rate={limit:g} allows",
+                f"{self.drawn_in_vain} of the {self.drawn} samples drawn could not be read, more than"
+                f" loader.max_skip_rate={limit:g} allows",
                 "mend the latents (`lathe verify` tells what is damaged), or allow for more",
             )
         return max(counted, 1.0) / self.config.global_batch
@@ -237,13 +247,16 @@ class Trainer:
     def _resume(self) -> None:
         """Load the newest checkpoint that is whole; a damaged one is passed over, and said so."""
         for found in checkpoint.find(self.store):
-            counters = sharded.restore(
-                found, self.ranks, self.engine, lambda c: check_resume(c, self.config, self.datasets)
-            )
+            saved: list[TrainedOn] = []
+            notes: list[dict[str, Any]] = []
+
+            counters = sharded.restore(found, self.ranks, self.engine, partial(self._check, saved, notes))
             if counters is not None:
-                self.step = self.saved_step = self.begun = counters["step"]
+                self.step = self.saved_step = counters["step"]
                 self.skipped = counters["skipped"]
-                self._resume_order(found, counters["order_origin"])
+                self.drawn, self.drawn_in_vain = counters["drawn"], counters["drawn_in_vain"]
+                self.mean, self.std = saved[0].mean, saved[0].std
+                self._resume_order(saved[0].order, counters["order_origin"], notes)
                 self._tell(f"going on from {self.store.url}/{found.name}")
                 break
             _log.warning("%s/%s is passed over", self.store.url, found.name)
@@ -252,14 +265,20 @@ class Trainer:
                 raise LatheError(f"no checkpoint of {self.store.url} can be read", "train into another output")
         self.metrics.resume(self.step)
 
-    def _resume_order(self, found: checkpoint.Checkpoint, origin: int) -> None:
+    def _check(self, saved: list[TrainedOn], notes: list[dict[str, Any]], found: checkpoint.Checkpoint) -> None:
+        saved.append(check_resume(found, self.config, self.datasets))
+        notes.extend(found.notes())
+
+    def _resume_order(self, order: str, origin: int, notes: Sequence[Mapping[str, Any]]) -> None:
         """Go on in the checkpoint's order, or begin that of other samples."""
-        if trained_on.trained_on(found).order != self.datasets.identity:
+        if order != self.datasets.identity:
             self.order_origin = self.step
-            self._tell(f"other samples than before: their order begins with step {self.step}")
+            self._tell(
+                f"other samples than before: their order begins with step {self.step}; latents are whitened as before"
+            )
             return
         self.order_origin = origin
-        noted = {tuple(skip) for notes in found.notes() for skip in notes["skipped_blocks"]}
+        noted = {tuple(skip) for own in notes for skip in own["skipped_blocks"]}
         self.skips = [list(skip) for skip in sorted(noted)]
 
     def _save(self) -> None:
@@ -272,8 +291,13 @@ class Trainer:
             self.ranks,
             self.engine,
             step=self.step,
-            texts={checkpoint.CONFIG: runfile.dump(self.config).encode(), **trained_on.files(self.datasets)},
-            counters={"skipped": self.skipped, "order_origin": self.order_origin},
+            texts={checkpoint.CONFIG: runfile.dump(self.config).encode(), **files(self.datasets, self.mean, self.std)},
+            counters={
+                "skipped": self.skipped,
+                "order_origin": self.order_origin,
+                "drawn": self.drawn,
+                "drawn_in_vain": self.drawn_in_vain,
+            },
             notes={"skipped_blocks": self.loader.skipped},
         )
         self.saved_step = self.step
@@ -295,7 +319,7 @@ class Trainer:
             "images_per_second": interval.steps * self.config.global_batch / interval.seconds,
             "step_seconds": interval.seconds / interval.steps,
             "data_wait_seconds": interval.wait_seconds / interval.steps,
-            "epoch": samples / self.datasets.samples,
+            "epoch": (self.step - self.order_origin) * self.config.global_batch / self.datasets.samples,
             "samples_seen": samples,
             "skipped_steps": self.skipped,
             "skipped_blocks": len(self.loader.skipped),

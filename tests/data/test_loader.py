@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -636,3 +637,36 @@ def test_the_cache_may_be_half_full_or_wrong(tmp_path: Path) -> None:
 def test_a_start_before_the_order_begins_is_refused(latents: str) -> None:
     with pytest.raises(ConfigError, match="begins with step 5"):
         loader(latents, start_step=4, origin=5)
+
+
+def test_a_pipe_in_place_of_a_shard_is_refused(latents: str) -> None:
+    shard = Path(latents).parent / "00005.tar"
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(StorageError, match=r"00005\.tar is no file"):
+        load(latents, 10)
+
+
+@pytest.mark.parametrize("change", [{"train": 10**30}, {"train": -1}])
+def test_impossible_counts_are_refused(latents: str, change) -> None:
+    manifest = json.loads(Path(latents).read_text())
+    manifest["shards"][0]["buckets"][0] |= change
+    Path(latents).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"manifest.*train"):
+        data(latents)
+
+
+@pytest.mark.parametrize(("field", "value"), [("std", 1e-300), ("std", 1e300), ("mean", 1e300)])
+def test_statistics_that_float32_does_not_hold_are_refused(latents: str, field: str, value: float) -> None:
+    manifest = json.loads(Path(latents).read_text())
+    manifest[field][0] = value
+    Path(latents).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=field):
+        data(latents)
+
+
+def test_a_receipt_of_another_fingerprint_is_refused(latents: str) -> None:
+    path = Path(latents).parent / ("00003.tar" + RECEIPT_SUFFIX)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0" * 64}))
+    with pytest.raises(DataError, match=r"00003\.tar: its receipt"):
+        load(latents, 10)

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latent_shards import BLOCK, FINGERPRINT, key, write_latents
 
+from pipeline.config import DataSetConfig
+from pipeline.data.datasets import open_datasets
 from pipeline.data.manifest import RECEIPT_SUFFIX, Manifest, key_hash, load_manifest
 from pipeline.data.samples import is_holdout
 from pipeline.data.subset import KeyList, Selection, read_keys, select
@@ -178,3 +180,11 @@ def test_of_several_wrong_receipts_the_first_is_told(tmp_path: Path) -> None:
     for _ in range(5):
         with pytest.raises(LatheError, match=r"00005\.tar"):
             choose(url, 0.5)
+
+
+def test_a_list_without_line_ends_is_told_in_few_words(tmp_path: Path) -> None:
+    url = write_latents(tmp_path, [(5, 0)])
+    (tmp_path / "keys.txt").write_bytes(b"\r".join([b"00000/0000"] * 10_000))
+    with pytest.raises(DataError, match="1 of its 1 keys") as error:
+        open_datasets([DataSetConfig(manifest=url, keys=str(tmp_path / "keys.txt"))], global_batch=1)
+    assert len(str(error.value)) < 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pipeline import runfile
@@ -10,7 +12,7 @@ from pipeline.data.datasets import DataSets, open_datasets
 from pipeline.data.manifest import MANIFEST, Manifest, load_manifest
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import open_store
-from pipeline.train.checkpoint import CONFIG, Checkpoint, noted
+from pipeline.train.checkpoint import CONFIG, FORMAT_VERSION, RUN, Checkpoint, noted
 from pipeline.train.compatibility import check_data, check_resume
 from pipeline.train.trained_on import files
 
@@ -34,7 +36,8 @@ def manifest(latents) -> Manifest:
 @pytest.fixture
 def saved(tmp_path, latents) -> Checkpoint:
     store = open_store(str(tmp_path / "run"))
-    texts = {CONFIG: runfile.dump(config()).encode(), **files(data(latents))}
+    now, run = data(latents), json.dumps({"format_version": FORMAT_VERSION}).encode()
+    texts = {CONFIG: runfile.dump(config()).encode(), **files(now, now.mean, now.std), RUN: run}
     for name, text in texts.items():
         store.write(f"step-00000001/{name}", text)
     return Checkpoint(store, "step-00000001", {name: noted(text) for name, text in texts.items()})
@@ -121,3 +124,24 @@ def test_other_samples_of_the_same_meaning(tmp_path, saved, latents, manifest, m
             check_resume(saved, config(), now)
         assert "restart_order=true" in error.value.remedy
         check_resume(saved, config(restart_order=True), now)
+
+
+def test_a_checkpoint_of_another_format_says_so_first(saved, latents):
+    run = json.dumps({"format_version": FORMAT_VERSION - 1}).encode()
+    saved.store.write(f"step-00000001/{RUN}", run)
+    saved.files[RUN] = noted(run)
+    del saved.files["latents.json"]
+    with pytest.raises(DataError, match=f"has format version {FORMAT_VERSION - 1}"):
+        check_resume(saved, config(), data(latents))
+
+
+def test_data_sets_in_another_order_are_told_as_that(tmp_path, latents, manifest, make_latents):
+    other = make_latents(tmp_path / "other", manifest.fingerprint, seed=1)
+    store, before = open_store(str(tmp_path / "run")), data(latents, other)
+    run = json.dumps({"format_version": FORMAT_VERSION}).encode()
+    texts = {CONFIG: runfile.dump(config()).encode(), **files(before, before.mean, before.std), RUN: run}
+    for name, text in texts.items():
+        store.write(f"step-00000001/{name}", text)
+    two = Checkpoint(store, "step-00000001", {name: noted(text) for name, text in texts.items()})
+    with pytest.raises(DataError, match="the data sets stand in another order"):
+        check_resume(two, config(), data(other, latents))
