@@ -30,6 +30,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_ALIKE = 0.5
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
@@ -122,16 +123,33 @@ def _override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"override {override!r} has no value", "write dotted.field=value, such as seed=1")
-    *sections, field = name.split(".")
-    for section in sections:
-        inner = tree.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section", "check the dotted name")
-        tree = inner
     try:
-        tree[field] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML", "quote it") from error
+    *sections, field = name.split(".")
+    inner: Any = tree
+    for place, section in enumerate(sections):
+        if isinstance(inner, list):
+            inner = inner[_place_in(inner, section, override)]
+        elif isinstance(inner, dict):
+            inner = inner.setdefault(section, {})
+        if not isinstance(inner, dict | list):
+            said = ".".join(sections[: place + 1])
+            raise ConfigError(f"override {override!r}: {said} is a value, not a section", "check the dotted name")
+    if isinstance(inner, list):
+        inner[_place_in(inner, field, override)] = value
+    else:
+        inner[field] = value
+
+
+def _place_in(values: list[Any], name: str, override: str) -> int:
+    if not name.isdecimal() or int(name) >= len(values):
+        raise ConfigError(
+            f"override {override!r}: {name} is none of the list's {len(values)} places",
+            f"count from 0 to {len(values) - 1}, or give the whole list" if values else "give the whole list",
+        )
+    return int(name)
 
 
 def _resolve(value: Any, tree: dict[str, Any], seen: tuple[str, ...]) -> Any:
@@ -158,23 +176,50 @@ def _resolve(value: Any, tree: dict[str, Any], seen: tuple[str, ...]) -> Any:
     return _REFERENCE.sub(refer, value)
 
 
-def explain(kind: type[BaseModel], path: str, error: ValidationError) -> ConfigError:
-    """The first problem as one line behind `path`: dotted field, value, and the nearest right name."""
+def explain(kind: type[BaseModel], path: str, error: ValidationError, *, in_file: bool = True) -> ConfigError:
+    """The first problem as one line behind `path`: dotted field, value, and the nearest right name.
+
+    Args:
+        kind: what was to be made of the fields.
+        path: where they are from.
+        error: what is wrong.
+        in_file: they are of a run file; else arguments.
+    """
     first = error.errors(include_url=False)[0]
     place = [str(p) for p in first["loc"]]
     field = ".".join(place)
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, place[:-1])
-        near = difflib.get_close_matches(place[-1], known, 1, 0.5)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
+        near = _nearest(place[-1], known)
+        remedy = f"did you mean {near!r}?" if near else f"known fields: {', '.join(known)}"
         return ConfigError(f"{path}: {field}: unknown field", remedy)
     if first["type"] == "missing":
-        return ConfigError(f"{path}: {field}: missing", f"set it in the file, or add {field}=... to the command")
-    said = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        remedy = f"set it in the file, or add {field}=... to the command" if in_file else "give it"
+        return ConfigError(f"{path}: {field}: missing", remedy)
     more = len(error.errors()) - 1
     remedy = f"mend this field; {more} more are wrong" if more else "mend this field"
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        said = "Input should be a section"
+        if fields := _fields_at(kind, place):
+            remedy = f"write it with its fields, as {{{fields[0]}: ...}}"
+    if first["type"] in ("tuple_type", "list_type") and isinstance(first["input"], dict):
+        remedy = f"give the whole list, {field}=[...]"  # an override into a list that the file does not have
+    for tuples, lists in (("valid tuple", "valid list"), ("Tuple should", "List should")):
+        said = said.replace(tuples, lists)
+    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return ConfigError(": ".join(filter(None, (path, field, f"{said}{value}"))), remedy)
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """The name that looks most like it; words that both have count twice."""
+
+    def likeness(other: str) -> float:
+        shared = "".join(set(name.split("_")) & set(other.split("_")))
+        return difflib.SequenceMatcher(None, name, other).ratio() + len(shared) / max(1, len(name))
+
+    best = max(known, key=likeness, default="")
+    return best if likeness(best) >= _ALIKE else None
 
 
 def _fields_at(kind: type[BaseModel], place: list[str]) -> list[str]:

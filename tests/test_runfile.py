@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_overrides_win_over_the_file_and_reach_references(tmp_path: Path) -> Non
     [
         ({"stesp": 5}, "stesp: unknown field", "did you mean 'steps'?"),
         ({"optimizer": {"learning_rat": 1}}, "optimizer.learning_rat: unknown field", "'learning_rate'"),
+        ({"shuffle": 5}, "shuffle: unknown field", "did you mean 'shuffle_window'?"),
+        ({"optimizer": {"betas": 3}}, "optimizer.betas: Input should be a valid list (got 3)", "mend"),
+        ({"optimizer": 3}, "optimizer: Input should be a section (got 3)", "write it with its fields, as {"),
+        (
+            {"manifest": "", "datasets": ["s3://a/m.json"]},
+            "datasets.0: Input should be a section (got 's3://a/m.json')",
+            "write it with its fields, as {manifest: ...}",
+        ),
         ({"zzz": 1}, "zzz: unknown field", "known fields: root, job"),
         ({"steps": 0}, "steps: Input should be greater than or equal to 1 (got 0)", "mend"),
         ({"steps": "many"}, "steps:", "mend"),
@@ -64,7 +73,6 @@ def test_overrides_win_over_the_file_and_reach_references(tmp_path: Path) -> Non
         ({"unet": {"block_out_channels": [64]}}, "must have the same length", "mend"),
         ({"manifest": "${rot}/m.json"}, "${rot} refers to a field that is not set", "set it"),
         ({"root": "${root}"}, "${root} refers to itself", "circle"),
-        ({"optimizer": 3}, "optimizer:", "mend"),
         ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate: Input should be a finite", "mend"),
         ({"objective": {"timestep_mean": float("nan")}}, "objective.timestep_mean: Input should be a finite", "mend"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0", "mend"),
@@ -72,7 +80,7 @@ def test_overrides_win_over_the_file_and_reach_references(tmp_path: Path) -> Non
         ({"engine": {"timeout_seconds": 1e300}}, "engine.timeout_seconds: Input should be less than", "mend"),
         (
             {"unet": {"block_out_channels": [], "down_block_types": [], "up_block_types": []}},
-            "unet.block_out_channels: Tuple should have at least 1 item",
+            "unet.block_out_channels: List should have at least 1 item",
             "mend",
         ),
     ],
@@ -127,6 +135,28 @@ def test_a_field_given_twice_is_told(tmp_path: Path) -> None:
 def test_the_file_of_another_command_is_told() -> None:
     error = problem("configs/demo/encode.yaml")
     assert "is for `lathe encode`, not for `lathe train`" in error.message
+
+
+TWO = [{"manifest": "a.json", "weight": 1}, {"manifest": "b.json", "weight": 1}]
+
+
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    path = write(tmp_path, manifest="", datasets=TWO)
+    config = runfile.load(TrainConfig, path, ["datasets.0.weight=3", "datasets.1={manifest: c.json, weight: 2}"])
+    assert [(source.manifest, source.weight) for source in config.datasets] == [("a.json", 3), ("c.json", 2)]
+
+
+@pytest.mark.parametrize("override", ["datasets.2.weight=1", "datasets.-1.weight=1", "datasets.x=1", "datasets.2=1"])
+def test_a_place_that_a_list_has_not_is_told(tmp_path: Path, override: str) -> None:
+    error = problem(write(tmp_path, manifest="", datasets=TWO), override)
+    assert re.search("override .*: (2|-1|x) is none of the list's 2 places", error.message)
+    assert "from 0 to 1" in error.remedy
+
+
+def test_a_list_that_the_file_does_not_have_is_given_whole(tmp_path: Path) -> None:
+    error = problem(write(tmp_path), "optimizer.betas.1=0.5")
+    assert "optimizer.betas: Input should be a valid list" in error.message
+    assert error.remedy == "give the whole list, optimizer.betas=[...]"
 
 
 @pytest.mark.parametrize("override", ["steps", "=3", "manifest.x=1", "steps=[", "steps.deep=1"])
