@@ -10,18 +10,14 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline import runfile
-from pipeline.config import DataSetConfig, LoaderConfig
-from pipeline.config.base import Count, Section, Seed
+from pipeline.data.arguments import Options, Source, State, check_skipped, checked, given_device, given_sources
 from pipeline.data.batch import Batch, TowerText
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import LatentLoader
@@ -30,23 +26,6 @@ from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Normalisation, Posterior, Preparation, Scale, read_empty
 from pipeline.data.ranks import check_ranks, found_ranks, given_ranks
 from pipeline.errors import ConfigError, SetupError
-
-Source = str | Path | DataSetConfig | Mapping[str, Any]
-
-
-_Values = TypeVar("_Values", bound=Section)
-
-
-class _Options(Section):
-    global_batch: Count
-    seed: Seed
-    window: Count
-    start_step: int = Field(ge=0)
-    split: Split
-    normalisation: Normalisation
-    posterior: Posterior
-    caption_dropout: float = Field(ge=0, le=1)
-    dropout_by_tower: bool
 
 
 class LatentDataset(IterableDataset[dict[str, Any]]):
@@ -110,12 +89,15 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self._options = _checked(
-            _Options,
+        options = self._options = checked(
+            Options,
             {
+                **settings,
                 "global_batch": global_batch,
                 "seed": seed,
                 "window": window,
+                "rank": rank,
+                "world_size": world_size,
                 "start_step": start_step,
                 "split": split,
                 "normalisation": normalisation,
@@ -124,34 +106,31 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
                 "dropout_by_tower": dropout_by_tower,
             },
         )
-        self._config = _checked(LoaderConfig, settings)
-        self._ranks = given_ranks(rank, world_size) or found_ranks()
-        self._ranks_given = rank is not None
-        rank_positions(global_batch, *self._ranks)
-        self._device = torch.device(device)
+        self._ranks = given_ranks(options.rank, options.world_size) or found_ranks()
+        rank_positions(options.global_batch, *self._ranks)
+        self._device = given_device(device)
         self._datasets = open_datasets(
-            _sources(manifests), global_batch=global_batch, mixing=self._config.mixing, split=split
+            given_sources(manifests), global_batch=options.global_batch, mixing=options.mixing, split=options.split
         )
         manifest, store = self._datasets.manifests[0], self._datasets.stores[0]
         empty = read_empty(store, manifest)
         self.empty_text = {name: _plain(text) for name, text in empty.items()}
         """The empty prompt as `text` has captions, with b = 1: for guidance."""
-        scale = Scale(
-            normalisation, self._datasets.mean, self._datasets.std, manifest.scaling_factor, manifest.shift_factor
-        )
+        factors = manifest.scaling_factor, manifest.shift_factor
         self._prepare = Preparation(
-            seed,
-            scale,
+            options.seed,
+            Scale(options.normalisation, self._datasets.mean, self._datasets.std, *factors),
             empty,
-            posterior=posterior,
-            caption_dropout=caption_dropout,
-            dropout_by_tower=dropout_by_tower,
+            posterior=options.posterior,
+            caption_dropout=options.caption_dropout,
+            dropout_by_tower=options.dropout_by_tower,
             device=self._device,
         )
         self._loader: LatentLoader | None = None
-        told = repr((self._datasets.identity, seed, global_batch, window)).encode()
+        self._turn = 0  # counts iterations and loaded states, either of which ends the iteration before
+        told = repr((self._datasets.identity, options.seed, options.global_batch, options.window)).encode()
         self._order = int.from_bytes(hashlib.blake2b(told, digest_size=7).digest())
-        self._state: dict[str, Any] = {"step": start_step, "order": self._order, "skipped": []}
+        self._state: dict[str, Any] = {"step": options.start_step, "order": self._order, "skipped": []}
         # Process id of the first DataLoader worker that began, seen by all processes; 0 = none.
         self._served = torch.zeros(1, dtype=torch.int64)
         self._served.share_memory_()  # type: ignore[no-untyped-call]
@@ -188,23 +167,29 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         return -(-self.samples // self._options.global_batch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if not self._ranks_given:
+        if self._options.rank is None:
             check_ranks(*self._ranks)
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker:
             self._check_worker(worker.id)
+        elif self._served.item():
+            raise _second_iteration()
         self.close()
         state = self._state
         # A worker's own state names its own next step, the dataset's the next one of all.
         step = state["step"] if self._is_of_worker(count) else state["step"] + number
+        self._turn += 1
+        turn = self._turn
         with self._open(step, state["skipped"]) as loader:
             for batch in islice(loader, 0, None, count):
+                self._check_turn(turn, worker is not None)
                 item = self._item(batch)
                 self._state |= {"step": batch.step + count, "skipped": loader.state_dict()["skipped"]}
                 if worker:
                     self._state["workers"] = count
                 yield item
+        self._check_turn(turn, worker is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on: a few integers. With worker processes use {"step": batch["step"] + 1} instead.
@@ -226,16 +211,20 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             state: of `state_dict`, or {"step": the next step} alone.
 
         Raises:
-            ConfigError: it is none, or of other data, or of another seed, global_batch or window.
+            ConfigError: it is none, or of other data, or of another seed, global_batch or window; what it skips is in
+                no shard.
         """
-        checked = _checked(_State, state)
-        if checked.order not in (None, self._order):
+        given = checked(State, state)
+        if given.order not in (None, self._order):
             raise ConfigError(
                 "LatentDataset: the state is of other data, or of another seed, global_batch, window, weight or share",
                 'give what it was saved with, or load {"step": ...} alone to go on in the new order',
             )
+        check_skipped(given, self._datasets)
         self.close()
-        self._state = {**checked.model_dump(exclude_none=True), "order": self._order}
+        self._turn += 1
+        skipped = [list(skip) for skip in given.skipped]
+        self._state = {**given.model_dump(exclude_none=True), "order": self._order, "skipped": skipped}
         self._began_in_worker = False
         worker = get_worker_info()
         if worker is None or worker.id == 0:
@@ -281,7 +270,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             world_size=self.world_size,
             start_step=step,
             skipped=skipped,
-            config=self._config,
+            config=self._options,
         )
         return self._loader
 
@@ -298,6 +287,13 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             "epoch": batch.epochs,
             "step": batch.step,
         }
+
+    def _check_turn(self, turn: int, in_worker: bool) -> None:
+        if turn != self._turn or (self._served.item() and not in_worker):
+            raise SetupError(
+                "LatentDataset: an iteration cannot go on, since another one or load_state_dict has taken its place",
+                "keep one iterator at a time, and make a second LatentDataset for another loop",
+            )
 
     def _is_of_worker(self, count: int) -> bool:
         saved = self._state.get("workers")
@@ -316,38 +312,17 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             )
         # Workers are copies: a second iteration would silently begin where the first one did.
         if self._began_in_worker or (number == 0 and self._served.item() not in (0, os.getpid())):
-            raise SetupError(
-                "LatentDataset: a DataLoader with workers was iterated a second time, and would begin anew",
-                'keep one iterator for the whole run, or load_state_dict({"step": batch["step"] + 1}) before',
-            )
+            raise _second_iteration()
         self._began_in_worker = True
         if number == 0:
             self._served.fill_(os.getpid())
 
 
-class _State(Section):
-    step: int = Field(ge=0)
-    order: int | None = None
-    skipped: list[Annotated[list[int], Field(min_length=3, max_length=3)]] = Field(default_factory=list)
-    workers: int | None = None
-
-
-def _checked(kind: type[_Values], values: Mapping[str, Any]) -> _Values:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise runfile.explain(kind, "LatentDataset", error) from error
-
-
-def _sources(manifests: Source | Sequence[Source]) -> list[DataSetConfig]:
-    given = [manifests] if isinstance(manifests, str | Path | DataSetConfig | Mapping) else manifests
-    return [_source(source) for source in given]
-
-
-def _source(source: Source) -> DataSetConfig:
-    if isinstance(source, DataSetConfig):
-        return source
-    return _checked(DataSetConfig, source if isinstance(source, Mapping) else {"manifest": str(source)})
+def _second_iteration() -> SetupError:
+    return SetupError(
+        "LatentDataset: it was iterated a second time after DataLoader workers, and would begin anew",
+        'keep one iterator for the whole run, or load_state_dict({"step": batch["step"] + 1}) before',
+    )
 
 
 def _plain(text: TowerText) -> dict[str, Tensor]:

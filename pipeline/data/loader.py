@@ -5,6 +5,7 @@ Legend: b samples of this rank, w window.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -20,7 +21,7 @@ from pipeline.data.order import Order, rank_positions
 from pipeline.data.planner import Planner
 from pipeline.data.skips import SkipList
 from pipeline.data.threads import WorkerThreads
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SetupError
 
 _PLANS_KEPT = 1024  # shards; more where positions and streams are in more of them
 _LAST_REQUESTS_SECONDS = 2.0  # what closing waits for requests that are under way
@@ -34,7 +35,8 @@ class LatentLoader:
     blocks at their ends, at most b * (window + 2 blocks) samples as the tar has them; and the batches under way.
 
     Iterating raises DataError for a damaged block and StorageError for one that cannot be read, after all batches
-    before it; then the loader is closed. Closed by another thread, it ends.
+    before it; then the loader is closed. Closed by another thread, it ends. It is not for a process forked since it was
+    opened: iterating it there raises SetupError, closing it there does nothing.
 
     Args:
         datasets: what is read, see `open_datasets`.
@@ -89,7 +91,8 @@ class LatentLoader:
             self._ahead = Ahead(*ahead)
         self._closed = False
         # threads end with the loader, also where nobody closes it
-        self._close = weakref.finalize(self, _close, self._source, self._ahead, requests)
+        self._process = os.getpid()
+        self._close = weakref.finalize(self, _close, self._process, self._source, self._ahead, requests)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -97,6 +100,8 @@ class LatentLoader:
     def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
+        if os.getpid() != self._process:
+            raise SetupError("a loader was opened before its process was forked", "open another one in each process")
         try:
             if self._ahead is None:
                 batch: Batch | None = self._assembler.batch(self._planner.plan(self._step))
@@ -139,7 +144,9 @@ class LatentLoader:
         self.close()
 
 
-def _close(source: BlockSource, ahead: Ahead | None, requests: WorkerThreads) -> None:
+def _close(process: int, source: BlockSource, ahead: Ahead | None, requests: WorkerThreads) -> None:
+    if os.getpid() != process:  # a fork has none of the threads, and may have locks that they held
+        return
     source.close()
     if ahead is not None:
         ahead.stop()

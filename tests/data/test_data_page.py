@@ -55,7 +55,8 @@ def test_under_accelerate_every_rank_has_its_part(tmp_path: Path) -> None:
     alone, together = blocks(PAGE)[:2]
     loop = """
 for batch in dataset:
-    print("keys", accelerator.process_index, batch["step"], *batch["keys"], flush=True)
+    line = " ".join(["keys", str(accelerator.process_index), str(batch["step"]), *batch["keys"]])
+    print(line + chr(10), end="", flush=True)  # in one piece, since both ranks print
     latents = batch["latents"]
     accelerator.backward((model(latents) - latents).square().mean())
     if batch["step"] == 3:

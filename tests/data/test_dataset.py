@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -202,15 +204,90 @@ def test_a_state_is_not_for_another_order(latents: str, changes: dict[str, Any])
     assert take(other, 1)[0]["step"] == 2
 
 
-@pytest.mark.parametrize("state", [{}, {"step": -1}, {"step": 1, "skipped": [[1]]}, {"epoch": 1, "step": 1}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"step": -1},
+        {"epoch": 1, "step": 1},
+        *({"step": 1, "skipped": [skip]} for skip in ([1], [0, 0, 1], [0, 0, -2, 8], [1, 0, 0, 8], [0, 5, 0, 8])),
+    ],
+)
 def test_what_is_no_state_is_refused(latents: str, state: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="LatentDataset: "):
+    with pytest.raises(ConfigError, match="LatentDataset: ") as error:
         dataset(latents).load_state_dict(state)
+    assert "command" not in error.value.remedy
+
+
+def test_what_is_skipped_stays_so(latents: str) -> None:
+    stream = dataset(latents, on_damage="skip")
+    stream.load_state_dict({"step": 0, "skipped": [[0, 3, -1, 33], [0, 0, 1, 8]]})
+    assert (torch.cat([item["weight"] for item in take(stream, 9)]) == 0).any()
+    assert stream.state_dict()["skipped"] == [[0, 0, 1, 8], [0, 3, -1, 33]]
 
 
 def test_iterating_again_goes_on(latents: str, expected: list[str]) -> None:
     loader = DataLoader(dataset(latents), batch_size=None)
     assert digests([*take(loader, 3), *take(loader, 2), *take(loader, 4)]) == expected[:9]
+
+
+@pytest.mark.parametrize("other", ["iterate", "load"])
+def test_an_iteration_whose_place_was_taken_says_so(latents: str, expected: list[str], other: str) -> None:
+    stream = dataset(latents)
+    first = iter(stream)
+    next(first)
+    if other == "iterate":
+        second = iter(stream)
+        assert digests([next(second)]) == expected[1:2]
+    else:
+        stream.load_state_dict({"step": 2})
+    with pytest.raises(SetupError, match="taken its place"):
+        next(first)
+    assert digests(take(stream, 2)) == expected[2:4]
+
+
+def test_closed_within_the_loop_it_ends(latents: str, expected: list[str]) -> None:
+    stream, found = dataset(latents), []
+    for item in stream:
+        found.append(item)
+        if len(found) == 3:
+            stream.close()
+    assert digests([*found, *take(stream, 1)]) == expected[:4]
+
+
+def test_workers_are_forked_from_a_process_that_reads(latents: str, expected: list[str]) -> None:
+    for _ in range(6):
+        stream = dataset(latents, workers=8, steps_ahead=64)
+        reading = iter(stream)
+        next(reading)
+        with stream._loader._ahead._changed:  # as a thread of it may at the fork
+            loader = iter(DataLoader(stream, batch_size=None, num_workers=2, timeout=20))
+        assert digests([next(loader) for _ in range(3)]) == expected[1:4]
+        with pytest.raises(SetupError, match="taken its place"):
+            next(reading)
+
+
+def test_an_iteration_is_not_inherited(latents: str) -> None:
+    stream = dataset(latents)
+    reading = iter(stream)
+    next(reading)
+    told = multiprocessing.get_context("fork").SimpleQueue()
+
+    def inherit(iterators: list[Iterator[Item]]) -> None:
+        with pytest.raises(SetupError, match="before its process was forked"):
+            next(iterators[0])
+        stream.close()
+        iterators.clear()
+        told.put("ended")
+
+    with stream._loader._ahead._changed:
+        heir = multiprocessing.get_context("fork").Process(target=inherit, args=([reading],))
+        heir.start()
+    heir.join(20)
+    heir.kill()
+    assert (heir.exitcode, told.empty()) == (0, False)
+    assert next(reading)["step"] == 1
 
 
 def worker_states(stream: LatentDataset, workers: int, steps: int) -> list[dict[str, Any]]:
@@ -279,8 +356,9 @@ def test_the_position_of_workers_is_not_guessed(latents: str, expected: list[str
     last = take(loader, 3)[-1]
     with pytest.raises(SetupError, match="workers read ahead"):
         stream.state_dict()
-    with pytest.raises(SetupError, match="a second time"):
-        take(loader, 1)
+    for again in (loader, stream):
+        with pytest.raises(SetupError, match="a second time"):
+            take(again, 1)
     stream.load_state_dict({"step": last["step"] + 1})
     assert digests(take(loader, 3)) == expected[3:6]
 
@@ -325,6 +403,11 @@ def test_damage_by_option_costs_weight(tmp_path: Path) -> None:
         ({"split": "test"}, "split: "),
         ({"on_damage": "ignore"}, "on_damage: "),
         ({"chache": "/nvme"}, "chache: unknown field"),
+        ({"batch_size": 3}, "batch_size: unknown field"),
+        ({"rank": "x", "world_size": 2}, "rank: "),
+        ({"device": "cud"}, "device: 'cud' cannot be used: "),
+        ({"device": None}, "device: None cannot be used"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used: "),
         ({"rank": 1}, "rank=1 and world_size=None"),
         ({"rank": 2, "world_size": 2}, "rank=2 and world_size=2"),
         ({"rank": 0, "world_size": 3}, "3 ranks"),
@@ -335,6 +418,42 @@ def test_arguments_that_cannot_be_used_are_named(latents: str, changes: dict[str
         dataset(latents, **changes)
     assert error.value.remedy
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("manifests", [None, 3, [None], b"m.json", {"manifest": ""}, {"manfest": "m.json"}, {}, []])
+def test_what_is_no_address_is_told(manifests: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        LatentDataset(manifests)
+    assert error.value.remedy
+    assert "\n" not in error.value.message + error.value.remedy
+    assert "command" not in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("batch_size", "global_batch"), ("shuffle_window", "window"), ("chache", "cache")]
+)
+def test_the_nearest_argument_is_named(latents: str, wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        dataset(latents, **{wrong: 3})
+    assert error.value.remedy == f"did you mean {right!r}?"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_batch": "8"},
+        {"global_batch": 8.0},
+        {"seed": np.int64(3)},
+        {"caption_dropout": "0.3"},
+        {"window": np.int32(4), "start_step": np.int64(0)},
+        {"rank": "0", "world_size": np.int64(1)},
+    ],
+)
+def test_numbers_of_other_types_are_the_same_numbers(latents: str, expected: list[str], changes: Item) -> None:
+    stream = dataset(latents, **changes)
+    assert stream.state_dict() == dataset(latents).state_dict()
+    assert digests(take(stream, 2)) == expected[:2]
+    assert {type(value) for value in stream.state_dict().values()} == {int, list}
 
 
 def test_ranks_come_from_the_launcher(latents: str, monkeypatch: pytest.MonkeyPatch) -> None:
