@@ -7,8 +7,10 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -256,12 +258,32 @@ def test_closed_within_the_loop_it_ends(latents: str, expected: list[str]) -> No
     assert digests([*found, *take(stream, 1)]) == expected[:4]
 
 
+@contextmanager
+def held(lock: threading.Condition) -> Iterator[None]:
+    """Another thread has the lock, as a loader's own may when its process is forked."""
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        holder.join()
+
+
 def test_workers_are_forked_from_a_process_that_reads(latents: str, expected: list[str]) -> None:
     for _ in range(6):
         stream = dataset(latents, workers=8, steps_ahead=64)
         reading = iter(stream)
         next(reading)
-        with stream._loader._ahead._changed:  # as a thread of it may at the fork
+        with held(stream._loader._ahead._changed):
             loader = iter(DataLoader(stream, batch_size=None, num_workers=2, timeout=20))
         assert digests([next(loader) for _ in range(3)]) == expected[1:4]
         with pytest.raises(SetupError, match="taken its place"):
@@ -281,7 +303,7 @@ def test_an_iteration_is_not_inherited(latents: str) -> None:
         iterators.clear()
         told.put("ended")
 
-    with stream._loader._ahead._changed:
+    with held(stream._loader._ahead._changed):
         heir = multiprocessing.get_context("fork").Process(target=inherit, args=([reading],))
         heir.start()
     heir.join(20)
