@@ -286,8 +286,15 @@ def rank_positions(global_batch: int, rank: int, world_size: int) -> Integers:
     """The places in the global batch that belong to `rank`: int64 [global_batch / world_size], in order.
 
     Raises:
-        ConfigError: the world size does not divide the global batch; names the nearest that do.
+        ConfigError: the rank is not one of the world's; or the world size does not divide the global batch, when the
+            nearest that do are named.
     """
+    if world_size < 1:
+        raise ConfigError(f"world_size: {world_size} ranks read nothing", "start 1 rank or more")
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"rank: {rank} is none of {world_size} ranks", f"ranks count from 0: give one of 0 to {world_size - 1}"
+        )
     if global_batch % world_size:
         divisors = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
         below, above = max(d for d in divisors if d < world_size), [d for d in divisors if d > world_size][:1]

@@ -257,6 +257,35 @@ def test_other_world_sizes_are_refused_with_the_nearest(batch: int, world: int, 
     assert f"start {nearest} ranks" in error.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("rank", "world", "said", "remedy"),
+    [
+        (-1, 4, "rank: -1 is none of 4 ranks", "0 to 3"),
+        (4, 4, "rank: 4 is none of 4 ranks", "0 to 3"),
+        (0, 0, "world_size: 0", "1 rank"),
+        (0, -2, "world_size: -2", "1 rank"),
+    ],
+)
+def test_ranks_that_are_none_are_refused(rank: int, world: int, said: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        rank_positions(8, rank, world)
+    assert said in error.value.message
+    assert remedy in error.value.remedy
+
+
+@given(sizes=shard_sizes, window=windows, start=st.integers(0, 30))
+@settings(max_examples=50, deadline=None)
+def test_one_order_serves_two_ranks_in_turn(sizes, window, start) -> None:
+    """What an order keeps from one call is not taken for another rank's, nor for another epoch's."""
+    shared, *own = (Order([sizes], global_batch=4, seed=5, window=window) for _ in range(3))
+    for step in range(start, start + 8):
+        for rank, alone in enumerate(own):
+            places = rank_positions(4, rank, 2)
+            found, expected = shared.batch(step, places), alone.batch(step, places)
+            for name in ("epoch", "shard", "sample", "window"):
+                assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
 def test_a_late_step_of_a_large_data_set_costs_no_more_than_the_first() -> None:
     order = Order([[1000] * 100_000], global_batch=4096, seed=0, window=256)
     places = order.batch(10**9, rank_positions(4096, 3, 64))
