@@ -12,7 +12,7 @@ from latent_shards import FINGERPRINT, key, write_latents
 from pipeline.config import DataSetConfig
 from pipeline.data.datasets import DataSets, open_datasets
 from pipeline.data.manifest import MANIFEST, load_manifest
-from pipeline.data.order import Order
+from pipeline.data.order import VERSION, Order
 from pipeline.errors import ConfigError, DataError, StorageError
 
 SQUARE, TALL, WIDE = (4, 4), (8, 4), (4, 8)
@@ -174,6 +174,12 @@ def test_identity_differs_wherever_the_order_might(first: str, second: str, tmp_
     assert len({found.identity for found in several}) == len(several)
 
 
+def test_identity_differs_for_another_version_of_the_order(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = opened({"manifest": first}).identity
+    monkeypatch.setattr("pipeline.data.datasets.VERSION", VERSION + 1)
+    assert opened({"manifest": first}).identity != before
+
+
 def refused(kind: type[Exception], said: str, *sources: dict, **options) -> None:
     with pytest.raises(kind) as error:
         opened(*sources, **options)
@@ -204,6 +210,10 @@ def test_a_copy_of_a_data_set_beside_it_is_refused(first: str, tmp_path: Path) -
         ({"autoencoder_weights": "x", "text_padding": "trimmed"}, "autoencoder_weights, text_padding"),
         ({"text_towers": (FINGERPRINT.text_towers[0].model_copy(update={"tokenizer": "u"}),)}, "text_towers"),
         ({"dtype": "float32"}, "dtype"),
+        ({"text_precision": "bfloat16"}, "text_precision"),
+        ({"autoencoder_config": "x"}, "autoencoder_config"),
+        ({"normalisation": "x"}, "normalisation"),
+        ({"text_mode": "online"}, "text_mode"),
     ],
 )
 def test_data_sets_of_another_encoding_are_refused(first: str, tmp_path: Path, changes, fields: str) -> None:

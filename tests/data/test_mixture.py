@@ -55,6 +55,8 @@ def test_quotas_depend_on_the_ratio_alone(parts, factor, spare) -> None:
         (fractions(1000, 1), 8, (7, 1)),
         (fractions(1000, 1, 1), 3, (1, 1, 1)),
         (fractions(50, 30, 20), 64, (32, 19, 13)),
+        (fractions(20, 20, 1, 1, 1), 6, (2, 1, 1, 1, 1)),  # of equal ones the last loses a place
+        (fractions(10, 10, 10, 1, 1, 1), 8, (2, 2, 1, 1, 1, 1)),
     ],
 )
 def test_quotas_of_known_cases(parts, places, expected) -> None:

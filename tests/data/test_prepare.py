@@ -183,6 +183,15 @@ def test_a_wrong_file_of_the_empty_prompt_is_named(tmp_path: Path, content: byte
     assert "lathe encode" in error.value.remedy
 
 
+@pytest.mark.parametrize("tokens", [0, L + 1])
+def test_a_trimmed_empty_prompt_has_one_token_at_least_and_no_more_than_fit(tmp_path: Path, tokens: int) -> None:
+    url = write_latents(tmp_path, [(3, 0)], fingerprint=cached("trimmed"))
+    (tmp_path / "empty.text.clip_l.npy").write_bytes(npy_bytes(np.zeros((tokens, 3), np.float16)))
+    said = rf"is float16 \[{tokens}, 3\], the manifest says float16 \[4, 3\] or fewer tokens"
+    with pytest.raises(DataError, match=said):
+        read_empty(open_store(str(tmp_path)), load_manifest(url))
+
+
 def test_a_missing_file_of_the_empty_prompt_is_named(tmp_path: Path) -> None:
     url = write_latents(tmp_path, [(3, 0)])
     (tmp_path / "empty.tokens.clip.npy").unlink()
