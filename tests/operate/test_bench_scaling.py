@@ -21,7 +21,7 @@ from pipeline.data.planner import Planner
 from pipeline.errors import ConfigError, SetupError
 from pipeline.operate.bench.scaling import job
 from pipeline.operate.bench.scaling.data_set import TEXTS, sample_bytes
-from pipeline.operate.bench.scaling.epoch import Blocks, plan_epoch
+from pipeline.operate.bench.scaling.epoch import Blocks, EpochPlan, plan_epoch
 from pipeline.operate.bench.scaling.job import ScalingBench, bench_scaling
 from pipeline.operate.bench.scaling.measured import Job, measure
 from pipeline.operate.bench.scaling.page import page, summary
@@ -209,6 +209,40 @@ def test_the_page_tells_figures_and_assumptions(result):
     assert "{" not in text
     slow = {**result, "plan_seconds": 10.0, "plan_peak_bytes": 2**30}
     assert page(slow, "").count("MISSED") == summary(slow).count("MISSED") == 2
+
+
+def test_the_rows_of_nodes_are_what_one_works_out_by_hand(result, monkeypatch):
+    """8 nodes of 8 GPUs at 100 or 400 pictures/s: a node makes 800 or 3,200, a batch of 512 takes 1/12.5 or 1/50 s."""
+    plan = EpochPlan(
+        samples=1000,
+        blocks=60,
+        blocks_read=70,  # 10 twice
+        requests=50,  # 0.05 a picture: 40 or 160 a second and node, 320 or 1,280 in all
+        bytes_read=20_000_000,  # 20 kB a picture: 16 or 64 MB a second and node, 0.128 or 0.512 GB in all
+        receipts=1234,
+        windows=10,
+        window_samples=300_000,  # 64 positions a node x 30,000 samples x 20,480 bytes = 36.62 GiB, 4.58 a rank
+        largest_node_step=6,  # 75 or 300 a second
+    )
+    monkeypatch.setattr(job, "plan_epoch", lambda *_: plan)
+    text = page({**result, "nodes": list(job._nodes(SMALL, lambda _: None))}, "")
+    rows = [line for line in text.splitlines() if line.startswith("| 8 | 512 | 4.58 |")]
+    assert rows == [
+        "| 8 | 512 | 4.58 | 36.62 | 1,234 | 10 "
+        "| 40.0 / 160.0 | 75.0 / 300.0 | 16.0 / 64.0 | 320.0 / 1,280.0 | 0.13 / 0.51 |"
+    ]
+
+
+def test_the_rows_of_the_cache_are_what_one_works_out_by_hand(result):
+    """With 8 nodes: 1 - 7/8, 1 - (7/8)^2 = 15/64, 1 - 0.263, 1 - 0.0000016."""
+    lines = page(result, "").splitlines()
+    (header,) = [line for line in lines if line.startswith("| nodes | simulated |")]
+    columns = "".join(f" epoch {e + 1}, 1 - (1 - 1/nodes)^{e} |" for e in (1, 2, 10, 100))
+    assert header == f"| nodes | simulated |{columns}"
+    assert [
+        line for line in lines if line.startswith("| 8 |") and line.endswith("| 12.50% | 23.44% | 73.69% | 100.00% |")
+    ]
+    assert "| 1 | 100.00% | 100.00% | 100.00% | 100.00% | 100.00% |" in lines
 
 
 @pytest.mark.parametrize(

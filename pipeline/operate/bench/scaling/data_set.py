@@ -15,6 +15,7 @@ from pipeline.data.manifest import (
     Bucket,
     BucketCount,
     BucketRange,
+    Fingerprint,
     Manifest,
     Receipt,
     ShardEntry,
@@ -90,9 +91,8 @@ def write_receipts(folder: Path, shards: int, samples: int, buckets: int, block_
 
 
 def _write(folder: Path, entries: list[ShardEntry], sizes: dict[Bucket, int]) -> str:
-    mark = SimulatedDevice(_RESOLUTION, 0.0).fingerprint(_RESOLUTION).model_copy(update={"buckets": tuple(sizes)})
     manifest = Manifest(
-        fingerprint=mark,
+        fingerprint=_fingerprint(sizes),
         content_hash=content_hash(entries),
         images=("simulated",),
         shard_name_parts=1,
@@ -112,6 +112,10 @@ def _write(folder: Path, entries: list[ShardEntry], sizes: dict[Bucket, int]) ->
     return str(folder / MANIFEST)
 
 
+def _fingerprint(sizes: dict[Bucket, int]) -> Fingerprint:
+    return SimulatedDevice(_RESOLUTION, 0.0).fingerprint(_RESOLUTION).model_copy(update={"buckets": tuple(sizes)})
+
+
 def _receipt(name: str, sizes: dict[Bucket, int], blocks: Blocks) -> Receipt:
     ranges, rows, first = [], [], 0
     for bucket, size in sizes.items():
@@ -125,7 +129,7 @@ def _receipt(name: str, sizes: dict[Bucket, int], blocks: Blocks) -> Receipt:
         source=name,
         source_bytes=0,
         source_sha256="",
-        fingerprint="simulated",
+        fingerprint=_fingerprint(sizes).digest(),
         bytes=first * blocks.sample_bytes,
         sha256=hashlib.sha256(name.encode()).hexdigest(),
         buckets=tuple(ranges),
