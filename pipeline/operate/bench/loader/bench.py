@@ -42,7 +42,7 @@ SIZES = {
     "small": LoaderBench(
         repeats=2,
         rates=RateSizes(samples=4096, per_shard=512, window=8, block_samples=16),
-        shuffle=ShuffleSizes(per_shard=256, window=8, block_samples=8),
+        shuffle=ShuffleSizes(per_shard=192, window=8, block_samples=8),
         memory=PlanSizes(shards=(10, 300), samples=320),
     ),
     "standard": LoaderBench(),

@@ -57,7 +57,8 @@ The same samples of the first kind from {endpoint}: {requests:,} requests, {mib:
 
 - **bare range reads**: the same ranges in the same order, {at_once} at once with aiobotocore; nothing is done with the
   bytes. The server runs on the same machine, and takes its part of the cores.
-- **Lathe**: {processes} threads, no cache. **Peers**: {processes} workers; what keeps a copy begins each epoch without.
+- **Lathe**: {processes} threads, no cache. **Peers**: {processes} workers, litdata none, which suits it better here;
+  what keeps a copy begins each epoch without.
 - A file a sample is not read from S3: it would be a request a sample.
 """
 _START = """## From start to first batch, on S3
@@ -73,7 +74,8 @@ blocks of {block_samples}); webdataset has a buffer of as many.
 - **spread**: the standard deviation of the places of a source shard's samples in the epoch, averaged over the shards,
   over what a uniformly random order gives. 1 = as well as can be, 0 = in one piece.
 - **together**: of the pairs of samples in one batch, the share that is of one source shard, over what a uniformly
-  random order gives. 1 = as good as can be; larger = shards come in pieces.
+  random order gives. 1 = as chance has it; larger = shards come in pieces. Lathe's batches take their samples from
+  places all over the epoch's data, so there is less of it than by chance.
 - mosaicml-streaming and litdata shuffle as they do by default, over whole shards that lie on a local disk.
 """
 _MEMORY = """## Memory

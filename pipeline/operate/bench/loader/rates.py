@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.data.manifest import MANIFEST
 from pipeline.operate.bench.loader.contestant import Contestant
 from pipeline.operate.bench.loader.ours import Work
-from pipeline.operate.bench.loader.rivals import NOT_FROM_S3, TUNED, Rivals
+from pipeline.operate.bench.loader.rivals import ALONE_ON_S3, NOT_FROM_S3, TUNED, Rivals
 from pipeline.operate.bench.loader.samples import write_latents, write_samples
 from pipeline.operate.bench.loader.starts import measure_starts
 from pipeline.operate.bench.runs import Round, delete_below, told
@@ -134,7 +134,8 @@ def _from_s3(written: Written, url: str, rivals: Rivals, repeats: int, say: Say)
             if name in NOT_FROM_S3:
                 continue
             where = f"{url}/{_format(name)}"
-            peer = _peer(rivals, name, written, where, written.sizes.processes, endpoint=endpoint())
+            workers = 0 if name in ALONE_ON_S3 else written.sizes.processes
+            peer = _peer(rivals, name, written, where, workers, endpoint=endpoint())
             everyone[name] = running.enter_context(peer)
         result = _rounds(everyone, written.sizes.samples, repeats, "S3", say)
     asked_for = {"requests": len(asked), "bytes": sum(end - start for _, start, end in asked)}

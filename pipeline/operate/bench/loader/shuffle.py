@@ -3,7 +3,7 @@
 `spread`: how far the samples of one source shard are spread over an epoch: the standard deviation of their places in
 it, averaged over the shards, over what a uniformly random order gives; 1 = as well as can be, 0 = in one piece.
 `together`: of the pairs of samples in one batch, the share that is of one source shard, over what a uniformly random
-order gives; 1 = as good as can be, larger = shards come in pieces.
+order gives; 1 = as chance has it, larger = shards come in pieces.
 
 Legend: N samples, m of them in a shard, b in a batch.
 """
@@ -64,10 +64,10 @@ def quality(batches: Sequence[Sequence[int]], shards: Sequence[int]) -> Quality:
 
 @dataclass(frozen=True)
 class ShuffleSizes:
-    """Many shards of few samples; what is in memory at once is small against the whole."""
+    """Many shards of few samples, not as many as a batch has; what is in memory is small against the whole."""
 
-    shards: int = 64
-    per_shard: int = 1024
+    shards: int = 100
+    per_shard: int = 640
     block_samples: int = 16
     batch: int = 64
     window: int = 16
