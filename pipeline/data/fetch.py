@@ -28,14 +28,17 @@ _IN_VAIN = 2  # blocks in a row that cannot be read alone either: the rest of th
 class BlockReference:
     """One block, here or under way; as long as somebody refers to it, others find it and need not read it again."""
 
-    __slots__ = ("__weakref__", "future")
+    __slots__ = ("__weakref__", "_block", "future")
 
     def __init__(self) -> None:
         self.future: Future[LatentBlock | None] = Future()
+        self._block: LatentBlock | None = None
 
     def get(self) -> LatentBlock | None:
         """The block, waited for; None where it is skipped. Raises what reading it raised."""
-        return self.future.result()
+        if self._block is None:  # a future takes a lock to tell what it has told before
+            self._block = self.future.result()
+        return self._block
 
 
 class _Shard(NamedTuple):
