@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.batch import Batch
-from pipeline.data.buffers import BufferPool
 from pipeline.data.datasets import DataSets
 from pipeline.data.fetch import BlockReference
 from pipeline.data.gather import gather
@@ -35,7 +34,6 @@ class Assembler:
 
     def __init__(self, datasets: DataSets, layouts: Sequence[Layout], positions: Integers, seed: int) -> None:
         self._datasets, self._layouts, self._positions, self._seed = datasets, layouts, positions, seed
-        self._buffers = BufferPool()
 
     def batch(self, planned: PlannedStep) -> Batch:
         """The batch of a planned step. Raises what reading one of its blocks raised."""
@@ -44,7 +42,7 @@ class Assembler:
         rows = [_loaded(row) for row in planned.rows]
         keys = ["" if row is None else row[0].keys[row[1]] for row in rows]
         captions, mirrored = self._draw(places.epoch, keys, rows)
-        arrays = gather(rows, captions.tolist(), mirrored.tolist(), self._layouts[stream], self._buffers)
+        arrays = gather(rows, captions.tolist(), mirrored.tolist(), self._layouts[stream])
         batch = Batch(
             step=planned.step,
             bucket=self._datasets.streams[stream].bucket,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import TowerText
-from pipeline.data.buffers import BufferPool
 from pipeline.data.latent_block import LatentBlock
 from pipeline.data.layout import FIXED_COLUMNS, MIRRORED, MOMENTS, SIZE, ArrayLayout, Layout
 
@@ -33,13 +32,7 @@ class Arrays:
     size: Tensor  # int32 [b, 6]
 
 
-def gather(
-    rows: Sequence[_Row],
-    captions: Sequence[int],
-    mirrored: Sequence[bool],
-    layout: Layout,
-    buffers: BufferPool,
-) -> Arrays:
+def gather(rows: Sequence[_Row], captions: Sequence[int], mirrored: Sequence[bool], layout: Layout) -> Arrays:
     """Copy samples together.
 
     Args:
@@ -47,7 +40,6 @@ def gather(
         captions: which one of each sample; of no account where there is no sample.
         mirrored: whether to take the mirrored latent.
         layout: of all blocks.
-        buffers: where the memory of the arrays comes from.
 
     Raises:
         IndexError: a sample has no such caption, or no mirrored latent.
@@ -55,25 +47,24 @@ def gather(
     for row, caption, flip in zip(rows, captions, mirrored, strict=True):
         if row is not None and not (0 <= caption < row[0].counts[row[1]] and (row[0].mirrored or not flip)):
             raise IndexError(f"{row[0].keys[row[1]]!r} has no caption {caption}, or no mirrored latent")
-    moments = _copy(buffers, rows, [MIRRORED if flip else MOMENTS for flip in mirrored], layout.fixed[MOMENTS])
+    moments = _copy(rows, [MIRRORED if flip else MOMENTS for flip in mirrored], layout.fixed[MOMENTS])
     text: dict[str, dict[str, Tensor]] = {}
     for number, one in enumerate(layout.text):
         columns = [FIXED_COLUMNS + len(layout.text) * caption + number for caption in captions]
-        found, arrays = _copy(buffers, rows, columns, one.array), text.setdefault(one.tower, {})
+        found, arrays = _copy(rows, columns, one.array), text.setdefault(one.tower, {})
         arrays[_FIELDS[one.kind]] = found.long() if one.kind == "tokens" else found
         if one.array.trimmed:
             arrays["mask"] = _mask(rows, columns, one.array.shape[0])
-    size = _copy(buffers, rows, [SIZE] * len(rows), layout.fixed[SIZE])
+    size = _copy(rows, [SIZE] * len(rows), layout.fixed[SIZE])
     return Arrays(moments, {tower: TowerText(**arrays) for tower, arrays in text.items()}, size)
 
 
-def _copy(buffers: BufferPool, rows: Sequence[_Row], columns: Sequence[int], array: ArrayLayout) -> Tensor:
+def _copy(rows: Sequence[_Row], columns: Sequence[int], array: ArrayLayout) -> Tensor:
     """One array of each sample, [b, ...], zeros beyond what it has."""
     token = np.dtype(array.dtype).itemsize * prod(array.shape[1:])
     step, begin = token * array.shape[0], 0
-    found = buffers.empty((len(rows), *array.shape), array.dtype)
-    if array.trimmed or None in rows:
-        found.fill(0)
+    make = np.zeros if array.trimmed or None in rows else np.empty
+    found = make((len(rows), *array.shape), array.dtype)
     # As plain bytes: of a few kB at a time, numpy's own assignment takes longer to prepare than to copy.
     target = found.reshape(-1).view(np.uint8).data
     for row, column in zip(rows, columns, strict=True):

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.data.buffers import BufferPool
 from pipeline.data.gather import gather
 from pipeline.data.latent_block import parse_block
 from pipeline.data.layout import Layout
@@ -86,7 +85,7 @@ def _read_block(store: Store, layout: Layout, name: str, plan: ShardPlan, number
     data = store.read(name, start, start + int(plan.length[number]))
     block = parse_block(data, plan, number, layout, f"{store.url.rstrip('/')}/{name}")
     rows = range(len(block))
-    arrays = gather([(block, row) for row in rows], [0 for _ in rows], [False for _ in rows], layout, BufferPool())
+    arrays = gather([(block, row) for row in rows], [0 for _ in rows], [False for _ in rows], layout)
     return SplitArrays(
         moments=arrays.moments.numpy(),
         tokens=cast(Tensor, arrays.text[layout.text[0].tower].tokens).numpy().astype(np.uint16),

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from latent_blocks import BUCKET, CACHED, MARKS, read_blocks
 from latent_shards import CHANNELS, moments, text, write_latents
 
-from pipeline.data.buffers import BufferPool
 from pipeline.data.gather import Arrays, gather
 from pipeline.data.latent_block import LatentBlock
 from pipeline.data.layout import Layout
@@ -42,7 +41,7 @@ def test_each_sample_has_its_own_arrays_of_the_caption_drawn(
     read, layout = blocks[mode]
     rows = draw(read, [number for number, _, _ in drawn])
     mirrored = [flip and layout.flip for _, _, flip in drawn]
-    found = gather(rows, [caption for _, caption, _ in drawn], mirrored, layout, BufferPool())
+    found = gather(rows, [caption for _, caption, _ in drawn], mirrored, layout)
     for place, (row, (_, caption, _)) in enumerate(zip(rows, drawn, strict=True)):
         if row is None:
             assert_nothing(found, place)
@@ -95,7 +94,7 @@ def assert_nothing(found: Arrays, place: int) -> None:
 )
 def test_shapes_and_types_are_those_promised(blocks: dict[str, Blocks], mode: str, expected: dict) -> None:
     read, layout = blocks[mode]
-    found = gather(draw(read, [18, None]), [0, 0], [False, False], layout, BufferPool())
+    found = gather(draw(read, [18, None]), [0, 0], [False, False], layout)
     assert (found.moments.dtype, tuple(found.moments.shape)) == (torch.float16, (2, 2 * CHANNELS, 2, 4))
     assert (found.size.dtype, tuple(found.size.shape)) == (torch.int32, (2, 6))
     there = {
@@ -115,7 +114,7 @@ def test_what_a_sample_has_not_is_never_taken_from_another(
 ) -> None:
     read, layout = blocks[mode]
     with pytest.raises(IndexError, match=r"00000/0002"):
-        gather(draw(read, [2]), [caption], [flip], layout, BufferPool())
+        gather(draw(read, [2]), [caption], [flip], layout)
 
 
 def test_data_sets_with_and_without_mirrored_latents_share_a_batch(tmp_path: Path) -> None:
@@ -123,16 +122,16 @@ def test_data_sets_with_and_without_mirrored_latents_share_a_batch(tmp_path: Pat
     plain = CACHED.model_copy(update={"flip": False})
     without, other = read_blocks(write_latents(tmp_path / "b", [{BUCKET: (2, 0)}], fingerprint=plain, prefix="b"))
     for one in (layout, other):
-        found = gather([(with_flip[0], 1), (without[0], 1)], [0, 0], [True, False], one, BufferPool())
+        found = gather([(with_flip[0], 1), (without[0], 1)], [0, 0], [True, False], one)
         np.testing.assert_array_equal(found.moments[0], moments("00000/0001", 2, 4)[..., ::-1])
         np.testing.assert_array_equal(found.moments[1], moments("b00000/0001", 2, 4))
 
 
 def test_a_batch_keeps_no_block(blocks: dict[str, Blocks]) -> None:
     read, layout = blocks["cached"]
-    found = gather(draw(read, [0]), [0], [False], layout, BufferPool())
+    found = gather(draw(read, [0]), [0], [False], layout)
     before = found.moments.clone()
     assert not np.shares_memory(found.moments.numpy(), np.frombuffer(read[0].data, np.uint8))
     found.moments.zero_()  # writable: a view of the block's bytes would not be
-    assert not torch.equal(gather(draw(read, [0]), [0], [False], layout, BufferPool()).moments, found.moments)
-    assert torch.equal(gather(draw(read, [0]), [0], [False], layout, BufferPool()).moments, before)
+    assert not torch.equal(gather(draw(read, [0]), [0], [False], layout).moments, found.moments)
+    assert torch.equal(gather(draw(read, [0]), [0], [False], layout).moments, before)

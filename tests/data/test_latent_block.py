@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from latent_blocks import BUCKET, JOINT, MARKS, TRIMMED, archive, layout_of, parse, parts, read_blocks
 from latent_shards import key, moments, text, write_latents
 
-from pipeline.data.buffers import BufferPool
 from pipeline.data.gather import gather
 from pipeline.data.latent_block import LatentBlock
 from pipeline.data.layout import FIXED_COLUMNS, JSON, Layout
@@ -191,7 +190,7 @@ def use(data: bytes, layout: Layout, samples: int) -> None:
         return
     assert len(block) == samples
     rows = [(block, row) for row in range(samples)]
-    gather(rows, [count - 1 for count in block.counts], [block.mirrored] * samples, layout, BufferPool())
+    gather(rows, [count - 1 for count in block.counts], [block.mirrored] * samples, layout)
     for row in range(samples):
         assert len(block.keys[row]) > 0
         for column in range(block.width):
