@@ -1,12 +1,30 @@
-"""Whether this process is short of memory."""
+"""Memory of this process: whether it is short of it, and whether what it frees is kept."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import resource
 
 import psutil
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's mallopt
+_MOST_KEPT, _LARGEST_KEPT = (1 << 31) - 1, 32 << 20  # the most that glibc takes
 _PLENTY_BYTES = 1 << 30  # four times the largest picture, and far more than a table's rows
+
+
+@functools.cache
+def keep_freed() -> None:
+    """Keep freed memory for what is allocated next, in this process from now on: glibc's malloc, else nothing changes.
+
+    By default it hands pieces of a few MB back to the system and asks for them anew, page by page, which takes longer
+    than filling them. Now it keeps pieces of up to 32 MiB, of 2 GiB in all, and threads that begin later share them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(_ARENA_MAX, 1)
 
 
 def is_scarce() -> bool:

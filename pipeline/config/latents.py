@@ -48,7 +48,12 @@ class LoaderConfig(Section):
     workers: int = Field(
         2, ge=0, le=64, description="threads that assemble batches; 0 = everything in the caller's thread"
     )
-    requests: int = Field(16, ge=1, le=256, description="reads under way at once")
+    requests: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="reads under way at once; null = 16 where latents are on S3, 4 where all are local",
+    )
     steps_ahead: Count = Field(8, description="steps whose blocks are asked for ahead of time")
     on_damage: Literal["fail", "skip"] = Field(
         "fail",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from itertools import groupby
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipeline.config import LoaderConfig
 from pipeline.data.cache import BlockCache, block_name
 from pipeline.data.datasets import DataSets
-from pipeline.data.latent_block import LatentBlock, parse_block
+from pipeline.data.latent_block import LatentBlock, check_block, index_block
 from pipeline.data.layout import Layout
 from pipeline.data.manifest import Bucket
 from pipeline.data.shard_plan import ShardPlan, load_plans
@@ -22,23 +22,40 @@ from pipeline.data.threads import WorkerThreads
 from pipeline.errors import DataError, LatheError, StorageError
 
 Plans = Mapping[Bucket, ShardPlan]
+Data = bytes | memoryview
 _IN_VAIN = 2  # blocks in a row that cannot be read alone either: the rest of their request is not tried
 
 
 class BlockReference:
-    """One block, here or under way; as long as somebody refers to it, others find it and need not read it again."""
+    """One block, here or under way; as long as somebody refers to it, others find it and need not read it again.
 
-    __slots__ = ("__weakref__", "_block", "future")
+    Its samples are looked up by whoever wants it first: threads that read would wait for each other to do it, as only
+    one at a time can run Python.
 
-    def __init__(self) -> None:
-        self.future: Future[LatentBlock | None] = Future()
+    Args:
+        index: from its checked bytes to the block; None where it is skipped after all.
+    """
+
+    __slots__ = ("__weakref__", "_block", "_index", "_lock", "future")
+
+    def __init__(self, index: Callable[[Data], LatentBlock | None]) -> None:
+        self.future: Future[Data | None] = Future()
+        self._index: Callable[[Data], LatentBlock | None] | None = index
         self._block: LatentBlock | None = None
+        self._lock = threading.Lock()
 
     def get(self) -> LatentBlock | None:
         """The block, waited for; None where it is skipped. Raises what reading it raised."""
-        if self._block is None:  # a future takes a lock to tell what it has told before
-            self._block = self.future.result()
+        if self._index is not None:
+            data = self.future.result()
+            with self._lock:
+                if self._index is not None:
+                    self._block = None if data is None else self._index(data)
+                    self._index = None
         return self._block
+
+
+_Wanted = dict[int, "Future[Data | None]"]
 
 
 class _Shard(NamedTuple):
@@ -106,11 +123,10 @@ class BlockSource:
         Getting one raises DataError for bytes that are missing, changed or not what the manifest says, and StorageError
         where they cannot be read; the others of the request have nothing to do with that.
         """
-        references = [BlockReference() for _ in blocks]
+        at = _Shard(stream, shard, plan)
+        references = [BlockReference(partial(self._indexed, at, block)) for block in blocks]
         futures = [reference.future for reference in references]
-        self._threads.submit(
-            partial(self._fill, _Shard(stream, shard, plan), dict(zip(blocks, futures, strict=True))), futures
-        )
+        self._threads.submit(partial(self._fill, at, dict(zip(blocks, futures, strict=True))), futures)
         return references
 
     def _ask(self, place: tuple[int, int]) -> Future[Plans]:
@@ -127,7 +143,7 @@ class BlockSource:
         )
         return future
 
-    def _fill(self, at: _Shard, wanted: dict[int, Future[LatentBlock | None]]) -> None:
+    def _fill(self, at: _Shard, wanted: _Wanted) -> None:
         """Read what is neither skipped nor kept, and fill in the futures."""
         missing = []
         for block, future in wanted.items():
@@ -143,21 +159,22 @@ class BlockSource:
             blocks = [block for _, block in run]
             self._fetch(at, {block: wanted[block] for block in blocks})
 
-    def _kept(self, at: _Shard, block: int) -> LatentBlock | None:
+    def _kept(self, at: _Shard, block: int) -> Data | None:
         if self._cache is None:
             return None
         name = self._name(at, block)
         data = self._cache.get(name, int(at.plan.length[block]))
+        if data is None:
+            return None
         try:
-            if data is not None:
-                parsed = parse_block(data, at.plan, block, self.layouts[at.stream], name)
-                self._count(cached_blocks=1)
-                return parsed
+            check_block(data, at.plan, block, name)
         except DataError:
             self._cache.drop(name)
-        return None
+            return None
+        self._count(cached_blocks=1)
+        return data
 
-    def _fetch(self, at: _Shard, wanted: dict[int, Future[LatentBlock | None]]) -> None:
+    def _fetch(self, at: _Shard, wanted: _Wanted) -> None:
         """Blocks that follow each other, in one request; what cannot be used is asked for once more, alone."""
         blocks = list(wanted)
         try:
@@ -172,11 +189,11 @@ class BlockSource:
                 # a copy, or each block would keep the whole request in memory
                 found = self._checked(at, block, part if len(blocks) == 1 else bytes(part))
             except (DataError, StorageError) as error:
-                self._skip(at, block, error, future)
+                self._give_up(at, block, error, future)
             else:
                 future.set_result(found)
 
-    def _fetch_alone(self, at: _Shard, wanted: dict[int, Future[LatentBlock | None]], fault: StorageError) -> None:
+    def _fetch_alone(self, at: _Shard, wanted: _Wanted, fault: StorageError) -> None:
         """Blocks of a request that failed; where nothing may be skipped, or nothing is read alone either, all fail."""
         in_vain = _IN_VAIN if len(wanted) == 1 or self._config.on_damage == "fail" else 0
         for block, future in wanted.items():
@@ -190,21 +207,26 @@ class BlockSource:
                     error, in_vain = alone, in_vain + 1
                 except DataError as alone:
                     error = alone
-            self._skip(at, block, error, future)
+            self._give_up(at, block, error, future)
 
-    def _checked(self, at: _Shard, block: int, data: bytes | memoryview) -> LatentBlock:
-        """A block of these bytes, or where they are not right of others."""
+    def _checked(self, at: _Shard, block: int, data: Data) -> Data:
+        """These bytes of a block, or where they are not right others."""
         try:
-            return self._parsed(at, block, data)
+            check_block(data, at.plan, block, self._address(at))
         except DataError:
             self._count(blocks_read_again=1)
-            return self._parsed(at, block, self._bytes(at, block, block))
-
-    def _parsed(self, at: _Shard, block: int, data: bytes | memoryview) -> LatentBlock:
-        parsed = parse_block(data, at.plan, block, self.layouts[at.stream], self._address(at))
+            data = self._bytes(at, block, block)
+            check_block(data, at.plan, block, self._address(at))
         if self._cache is not None:
             self._cache.put(self._name(at, block), data)
-        return parsed
+        return data
+
+    def _indexed(self, at: _Shard, block: int, data: Data) -> LatentBlock | None:
+        try:
+            return index_block(data, at.plan, block, self.layouts[at.stream], self._address(at))
+        except DataError as error:
+            self._skip(at, block, error)
+            return None
 
     def _bytes(self, at: _Shard, first: int, last: int) -> bytes:
         if self._closing.is_set():
@@ -216,15 +238,19 @@ class BlockSource:
         self._count(requests=1, bytes_read=len(data), blocks_read=last - first + 1)
         return data
 
-    def _skip(self, at: _Shard, block: int, error: LatheError, future: Future[LatentBlock | None]) -> None:
-        skip = (self._datasets.streams[at.stream].dataset, at.number, int(at.plan.numbers[block]))
-        if isinstance(error, StorageError):  # which tells the file alone
-            error = StorageError(f"{self._address(at)}: {at.plan.place(block)}: {error.message}", error.remedy)
+    def _give_up(self, at: _Shard, block: int, error: LatheError, future: Future[Data | None]) -> None:
         try:
-            self._skips.add(skip, int(at.plan.samples[block]), error)
+            self._skip(at, block, error)
             future.set_result(None)
         except LatheError as fault:
             future.set_exception(fault)
+
+    def _skip(self, at: _Shard, block: int, error: LatheError) -> None:
+        """Skip a block because of `error`. Raises it where that is not wanted."""
+        skip = (self._datasets.streams[at.stream].dataset, at.number, int(at.plan.numbers[block]))
+        if isinstance(error, StorageError):  # which tells the file alone
+            error = StorageError(f"{self._address(at)}: {at.plan.place(block)}: {error.message}", error.remedy)
+        self._skips.add(skip, int(at.plan.samples[block]), error)
 
     def _name(self, at: _Shard, block: int) -> str:
         manifest = self._datasets.manifests[self._datasets.streams[at.stream].dataset]

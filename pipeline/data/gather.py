@@ -44,9 +44,10 @@ def gather(rows: Sequence[_Row], captions: Sequence[int], mirrored: Sequence[boo
     Raises:
         IndexError: a sample has no such caption, or no mirrored latent.
     """
-    for row, caption, flip in zip(rows, captions, mirrored, strict=True):
-        if row is not None and not (0 <= caption < row[0].counts[row[1]] and (row[0].mirrored or not flip)):
-            raise IndexError(f"{row[0].keys[row[1]]!r} has no caption {caption}, or no mirrored latent")
+    if any(captions) or any(mirrored):
+        for row, caption, flip in zip(rows, captions, mirrored, strict=True):
+            if row is not None and not (0 <= caption < row[0].counts[row[1]] and (row[0].mirrored or not flip)):
+                raise IndexError(f"{row[0].keys[row[1]]!r} has no caption {caption}, or no mirrored latent")
     moments = _copy(rows, [MIRRORED if flip else MOMENTS for flip in mirrored], layout.fixed[MOMENTS])
     text: dict[str, dict[str, Tensor]] = {}
     for number, one in enumerate(layout.text):

@@ -10,11 +10,11 @@ from isal import isal_zlib
 
 from pipeline.data.layout import FIXED_COLUMNS, JSON, MIRRORED, ArrayLayout, Layout
 from pipeline.data.order import Integers
+from pipeline.data.sample_table import find_samples
 from pipeline.data.samples import split_name
 from pipeline.data.shard_plan import ShardPlan
 from pipeline.data.tar import read_npy
 from pipeline.data.tar_header import BLOCK
-from pipeline.data.tar_index import find_members
 from pipeline.errors import DataError
 
 _AGAIN = (
@@ -65,23 +65,44 @@ class LatentBlock:
 
 
 def parse_block(data: bytes | memoryview, plan: ShardPlan, block: int, layout: Layout, where: str) -> LatentBlock:
-    """Check a block, and find its samples.
+    """`check_block` and `index_block`: the arguments and errors are theirs."""
+    check_block(data, plan, block, where)
+    return index_block(data, plan, block, layout, where)
+
+
+def check_block(data: bytes | memoryview, plan: ShardPlan, block: int, where: str) -> None:
+    """Check that a block's bytes are those that were written.
 
     Args:
-        data: its bytes. They are kept, not copied.
+        data: its bytes.
         plan: of the shard.
         block: its number in the plan.
-        layout: what each sample must hold.
         where: the shard's address, for messages.
 
     Raises:
-        DataError: bytes are missing or changed, or a member is not what the manifest says.
+        DataError: bytes are missing or changed.
     """
     place, length = f"{where}: {plan.place(block)}", int(plan.length[block])
     if len(data) != length:
         raise DataError(f"{place}: the shard ends after {len(data)} of these {length} bytes", _AGAIN)
     if isal_zlib.crc32(data) != plan.crc32[block]:
         raise DataError(f"{place} are damaged: the checksum is not the receipt's", _AGAIN)
+
+
+def index_block(data: bytes | memoryview, plan: ShardPlan, block: int, layout: Layout, where: str) -> LatentBlock:
+    """Find the samples of a block.
+
+    Args:
+        data: its bytes, which are as they were written. They are kept, not copied.
+        plan: of the shard.
+        block: its number in the plan.
+        layout: what each sample must hold.
+        where: the shard's address, for messages.
+
+    Raises:
+        DataError: a member is not what the manifest says.
+    """
+    place = f"{where}: {plan.place(block)}"
     try:
         return _Parser(memoryview(data).cast("B"), layout).block(int(plan.samples[block]), place)
     except DataError as error:
@@ -97,14 +118,13 @@ class _Parser:
 
     def __init__(self, data: memoryview, layout: Layout) -> None:
         self._data, self._layout = data, layout
-        self._names, self._begins, self._sizes = find_members(data)
-        self._keys: list[str] = []
 
     def block(self, samples: int, where: str) -> LatentBlock:
         """The block, which must have so many samples."""
-        table = self._table()
-        if len(self._keys) != samples:
-            raise DataError(f"{len(self._keys)} samples in place of {samples}")
+        self._found = find_samples(self._data, self._layout, samples)
+        self._begins, self._sizes, table = self._found.begins, self._found.sizes, self._found.table
+        if len(self._found.keys) != samples:
+            raise DataError(f"{len(self._found.keys)} samples in place of {samples}")
         counts = self._captions(table)
         starts = np.full(table.shape, -1, np.int64)
         tokens = np.zeros(table.shape, np.int64)
@@ -121,7 +141,7 @@ class _Parser:
         trimmed = any(one.array.trimmed for one in self._layout.text)
         return LatentBlock(
             data=self._data,
-            keys=self._keys,
+            keys=self._found.keys,
             width=table.shape[1],
             starts=starts.ravel().tolist(),
             tokens=tokens.ravel().tolist() if trimmed else None,
@@ -129,33 +149,6 @@ class _Parser:
             about=list(zip(self._begins[about].tolist(), ends.tolist(), strict=True)),
             where=where,
         )
-
-    def _table(self) -> Integers:
-        """Number of each member by sample and column, -1 where there is none; fills in the keys."""
-        columns, rows, places, numbers = self._layout.columns, list[int](), list[int](), list[int]()
-        row, prefix = -1, ""
-        for number, name in enumerate(self._names):
-            column = columns.get(name[len(prefix) :]) if row >= 0 and name.startswith(prefix) else None
-            if column is None:
-                key, extension = split_name(name)
-                if not key:
-                    continue
-                if row < 0 or key != self._keys[row]:
-                    self._keys.append(key)
-                    row, prefix = row + 1, f"{key}."
-                column = columns.get(extension, -1)
-            if column >= 0:
-                rows.append(row)
-                places.append(column)
-                numbers.append(number)
-        kinds = len(self._layout.text)
-        captions = -(-(max(places, default=0) + 1 - FIXED_COLUMNS) // kinds)
-        table = np.full((row + 1, FIXED_COLUMNS + max(captions, 1) * kinds), -1, np.int64)
-        table[rows, places] = numbers
-        if np.count_nonzero(table >= 0) < len(numbers):
-            lost = sorted(set(numbers) - set(table[table >= 0].tolist()))
-            raise DataError(f"{self._names[lost[0]]!r} is there twice")
-        return table
 
     def _captions(self, table: Integers) -> list[int]:
         """Captions of each sample. Raises DataError where one is not whole."""
@@ -167,8 +160,8 @@ class _Parser:
         whole = fixed & (counts > 0) & (counts % len(self._layout.text) == 0)
         whole &= (text == (np.arange(text.shape[1]) < counts[:, None])).all(1)
         if not whole.all():
-            key = self._keys[int(whole.argmin())]
-            parts = sorted(extension for own, extension in map(split_name, self._names) if own == key)
+            key = self._found.keys[int(whole.argmin())]
+            parts = sorted(extension for own, extension in map(split_name, self._found.names()) if own == key)
             raise DataError(f"sample {key!r} is not whole: it has only {', '.join(parts)}")
         captions: list[int] = (counts // len(self._layout.text)).tolist()
         return captions
@@ -202,7 +195,7 @@ class _Parser:
         begin, size = int(self._begins[member]), int(self._sizes[member])
         found = read_npy(self._data[begin : begin + size])
         if not array.fits(found):
-            key, _ = split_name(self._names[member])
+            key, _ = split_name(self._found.names()[member])
             order = "" if found.flags.c_contiguous else " in Fortran order"
             raise DataError(
                 f"sample {key!r} holds {found.dtype} {list(found.shape)}{order} where the manifest says {array}"

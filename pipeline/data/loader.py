@@ -22,8 +22,10 @@ from pipeline.data.planner import Planner
 from pipeline.data.skips import SkipList
 from pipeline.data.threads import WorkerThreads
 from pipeline.errors import ConfigError, SetupError
+from pipeline.memory import keep_freed
 
 _PLANS_KEPT = 1024  # shards; more where positions and streams are in more of them
+_LOCAL_REQUESTS, _S3_REQUESTS = 4, 16
 _LAST_REQUESTS_SECONDS = 2.0  # what closing waits for requests that are under way
 
 
@@ -32,7 +34,8 @@ class LatentLoader:
 
     What a batch holds depends on data sets, seed, global batch, window and step alone; of `config` only `flip` matters.
     Memory is bounded by the window, whatever the data's size: for each picture size of each data set b windows with the
-    blocks at their ends, at most b * (window + 2 blocks) samples as the tar has them; and the batches under way.
+    blocks at their ends, at most b * (window + 2 blocks) samples as the tar has them; and the batches under way. The
+    process keeps what it frees, see `pipeline.memory.keep_freed`.
 
     Iterating raises DataError for a damaged block and StorageError for one that cannot be read, after all batches
     before it; then the loader is closed. Closed by another thread, it ends. It is not for a process forked since it was
@@ -71,6 +74,7 @@ class LatentLoader:
     ) -> None:
         if start_step < origin:
             raise ConfigError(f"the order begins with step {origin}, and step {start_step} is before", "start later")
+        keep_freed()
         self.datasets = datasets
         config = config or LoaderConfig()
         positions = rank_positions(global_batch, rank, world_size)
@@ -78,7 +82,9 @@ class LatentLoader:
         order = Order(sizes, global_batch=global_batch, seed=seed, window=window, groups=datasets.groups)
         plans_kept = max(_PLANS_KEPT, 2 * len(positions) * len(datasets.streams))
         self._skips = SkipList(config, datasets.samples, skipped)
-        requests = WorkerThreads(config.requests if config.workers else 0, "latent-blocks")
+        remote = any(store.url.startswith("s3://") for store in datasets.stores)
+        at_once = config.requests or (_S3_REQUESTS if remote else _LOCAL_REQUESTS)
+        requests = WorkerThreads(at_once if config.workers else 0, "latent-blocks")
         self._source = BlockSource(datasets, config, self._skips, requests, plans_kept)
         self._planner = Planner(
             datasets, order, self._source, positions, origin=origin, plans_kept=plans_kept, hurried=config.steps_ahead

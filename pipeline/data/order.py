@@ -26,6 +26,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.splitmix import hash64
 from pipeline.errors import ConfigError, DataError
 
 Integers = NDArray[np.int64]
@@ -84,13 +85,14 @@ class Stream:
 
     def at(self, number: int, positions: Integers) -> tuple[Integers, Integers, Integers, Integers]:
         """Epoch, shard, sample and window [b] that `positions` [b] of the stream's batch `number` read."""
+        first = number * self.quota // self.samples
+        if first == (number * self.quota + self.quota - 1) // self.samples:
+            within, window = self._in_runs(first, number, positions)
+            return np.full_like(positions, first), *self.locate(first, within), window
         index = number * self.quota + positions
         epoch = index // self.samples
         within = index - epoch * self.samples
         window = np.full_like(index, AT_BORDER)
-        first = number * self.quota // self.samples
-        if first == (number * self.quota + self.quota - 1) // self.samples:
-            within, window = self._in_runs(first, number, positions)
         shard, sample = np.empty_like(index), np.empty_like(index)
         for e in np.unique(epoch).tolist():
             here = epoch == e
@@ -147,7 +149,8 @@ class Stream:
     def _borders(self, positions: Integers, window: Integers, steps: int) -> tuple[Integers, Integers]:
         """First step and end of windows, counted in the epoch's batches."""
         end = self._phase(positions) + window * self.window
-        return np.clip(end - self.window, 0, steps), np.clip(end, 0, steps)
+        steps = max(steps, 0)
+        return np.minimum(np.maximum(end - self.window, 0), steps), np.minimum(np.maximum(end, 0), steps)
 
     def _in_epoch(self, epoch: int, positions: Integers, first: Integers, end: Integers) -> tuple[Integers, Integers]:
         """Parts of the runs, as ranges counted through the epoch: odd runs go from their end to their beginning."""
@@ -159,7 +162,7 @@ class Stream:
     def _plan_epoch(self, epoch: int) -> tuple[Integers, Integers]:
         """The epoch's non-empty shards in their order, and the number of samples before each."""
         shards = np.flatnonzero(self.sizes)
-        order = shards[np.argsort(_hash(*self.key, _SHARDS, epoch, shards), kind="stable")]
+        order = shards[np.argsort(hash64(*self.key, _SHARDS, epoch, shards), kind="stable")]
         starts = np.concatenate([[0], np.cumsum(self.sizes[order])[:-1]])
         return order, starts
 
@@ -184,7 +187,7 @@ class _Shuffle:
             if most > self._order.shape[1]:
                 self._order = np.pad(self._order, ((0, 0), (0, most - self._order.shape[1])))
             slots = np.arange(most)[None, :]
-            keys = _hash(*self._key, _WINDOWS, epoch, positions[new, None], window[new, None], slots)
+            keys = hash64(*self._key, _WINDOWS, epoch, positions[new, None], window[new, None], slots)
             keys[slots >= sizes[new, None]] = _LAST  # slots beyond a window's end come last: the sort is stable
             self._order[new, :most] = np.argsort(keys, axis=1, kind="stable")
             self._window[new] = window[new]
@@ -305,15 +308,3 @@ def rank_positions(global_batch: int, rank: int, world_size: int) -> Integers:
         )
     share = global_batch // world_size
     return np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
-
-
-def _hash(*parts: int | Integers) -> NDArray[np.uint64]:
-    """64 bits for each element of the broadcast parts: a chain of splitmix64 (Steele et al. 2014, fig. 14)."""
-    state = np.zeros(1, np.uint64)
-    for part in parts:
-        word = np.atleast_1d(np.asarray(part % 2**64 if isinstance(part, int) else part).astype(np.uint64))
-        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state

@@ -109,13 +109,10 @@ class Planner:
         shards = {(read.stream, read.shard) for read in reads}
         shards |= {(stream, shard) for (stream, _), found in pieces.items() for shard, _, _ in found}
         plans = self._source.plans(shards)
-        rows = []
-        for read in reads:
+        for read in entering:
             place = read.stream, read.position
-            if place in pieces:
-                self._windows[place] = self._enter(read, pieces[place], plans)
-            rows.append(self._row(self._windows[place], read, plans[read.stream, read.shard]))
-        return PlannedStep(step, places, rows)
+            self._windows[place] = self._enter(read, pieces[place], plans)
+        return PlannedStep(step, places, [self._row(read, plans[read.stream, read.shard]) for read in reads])
 
     def _enters(self, read: _Read) -> bool:
         known = self._windows.get((read.stream, read.position))
@@ -158,18 +155,21 @@ class Planner:
         blocks: list[int] = np.unique(np.searchsorted(plan.starts, selected[first:end], "right") - 1).tolist()
         return blocks
 
-    def _row(self, window: _Window, read: _Read, plan: ShardPlan | None) -> tuple[BlockReference, int] | None:
+    def _row(self, read: _Read, plan: ShardPlan | None) -> tuple[BlockReference, int] | None:
         if plan is None:
             return None
-        selected = self._selected(read.stream, read.shard)
-        block, row = plan.locate(read.sample if selected is None else int(selected[read.sample]))
-        place = (read.stream, read.shard, block)
-        if place not in window.held:
-            if (found := self._alive.get(place)) is not None:
-                window.held[place] = found
-            else:
-                self._ask(window, read.stream, read.shard, plan, block)
-        return window.held[place], row
+        position, stream, _, _, shard, sample = read
+        if (selected := self._selected(stream, shard)) is not None:
+            sample = int(selected[sample])
+        block, row = plan.locate(sample)
+        held, place = self._windows[stream, position].held, (stream, shard, block)
+        if (reference := held.get(place)) is None:
+            reference = self._alive.get(place)
+            if reference is None:
+                self._ask(self._windows[stream, position], stream, shard, plan, block)
+                return held[place], row
+            held[place] = reference
+        return reference, row
 
     def _ask(self, window: _Window, stream: int, shard: int, plan: ShardPlan, block: int) -> None:
         """Ask for a block, together with its neighbours that the window wants and that are not at hand."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,8 +29,14 @@ class ShardPlan:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """The block (counted here) that holds a sample of the range, and its place in the block."""
-        block = int(self.starts.searchsorted(sample, "right")) - 1
-        return block, sample - int(self.starts[block])
+        block = bisect_right(self._starts, sample) - 1
+        return block, sample - self._starts[block]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """`starts`, for lookups one by one, which arrays are slow at."""
+        starts: list[int] = self.starts.tolist()
+        return starts
 
     def place(self, block: int) -> str:
         """Which samples and bytes of the shard a block has, in words."""

@@ -7,6 +7,8 @@ left to `tar.members`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,7 @@ Members = tuple[list[str], Integers, Integers]
 _MAGIC = int.from_bytes(b"ustar\x0000", "little")
 _REGULAR, _PAX = b"0x"
 _ZERO, _SEVEN = b"07"
+_NAME = 100  # bytes of the name field, with which headers begin
 _PREFIX = 345  # where ustar's field of that name begins: long names may stand in both
 _POWERS = 8.0 ** np.arange(10, -1, -1)
 _LANES = np.uint64(0x00FF00FF00FF00FF)
@@ -41,12 +44,41 @@ def find_members(data: bytes | memoryview) -> Members:
     return [name for name, _, _ in rows], places[:, 0], places[:, 1]
 
 
+class PlainMembers(NamedTuple):
+    """Members that all have plain ustar headers."""
+
+    names: NDArray[np.uint8]  # [m, 100], with zeros behind each name
+    starts: Integers  # [m] first byte of each content
+    sizes: Integers  # [m] bytes of each content
+
+
+def plain_members(data: memoryview) -> PlainMembers | None:
+    """The regular files of a run of whole members, whose headers are known to be undamaged.
+
+    Returns:
+        None where headers are not as `TarBuilder` writes them, or names are not told by them alone.
+    """
+    try:
+        headers, starts, sizes = _headers(data)
+    except _UnusualError:
+        return None
+    return PlainMembers(headers[:, :_NAME], starts, sizes) if (headers[:, 156] == _REGULAR).all() else None
+
+
+def plain_names(names: NDArray[np.uint8]) -> list[str] | None:
+    """The name fields [m, 100] as strings; None where one is a folder's, or goes on behind a zero."""
+    try:
+        return _names(names)
+    except _UnusualError:
+        return None
+
+
 class _UnusualError(Exception):
     """The headers are not as `TarBuilder` writes them."""
 
 
-def _at_once(data: memoryview) -> Members:
-    """The members where all headers are plain ustar, or pax for a name. Raises _UnusualError, DataError."""
+def _headers(data: memoryview) -> tuple[NDArray[np.uint8], Integers, Integers]:
+    """Ustar headers [m, 512] that follow upon each other, first bytes and sizes of contents. Raises _UnusualError."""
     count, rest = divmod(len(data), BLOCK)
     _require(count > 0 and rest == 0)
     at = np.flatnonzero(np.ndarray((count,), "<u8", data, 257, (BLOCK,)) == _MAGIC)
@@ -55,10 +87,17 @@ def _at_once(data: memoryview) -> Members:
     sizes = _octal(headers[:, 124:136], 11)
     ends = at + 1 + (sizes + (BLOCK - 1)) // BLOCK
     _require(ends[-1] == count and np.array_equal(ends[:-1], at[1:]))
+    _require(not headers[:, _PREFIX].any())
+    return headers, (at + 1) * BLOCK, sizes
+
+
+def _at_once(data: memoryview) -> Members:
+    """The members where all headers are plain ustar, or pax for a name. Raises _UnusualError, DataError."""
+    headers, starts, sizes = _headers(data)
     _require(np.array_equal(_sums(headers), _octal(headers[:, 148:155], 6)))
     regular = headers[:, 156] == _REGULAR
-    _require((regular | (headers[:, 156] == _PAX)).all() and not headers[:, _PREFIX].any())
-    names, starts = _names(headers), (at + 1) * BLOCK
+    _require((regular | (headers[:, 156] == _PAX)).all())
+    names = _names(headers[:, :_NAME])
     if regular.all():
         return names, starts, sizes
     for number in np.flatnonzero(~regular).tolist():
@@ -66,13 +105,13 @@ def _at_once(data: memoryview) -> Members:
     return [name for name, kept in zip(names, regular.tolist(), strict=True) if kept], starts[regular], sizes[regular]
 
 
-def _names(headers: NDArray[np.uint8]) -> list[str]:
-    fields: list[bytes] = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
+def _names(names: NDArray[np.uint8]) -> list[str]:
+    fields: list[bytes] = np.ascontiguousarray(names).view(f"S{_NAME}")[:, 0].tolist()
     joined = b"\0".join(fields)
     _require(b"/\0" not in joined and not joined.endswith(b"/"))  # a folder
-    names = joined.decode("utf-8", "surrogateescape").split("\0")
-    _require(len(names) == len(headers))  # else something stands behind the end of a name
-    return names
+    found = joined.decode("utf-8", "surrogateescape").split("\0")
+    _require(len(found) == len(names))  # else something stands behind the end of a name
+    return found
 
 
 def _long_name(data: memoryview, starts: Integers, sizes: Integers, regular: NDArray[np.bool_], number: int) -> str:

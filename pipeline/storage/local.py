@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,9 +41,7 @@ class LocalFile:
         """See OpenFile.read."""
         wanted = max(0, min(end, self.size) - start)
         with translated(self._path):
-            data = os.pread(self._file.fileno(), wanted, start)
-            while len(data) < wanted and (more := os.pread(self._file.fileno(), wanted - len(data), start + len(data))):
-                data += more
+            data = _pread(self._file, start, wanted)
         if len(data) < wanted or self._state() != (self.size, self.version):
             raise changed(str(self._path))
         traffic.count(requests=1, bytes_read=len(data))
@@ -69,9 +68,9 @@ class LocalStore:
         path = self._path(name)
         first, end = checked_range(start, end)
         ranged = start is not None or end is not None
-        with translated(path), _opened(path) if ranged else path.open("rb") as file:
-            file.seek(first)
-            data = file.read() if end is None else file.read(end - first)
+        with translated(path), _opened(path) if ranged else path.open("rb", buffering=0) as file:
+            there = os.fstat(file.fileno()).st_size - first
+            data = file.read() if not ranged else _pread(file, first, there if end is None else min(end - first, there))
         traffic.count(requests=1, bytes_read=len(data))
         return data
 
@@ -299,9 +298,17 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
-def _opened(path: Path) -> BinaryIO:
+def _pread(file: FileIO, start: int, wanted: int) -> bytes:
+    """So many bytes, or those up to the file's end."""
+    data = os.pread(file.fileno(), max(0, wanted), start)
+    while len(data) < wanted and (more := os.pread(file.fileno(), wanted - len(data), start + len(data))):
+        data += more
+    return data
+
+
+def _opened(path: Path) -> FileIO:
     """A regular file to be read; who opens a pipe would wait for its other end. Raises StorageError for others."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()

@@ -26,8 +26,8 @@ COUNTS = np.array([(1, 2, 3, 5)[i % 4] for i in range(160)])
 
 
 def reference(block: LatentBlock | None) -> BlockReference:
-    found = BlockReference()
-    found.future.set_result(block)
+    found = BlockReference(lambda data: block)
+    found.future.set_result(b"")
     return found
 
 

@@ -39,7 +39,7 @@ class SimulatedSource(BlockSource):
         """Nothing."""
         del stream, shard
         self.counts.update(requests=1, blocks_read=len(blocks), bytes_read=int(plan.length[list(blocks)].sum()))
-        return [BlockReference() for _ in blocks]
+        return [BlockReference(lambda data: None) for _ in blocks]
 
     def _new_plan(self, size: int) -> ShardPlan:
         starts = np.arange(0, size, self._blocks.samples, dtype=np.int64)
