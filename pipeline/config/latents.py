@@ -46,7 +46,7 @@ class LoaderConfig(Section):
     )
     flip: bool = Field(True, description="take the mirrored latent for half of the draws, where the data set has one")
     workers: int = Field(
-        2, ge=0, le=64, description="threads that assemble batches; 0 = everything in the caller's thread"
+        1, ge=0, le=64, description="threads that assemble batches; 0 = everything in the caller's thread"
     )
     requests: int | None = Field(
         None,
@@ -54,7 +54,7 @@ class LoaderConfig(Section):
         le=256,
         description="reads under way at once; null = 16 where latents are on S3, 4 where all are local",
     )
-    steps_ahead: Count = Field(8, description="steps whose blocks are asked for ahead of time")
+    steps_ahead: Count = Field(32, description="steps whose blocks are asked for ahead of time")
     on_damage: Literal["fail", "skip"] = Field(
         "fail",
         description="what a block does that is damaged or cannot be read; skip gives its samples loss weight 0 from"

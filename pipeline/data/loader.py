@@ -18,7 +18,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets
 from pipeline.data.fetch import BlockSource
 from pipeline.data.order import Order, rank_positions
-from pipeline.data.planner import Planner
+from pipeline.data.planner import HURRIED_STEPS, Planner
 from pipeline.data.skips import SkipList
 from pipeline.data.threads import WorkerThreads
 from pipeline.errors import ConfigError, SetupError
@@ -87,7 +87,7 @@ class LatentLoader:
         requests = WorkerThreads(at_once if config.workers else 0, "latent-blocks")
         self._source = BlockSource(datasets, config, self._skips, requests, plans_kept)
         self._planner = Planner(
-            datasets, order, self._source, positions, origin=origin, plans_kept=plans_kept, hurried=config.steps_ahead
+            datasets, order, self._source, positions, origin=origin, plans_kept=plans_kept, hurried=HURRIED_STEPS
         )
         self._assembler = Assembler(datasets, self._source.layouts, positions, seed)
         self._step = start_step

@@ -21,6 +21,8 @@ from pipeline.data.shard_plan import ShardPlan
 
 REQUEST_BYTES = 4 << 20
 """What one request asks for at most, unless a single block is longer."""
+HURRIED_STEPS = 8
+"""Steps of a start, and of each stream's epoch, that ask for no more than they need, see `Planner`."""
 
 _Id = tuple[int, int, int]  # stream, shard, block of its plan
 

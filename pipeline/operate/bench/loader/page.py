@@ -16,7 +16,7 @@ MOST_START_SECONDS = 2.0
 
 _NAMES = {
     "ours": "Lathe",
-    "ours_threads": "Lathe, {processes} threads",
+    "ours_threads": "Lathe, reading ahead",
     "raw": "bare range reads",
     "webdataset": "webdataset",
     "mosaicml": "mosaicml-streaming",
@@ -30,7 +30,7 @@ _KINDS = {
 }
 _MODES = {
     "inprocess": "in one process",
-    "workers": "with {processes} workers: processes of the peers, threads of Lathe",
+    "workers": "with {processes} worker processes of the peers, Lathe reading ahead in its threads",
 }
 _HEAD = """# Reading latents, measured
 
@@ -57,7 +57,7 @@ The same samples of the first kind from {endpoint}: {requests:,} requests, {mib:
 
 - **bare range reads**: the same ranges in the same order, {at_once} at once with aiobotocore; nothing is done with the
   bytes. The server runs on the same machine, and takes its part of the cores.
-- **Lathe**: {processes} threads, no cache. **Peers**: {processes} workers, litdata none, which suits it better here;
+- **Lathe**: its defaults, no cache. **Peers**: {processes} workers, litdata none, which suits it better here;
   what keeps a copy begins each epoch without.
 - A file a sample is not read from S3: it would be a request a sample.
 """

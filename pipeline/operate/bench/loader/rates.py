@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import LoaderConfig
 from pipeline.data.manifest import MANIFEST
 from pipeline.operate.bench.loader.contestant import Contestant
 from pipeline.operate.bench.loader.ours import Work
@@ -20,6 +21,7 @@ from pipeline.operate.bench.runs import Round, delete_below, told
 from pipeline.storage import Store, open_store
 
 Say = Callable[[str], None]
+THREADS = LoaderConfig().workers
 REQUESTS = 16  # at once, ours by default and the bare ones
 
 
@@ -32,7 +34,7 @@ class RateSizes:
     block_samples: int = 64
     batch: int = 64
     window: int = 64  # less than the default, or a set so small would be in memory as a whole
-    processes: int = 2  # workers of the peers, and threads of ours
+    processes: int = 2  # workers of the peers; ours has its default number of threads
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ def measure_local(written: Written, rivals: Rivals, repeats: int, say: Say) -> d
     modes = {}
     for mode, workers in (("inprocess", 0), ("workers", processes)):
         with ExitStack() as running:
-            everyone = {"ours": running.enter_context(rivals.ours(written.work(manifest, workers)))}
+            everyone = {"ours": running.enter_context(rivals.ours(written.work(manifest, min(workers, THREADS))))}
             if not workers:
-                everyone["ours_threads"] = running.enter_context(rivals.ours(written.work(manifest, processes)))
+                everyone["ours_threads"] = running.enter_context(rivals.ours(written.work(manifest, THREADS)))
             for name in rivals.pythons:
                 place = written.place / _format(name)
                 everyone[name] = running.enter_context(_peer(rivals, name, written, str(place), workers))
@@ -101,7 +103,7 @@ def measure_s3(written: Written, url: str, rivals: Rivals, repeats: int, say: Sa
         say(f"S3: uploading {written.kind}")
         for name in ("ours", *(name for name in rivals.pythons if name not in (*TUNED, *NOT_FROM_S3))):
             upload(written.place / name, open_store(f"{url}/{name}"))
-        work = written.work(f"{url}/ours/{MANIFEST}", written.sizes.processes)
+        work = written.work(f"{url}/ours/{MANIFEST}", THREADS)
         return {
             "s3": _from_s3(written, url, rivals, repeats, say),
             "start": measure_starts(work, rivals, repeats, say),
@@ -111,7 +113,7 @@ def measure_s3(written: Written, url: str, rivals: Rivals, repeats: int, say: Sa
 
 
 def _from_s3(written: Written, url: str, rivals: Rivals, repeats: int, say: Say) -> dict[str, Any]:
-    work = written.work(f"{url}/ours/{MANIFEST}", written.sizes.processes)
+    work = written.work(f"{url}/ours/{MANIFEST}", THREADS)
     ranges = written.place / "ranges.json"
     with rivals.ours(work) as ours:
         asked = ours.ask("ranges")["ranges"]

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.config import DataSetConfig
 from pipeline.data.datasets import open_datasets
 from pipeline.data.order import Order, rank_positions
+from pipeline.data.planner import HURRIED_STEPS
 from pipeline.errors import SetupError
 from pipeline.operate.bench.peak import peak_bytes
 from pipeline.operate.bench.scaling.epoch import Blocks, plan_epoch
@@ -24,7 +25,6 @@ from pipeline.operate.bench.scaling.steps import Steps, plan_steps
 
 RANKS_PER_NODE = 8
 EPOCH = 1  # one that has other epochs on both sides
-STEPS_AHEAD = 8  # of a loader, by default
 _RESUMED_AT = (0.01, 0.5, 0.99)  # of an epoch
 
 _Result = TypeVar("_Result")
@@ -77,7 +77,7 @@ def plan(job: Job) -> dict[str, Any]:
     steps = range(middle, middle + warm + job.steps)
 
     def planned(ranks: range) -> Steps:
-        return plan_steps(datasets, order, blocks, steps, ranks=ranks, world_size=job.ranks, hurried=STEPS_AHEAD)
+        return plan_steps(datasets, order, blocks, steps, ranks=ranks, world_size=job.ranks, hurried=HURRIED_STEPS)
 
     rank = _timed(seconds, "rank_steps", lambda: planned(range(1)))
     peak = peak_bytes()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config import LoaderConfig
 from pipeline.data.planner import REQUEST_BYTES
 from pipeline.operate.bench.scaling.job import PER_GPU, RATES
-from pipeline.operate.bench.scaling.measured import RANKS_PER_NODE, STEPS_AHEAD
+from pipeline.operate.bench.scaling.measured import RANKS_PER_NODE
 from pipeline.operate.bench.tables import Rows, aligned, markdown, passed, setting_rows
 
 MOST_SECONDS, MOST_BYTES = 10.0, 2**30
@@ -223,7 +224,7 @@ def _first(result: dict[str, Any]) -> dict[str, Any]:
     plan = result["measured"][0]["epoch"]
     return {
         "unstaggered": round(result["sizes"]["batch"] * plan["requests"] / plan["windows"]),
-        "ahead": STEPS_AHEAD,
+        "ahead": LoaderConfig().steps_ahead,
         "first": plan["first_step"],
         "first_seconds": plan["first_step"] / PREFIX_REQUESTS,
         "prefix": PREFIX_REQUESTS,

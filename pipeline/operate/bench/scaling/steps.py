@@ -77,7 +77,7 @@ def plan_steps(
         steps: which.
         ranks: which.
         world_size: how many there are.
-        hurried: steps of a start, and of each epoch, for which a loader asks block by block, its `steps_ahead`.
+        hurried: steps of a start, and of each epoch, for which a loader asks block by block.
 
     Raises:
         ConfigError: the world size does not divide the global batch.
