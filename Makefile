@@ -1,13 +1,15 @@
 # make demo       everything from no data to generated pictures, in .venv and ./lathe-demo
 # make install    the environment in .venv alone
 # make check      format, lint, types, architecture
-# make test-fast  tests that need no server, under 3 minutes
-# make test       check and all tests, the smoke demo among them
+# make test-fast  tests that need no server, in two processes, under 3 minutes; ARGS="-n 0" for one
+# make test       check and all tests, the smoke demo among them; those with servers or ranks one at a time
 # make test-long  heavier proofs
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 ARGS ?=
+ALONE := s3 or ranks or demo or tools
+FAST = $(BIN)/pytest -n 2 --dist worksteal -m "not ($(ALONE)) and not long"
 
 .PHONY: demo install develop check format test-fast test test-long clean
 
@@ -32,10 +34,13 @@ format: develop
 	$(BIN)/ruff check --fix .
 
 test-fast: develop
-	$(BIN)/pytest -m "not s3 and not ranks and not demo and not tools and not long" $(ARGS)
+	$(FAST) $(ARGS)
 
 test: check
-	$(BIN)/pytest -m "not long" $(ARGS)
+	@failed=0; \
+	$(FAST) $(ARGS) || failed=1; \
+	$(BIN)/pytest -m "($(ALONE)) and not long" $(ARGS) || failed=1; \
+	exit $$failed
 
 test-long: develop
 	$(BIN)/pytest -m long $(ARGS)

@@ -19,7 +19,7 @@ from pipeline.operate.bench.loader.ours import Bench, Work
 from pipeline.operate.bench.loader.page import GOALS, page, summary
 from pipeline.operate.bench.loader.plan_memory import PlanSizes, write_shards
 from pipeline.operate.bench.loader.rates import RateSizes, endpoint, ratios, upload, write_all
-from pipeline.operate.bench.loader.rivals import APART, HERE, NOT_FROM_S3, TUNED, Rivals, find_rivals
+from pipeline.operate.bench.loader.rivals import ALONE_ON_S3, APART, HERE, NOT_FROM_S3, TUNED, Rivals, find_rivals
 from pipeline.operate.bench.loader.samples import KINDS, NUMBERS, write_latents, write_samples
 from pipeline.operate.bench.loader.shuffle import ShuffleSizes, quality
 from pipeline.operate.bench.own_environment import own_environment, with_requirements
@@ -269,8 +269,25 @@ def test_peers_read_every_sample(everyone, name, written, s3_url, tmp_path):
         return
     upload(place, open_store(s3_url))
     for one in {name, *(tuned for tuned in TUNED if tuned.startswith(name))}:
-        with everyone.peer(one, samples=written.samples, place=s3_url, endpoint=endpoint()) as peer:
+        workers = 0 if one in ALONE_ON_S3 else 2
+        with everyone.peer(one, samples=written.samples, place=s3_url, workers=workers, endpoint=endpoint()) as peer:
             assert [peer.epoch(1024)["first_seconds"] > 0 for _ in range(2)] == [True, True]
+
+
+@pytest.mark.tools
+def test_mosaicml_s_workers_inherit_no_connection(everyone, s3_url, tmp_path):
+    """Two that share one read each other's answers: wrong bytes, `IndexError`, or waits of a minute."""
+    write_samples(tmp_path / "samples", NUMBERS, 64)
+    samples = str(tmp_path / "samples")
+    with everyone.peer("mosaicml", samples=samples, place=str(tmp_path / "mds")) as peer:
+        peer.ask("write")
+    upload(tmp_path / "mds", open_store(s3_url))
+    told = json.dumps({"peer": "mosaicml", "samples": samples, "place": s3_url, "endpoint": endpoint()})
+    code = "import json, sys, peers; data = peers.read_mosaicml(peers.Work(**json.loads(sys.argv[1]))).dataset; "
+    code += "print([stream._downloader._s3_client for stream in data.streams])"
+    command = [everyone.pythons["mosaicml"], "-c", code, told]
+    ran = subprocess.run(command, cwd=Path(peers.__file__).parent, check=True, capture_output=True, text=True)
+    assert ran.stdout == "[None]\n"
 
 
 @pytest.mark.tools

@@ -147,11 +147,14 @@ def write_mosaicml(work: Work) -> list[int]:
 def read_mosaicml(work: Work) -> Batches:
     """Streaming's own dataset, in torch's DataLoader."""
     from streaming import StreamingDataset
+    from streaming.base.storage import CloudDownloader
 
     where = {"local": work.place}
     if work.is_remote:
         os.environ["S3_ENDPOINT_URL"] = work.endpoint
         where = {"remote": work.place, "local": _fresh(work)}
+        # Did the dataset fetch its index, its workers would inherit the open connection and read each other's answers.
+        CloudDownloader.direct_download(f"{work.place}/index.json", f"{where['local']}/index.json")
     data = StreamingDataset(**where, shuffle=True, shuffle_algo=work.shuffle_algorithm, batch_size=work.batch)
     return torch.utils.data.DataLoader(data, batch_size=work.batch, **work.loading())
 
@@ -279,7 +282,8 @@ PEERS = {
             "samples": "shuffle=True, shuffle_algo=py1e and its default block",
             "batches": "DataLoader, default_collate",
             "workers": "persistent, prefetch_factor=4",
-            "s3": "remote=s3://..., a fresh local folder each epoch, workers not persistent",
+            "s3": "remote=s3://..., a fresh local folder each epoch, workers not persistent;"
+            " the index is fetched before, since workers that inherit its connection mix up their answers",
         },
         ("mosaicml-streaming", "torch", "numpy", "boto3"),
     ),
