@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.images import to_uint8
+from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.sampler import euler, guided
 from pipeline.latents import unwhiten
 from pipeline.models.autoencoder import AutoencoderKL, decode
@@ -27,6 +28,7 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
+    objective: Objective,
     guidance: float,
     steps: int,
     seed: int,
@@ -38,12 +40,13 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     The noise of a picture depends on `seed` and the prompt's place in `prompts` alone, not on `batch_size`.
 
     Args:
-        model: velocity network; its device is used.
+        model: the trained network; its device is used.
         autoencoder: decodes raw latents; on the same device.
         mean: of the raw latents by channel [C].
         std: of the raw latents by channel [C].
         tokenizer: the one the model was trained with.
         prompts: one or more.
+        objective: what it was trained with; its tables on any device.
         guidance: classifier-free guidance scale; 1 = off.
         steps: Euler steps.
         seed: of the initial noise.
@@ -62,7 +65,8 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
         tokens = torch.from_numpy(tokenizer(prompts[first : first + batch_size]).astype(np.int64)).to(device)
         places = torch.arange(first, first + len(tokens), device=device)
         noise = normal(seed, Purpose.INITIAL_NOISE, 0, places, shape)
-        whitened = euler(guided(model, tokens, empty, guidance), noise, steps).float()
+        denoise = objective.denoiser(guided(model, tokens, empty, guidance))
+        whitened = euler(denoise, objective.path, noise, steps).float()
         latents.append(whitened.cpu())
         pictures.append(to_uint8(decode(autoencoder, unwhiten(whitened, mean, std))))
         if progress:

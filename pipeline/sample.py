@@ -53,6 +53,7 @@ def sample(config: SampleConfig, progress: Callable[[int, int], None] | None = N
         trained.std,
         trained.tokenizer,
         config.prompts,
+        objective=trained.objective,
         guidance=config.guidance,
         steps=config.steps,
         seed=config.seed,

@@ -15,8 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import fingerprint, provenance
 
-from pipeline.config import AutoencoderModelConfig, DataSetConfig, ExportConfig, TextConfig, TrainConfig, UNetConfig
+from pipeline.config import (
+    AutoencoderModelConfig,
+    DataSetConfig,
+    ExportConfig,
+    ObjectiveConfig,
+    TextConfig,
+    TrainConfig,
+    UNetConfig,
+)
 from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
+from pipeline.diffusion.objective import objective_of
 from pipeline.errors import DataError
 from pipeline.export import clip_tokenizer, export, fold_whitening, write_pipeline
 from pipeline.generate import generate
@@ -29,6 +38,7 @@ from pipeline.storage import open_store
 from pipeline.train.trained_model import TrainedModel
 
 LENGTH = 12
+OBJECTIVE = ObjectiveConfig()
 PROMPTS = [
     "a red apple",
     "Wow! It's 3 o'clock!!",
@@ -115,12 +125,14 @@ def folder(
     card = model_card(
         resolution=16,
         context_length=LENGTH,
+        objective=OBJECTIVE,
         guidance=2.0,
         steps=25,
         attributions=["Ann Example, CC-BY 4.0"],
         trained_on="x",
     )
-    write_pipeline(place, model=model, autoencoder=vae, mean=MEAN, std=STD, tokenizer=tokenizer, card=card)
+    parts = {"model": model, "autoencoder": vae, "mean": MEAN, "std": STD, "tokenizer": tokenizer}
+    write_pipeline(place, objective=OBJECTIVE, card=card, **parts)
     return place
 
 
@@ -192,7 +204,8 @@ def test_stock_sampler_follows_the_same_flow(
 ) -> None:
     """Two solvers of one equation, with many steps and from the same noise, end at nearly the same latents."""
     monkeypatch.setattr("pipeline.generate.normal", lambda *_: given["noise"])
-    ours, _ = generate(model, vae, MEAN, STD, tokenizer, PROMPTS[:2], guidance=2.0, steps=60, seed=0, batch_size=2)
+    parts, how = (model, vae, MEAN, STD, tokenizer), {"guidance": 2.0, "steps": 60, "seed": 0, "batch_size": 2}
+    ours, _ = generate(*parts, PROMPTS[:2], objective=objective_of(OBJECTIVE), **how)
     moved = (ours - given["noise"]).norm()
     assert (stranger[0]["sampled"] - ours).norm() < 0.05 * moved
 
@@ -228,7 +241,16 @@ def test_weights_are_safetensors_and_the_card_names_the_source(folder: Path) -> 
 def test_autoencoder_without_quant_conv_is_refused(model: TextToImage, tmp_path: Path, tokenizer: Tokenizer) -> None:
     bare = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), use_quant_conv=False)
     with pytest.raises(DataError, match="quant_conv"):
-        write_pipeline(tmp_path / "x", model=model, autoencoder=bare, mean=MEAN, std=STD, tokenizer=tokenizer, card="")
+        write_pipeline(
+            tmp_path / "x",
+            model=model,
+            objective=OBJECTIVE,
+            autoencoder=bare,
+            mean=MEAN,
+            std=STD,
+            tokenizer=tokenizer,
+            card="",
+        )
     assert not (tmp_path / "x").exists()
 
 
@@ -304,7 +326,7 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
 )
 def test_the_card_names_each_source_once(attributions: list[str], said: str) -> None:
     about = {"resolution": 16, "context_length": LENGTH, "guidance": 2.0, "steps": 25, "trained_on": "x"}
-    assert said in model_card(attributions=attributions, **about)
+    assert said in model_card(attributions=attributions, objective=OBJECTIVE, **about)
 
 
 @pytest.mark.parametrize(

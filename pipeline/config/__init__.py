@@ -16,8 +16,9 @@ from pipeline.config.jobs import (
 )
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
+from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
-from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, OptimizerConfig
 
 __all__ = [
     "JOBS",

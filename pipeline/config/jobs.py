@@ -10,8 +10,9 @@ from pipeline.config.base import Count, Fraction, Positive, Section, Seed, Threa
 from pipeline.config.images import EncodeImagesConfig, ImagesConfig
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
+from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig
-from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, OptimizerConfig
 
 
 class RunConfig(Section):

@@ -18,6 +18,13 @@ TABLE_ROWS = 1000
 """Times of a variance-preserving path, as in Ho et al. 2020 and in every model of diffusers."""
 
 
+LINEAR_BETAS = (1e-4, 0.02)
+"""Ho et al. 2020 (https://arxiv.org/abs/2006.11239), section 4."""
+
+SCALED_LINEAR_BETAS = (0.00085, 0.012)
+"""Stable Diffusion, Rombach et al. 2022 (https://arxiv.org/abs/2112.10752)."""
+
+
 class Path(ABC):
     """Signal and noise as functions of the time t; all of them return t's shape and dtype.
 
@@ -89,31 +96,37 @@ class VariancePreserving(Path):
 
     Args:
         alphas_cumprod: float64 [T], falling; the last may be 0.
+        t_max: where sampling begins; None = the last row.
     """
 
     t_min = 0.0
     prior_std = 1.0
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
+    def __init__(self, alphas_cumprod: Tensor, t_max: float | None = None) -> None:
         self.alphas_cumprod = alphas_cumprod.double()
-        self.t_max = float(len(alphas_cumprod) - 1)
+        self.t_max = float(len(alphas_cumprod) - 1) if t_max is None else t_max
         self._log_ratios = (torch.log1p(-self.alphas_cumprod) - torch.log(self.alphas_cumprod)) / 2
 
     @classmethod
-    def linear(cls, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = TABLE_ROWS) -> VariancePreserving:
-        """Betas that grow linearly: Ho et al. 2020, section 4."""
+    def linear(
+        cls, beta_start: float = LINEAR_BETAS[0], beta_end: float = LINEAR_BETAS[1], steps: int = TABLE_ROWS
+    ) -> VariancePreserving:
+        """Betas that grow linearly, as in DDPM."""
         return cls._of_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
 
     @classmethod
     def scaled_linear(
-        cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = TABLE_ROWS
+        cls,
+        beta_start: float = SCALED_LINEAR_BETAS[0],
+        beta_end: float = SCALED_LINEAR_BETAS[1],
+        steps: int = TABLE_ROWS,
     ) -> VariancePreserving:
-        """Betas whose roots grow linearly: Rombach et al. 2022 (https://arxiv.org/abs/2112.10752), Stable Diffusion."""
+        """Betas whose roots grow linearly, as in Stable Diffusion."""
         return cls._of_betas(torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64).square())
 
     @classmethod
     def cosine(cls, steps: int = TABLE_ROWS) -> VariancePreserving:
-        """alpha^2 as a squared cosine: Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), eq. 17, beta < 0.999."""
+        """alpha^2 as a squared cosine: Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), eq. 17."""
         times = torch.arange(steps + 1, dtype=torch.float64) / steps
         squared = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
         return cls._of_betas((1 - squared[1:] / squared[:-1]).clamp(max=0.999))
@@ -123,14 +136,19 @@ class VariancePreserving(Path):
         return cls(torch.cumprod(1 - betas, 0))
 
     def rescaled_to_zero_terminal_snr(self) -> VariancePreserving:
-        """The same first row, and a last row of pure noise: Lin et al. 2023 (https://arxiv.org/abs/2305.08891), alg. 1."""
+        """The same first row, and pure noise last: Lin et al. 2023 (https://arxiv.org/abs/2305.08891), algorithm 1."""
         roots = self.alphas_cumprod.sqrt()
         first, last = roots[0], roots[-1]
         return VariancePreserving(((roots - last) * first / (first - last)).square())
 
+    def beginning_at(self, log_snr: float) -> VariancePreserving:
+        """The same, sampled from the last row on whose log-SNR, 2 ln(alpha / sigma), is at least this."""
+        rows = int((self._log_ratios <= -log_snr / 2).sum())
+        return VariancePreserving(self.alphas_cumprod, float(rows - 1))
+
     def to(self, device: torch.device | str) -> VariancePreserving:
         """A copy with its table on a device."""
-        return VariancePreserving(self.alphas_cumprod.to(device))
+        return VariancePreserving(self.alphas_cumprod.to(device), self.t_max)
 
     def alpha(self, t: Tensor) -> Tensor:
         """The root of the table's row."""
@@ -148,7 +166,7 @@ class VariancePreserving(Path):
         low, high = table[row], table[row + 1]
         fraction = (wanted - low) / (high - low)
         at_the_end = 1 - (torch.sigmoid(-2 * wanted) / torch.sigmoid(-2 * low)).sqrt()
-        return (row + torch.where(high.isinf(), at_the_end, fraction)).clamp(self.t_min, self.t_max).to(ratio.dtype)
+        return (row + torch.where(high.isinf(), at_the_end, fraction)).clamp(0, len(table) - 1).to(ratio.dtype)
 
     def embedding_input(self, t: Tensor) -> Tensor:
         """The time itself."""
@@ -165,7 +183,7 @@ class VariancePreserving(Path):
 
 
 class VarianceExploding(Path):
-    """Data with noise of standard deviation t added: Karras et al. 2022 (https://arxiv.org/abs/2206.00364), table 1, EDM.
+    """Data with noise of standard deviation t added: Karras et al. 2022 (https://arxiv.org/abs/2206.00364), table 1.
 
     Args:
         sigma_min: where sampling ends, before its last step to 0.

@@ -15,7 +15,9 @@ Prediction = Literal["epsilon", "v", "x0", "velocity", "edm"]
 noise - data (Liu et al. 2022, eq. 1); EDM's F (Karras et al. 2022, eq. 7 and table 1)."""
 
 
-def target(kind: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+def target(  # noqa: PLR0917  (a formula's symbols)
+    kind: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float
+) -> Tensor:
     """What the network learns, as x0. For `edm`, (x0 - c_skip x) / c_out: Karras et al. 2022, eq. 8.
 
     Args:
@@ -40,7 +42,9 @@ def target(kind: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Te
     return (s * x0 - a * sigma_data**2 * noise) / (sigma_data * spread)
 
 
-def denoised(kind: Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+def denoised(  # noqa: PLR0917  (a formula's symbols)
+    kind: Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float
+) -> Tensor:
     """The data x0 that an output means, as x.
 
     From `epsilon` there is none at alpha = 0 (infinite or not a number).
@@ -67,7 +71,7 @@ def denoised(kind: Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: 
 
 
 def input_scale(kind: Prediction, alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """By what the noisy sample is multiplied before the network sees it, [b]: c_in of Karras et al. 2022; 1 elsewhere."""
+    """What the noisy sample is multiplied by before the network sees it, [b]: Karras' c_in for `edm`, else 1."""
     if kind != "edm":
         return torch.ones_like(sigma)
     return (sigma.square() + (alpha * sigma_data).square()).rsqrt()

@@ -101,6 +101,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
         trained.std,
         trained.tokenizer,
         captions,
+        objective=trained.objective,
         guidance=config.guidance,
         steps=config.steps,
         seed=config.seed,
