@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from support import fingerprint, provenance
 
@@ -27,7 +28,7 @@ from pipeline.config import (
 from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
 from pipeline.diffusion.objective import objective_of
 from pipeline.errors import DataError
-from pipeline.export import clip_tokenizer, export, fold_whitening, write_pipeline
+from pipeline.export import clip_tokenizer, export, fold_whitening, scheduler_of, write_pipeline
 from pipeline.generate import generate
 from pipeline.model_card import model_card, training_pictures
 from pipeline.models import autoencoder, unet
@@ -208,6 +209,45 @@ def test_stock_sampler_follows_the_same_flow(
     ours, _ = generate(*parts, PROMPTS[:2], objective=objective_of(OBJECTIVE), **how)
     moved = (ours - given["noise"]).norm()
     assert (stranger[0]["sampled"] - ours).norm() < 0.05 * moved
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "ddpm"},
+        {"kind": "ddpm", "prediction": "v", "zero_terminal_snr": True},
+        {"kind": "edm"},
+    ],
+    ids=str,
+)
+def test_stock_pipeline_of_other_objectives_agrees_with_our_sampler(
+    folder: Path,
+    model: TextToImage,
+    vae: AutoencoderKL,
+    tokenizer: Tokenizer,
+    given: dict[str, torch.Tensor],
+    fields: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """From one noise, with many steps: what a stock pipeline with the exported scheduler makes of the same network."""
+    objective = ObjectiveConfig(**fields)
+    scheduler_of(objective).save_pretrained(folder.parent / "scheduler")
+    kind = type(scheduler_of(objective))
+    scheduler = kind.from_pretrained(folder.parent / "scheduler")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    capfd.readouterr()
+    how = {"num_inference_steps": 100, "guidance_scale": 2.0, "output_type": "latent"}
+    theirs = pipe(PROMPTS[:2], latents=given["noise"], **how).images
+    monkeypatch.setattr("pipeline.generate.normal", lambda *_: given["noise"])
+    parts = (model, vae, MEAN, STD, tokenizer)
+    ours, _ = generate(
+        *parts, PROMPTS[:2], objective=objective_of(objective), guidance=2.0, steps=100, seed=0, batch_size=2
+    )
+    moved = (ours - objective_of(objective).path.prior_std * given["noise"]).norm()
+    assert (theirs - ours).norm() < 0.05 * moved
+    assert "warn" not in capfd.readouterr().err.lower()
 
 
 def test_folded_posterior_has_the_whitened_variance(vae: AutoencoderKL, given: dict[str, torch.Tensor]) -> None:
