@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from pipeline import runfile
 from pipeline.config import ObjectiveConfig, TrainConfig
@@ -101,3 +103,19 @@ def test_every_combination_either_works_or_is_refused() -> None:
             ObjectiveConfig(kind=kind, prediction=prediction, weighting=weighting, zero_terminal_snr=zero)
             passed += 1
     assert passed == 2 * 4 + 3 * 4 + 4 + 2  # flow, ddpm, edm, and v and x0 with zero terminal SNR
+
+
+def test_the_users_page_tells_every_field_and_choice_and_its_examples_load() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^objective: (\{.*?\})", page, re.MULTILINE)
+    assert len(examples) == 4
+    for example in examples:
+        ObjectiveConfig(**yaml.safe_load(example))
+    rows = re.findall(r"^\| `(\w+): (\S+)`(.*?) \| ", page, re.MULTILINE)
+    told = {field for field, *_ in rows} | {"prediction", "timestep_mean", "timestep_std", "weighting_parameter"}
+    assert told == set(ObjectiveConfig.model_fields)
+    for field in ("kind", "schedule", "timesteps", "weighting", "prediction"):
+        values = re.findall(r"'(\w+)'", str(ObjectiveConfig.model_fields[field].annotation))
+        assert values
+        for value in values:
+            assert re.search(rf"[`: ]{value}[`, ]", page), value
