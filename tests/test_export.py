@@ -370,6 +370,22 @@ def test_the_card_names_each_source_once(attributions: list[str], said: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("fields", "tag", "said"),
+    [
+        ({}, "rectified-flow", 'knows `prediction_type="flow_prediction"`'),
+        ({"prediction": "x0"}, "rectified-flow", 'knows `prediction_type="sample"`'),
+        ({"kind": "ddpm", "prediction": "v"}, "ddpm", "predicts v on DDPM's scaled_linear schedule"),
+        ({"kind": "edm"}, "edm", "preconditioned as EDM"),
+    ],
+)
+def test_the_card_says_which_schedulers_fit(fields: dict, tag: str, said: str) -> None:
+    about = {"resolution": 16, "context_length": LENGTH, "guidance": 2.0, "steps": 25, "trained_on": "x"}
+    card = model_card(attributions=[""], objective=ObjectiveConfig(**fields), **about)
+    assert f"tags: [lathe, stable-diffusion, {tag}]" in card
+    assert said in card
+
+
+@pytest.mark.parametrize(
     ("samples", "changes", "said"),
     [
         ([1000], [{}], "1,000 pictures"),
