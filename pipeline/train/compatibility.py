@@ -84,7 +84,7 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
             " steps, or train into another output",
         )
     before = yaml.safe_load(checkpoint.read(CONFIG))
-    before["objective"] = ObjectiveConfig(**before["objective"]).model_dump(mode="json")  # older ones have kind alone
+    before["objective"] = ObjectiveConfig(**before["objective"]).model_dump(mode="json")  # older ones lack fields
     now = config.model_dump(mode="json")
     for field in _FIXED:
         changed = _first_difference(field, _get(before, field), _get(now, field))
