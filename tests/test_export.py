@@ -21,6 +21,7 @@ from pipeline.config import (
     DataSetConfig,
     ExportConfig,
     ObjectiveConfig,
+    SamplingConfig,
     TextConfig,
     TrainConfig,
     UNetConfig,
@@ -204,9 +205,10 @@ def test_stock_sampler_follows_the_same_flow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two solvers of one equation, with many steps and from the same noise, end at nearly the same latents."""
-    monkeypatch.setattr("pipeline.generate.normal", lambda *_: given["noise"])
-    parts, how = (model, vae, MEAN, STD, tokenizer), {"guidance": 2.0, "steps": 60, "seed": 0, "batch_size": 2}
-    ours, _ = generate(*parts, PROMPTS[:2], objective=objective_of(OBJECTIVE), **how)
+    monkeypatch.setattr("pipeline.generate.normal", lambda *_, **__: given["noise"])
+    parts, sampling = (model, vae, MEAN, STD, tokenizer), SamplingConfig(guidance=2.0, steps=60)
+    objective = objective_of(OBJECTIVE)
+    ours, _ = generate(*parts, PROMPTS[:2], objective=objective, sampling=sampling, seed=0, batch_size=2)
     moved = (ours - given["noise"]).norm()
     assert (stranger[0]["sampled"] - ours).norm() < 0.05 * moved
 
@@ -240,11 +242,9 @@ def test_stock_pipeline_of_other_objectives_agrees_with_our_sampler(
     capfd.readouterr()
     how = {"num_inference_steps": 100, "guidance_scale": 2.0, "output_type": "latent"}
     theirs = pipe(PROMPTS[:2], latents=given["noise"], **how).images
-    monkeypatch.setattr("pipeline.generate.normal", lambda *_: given["noise"])
-    parts = (model, vae, MEAN, STD, tokenizer)
-    ours, _ = generate(
-        *parts, PROMPTS[:2], objective=objective_of(objective), guidance=2.0, steps=100, seed=0, batch_size=2
-    )
+    monkeypatch.setattr("pipeline.generate.normal", lambda *_, **__: given["noise"])
+    parts, sampling = (model, vae, MEAN, STD, tokenizer), SamplingConfig(guidance=2.0, steps=100)
+    ours, _ = generate(*parts, PROMPTS[:2], objective=objective_of(objective), sampling=sampling, seed=0, batch_size=2)
     moved = (ours - objective_of(objective).path.prior_std * given["noise"]).norm()
     assert (theirs - ours).norm() < 0.05 * moved
     assert "warn" not in capfd.readouterr().err.lower()

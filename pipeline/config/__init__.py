@@ -17,6 +17,7 @@ from pipeline.config.jobs import (
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
+from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
 from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, OptimizerConfig
 
@@ -47,6 +48,7 @@ __all__ = [
     "Positive",
     "RunConfig",
     "SampleConfig",
+    "SamplingConfig",
     "Section",
     "Seed",
     "ShardsConfig",

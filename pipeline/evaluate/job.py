@@ -75,7 +75,7 @@ class Evaluation:
         return text
 
 
-def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+def evaluate(config: EvaluateConfig, progress: Callable[[float, int], None] | None = None) -> Evaluation:
     """Score a run, and write `evaluation.json` and the pictures as `.npy` arrays to the output folder.
 
     Raises:
@@ -102,8 +102,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
         trained.tokenizer,
         captions,
         objective=trained.objective,
-        guidance=config.guidance,
-        steps=config.steps,
+        sampling=config,
         seed=config.seed,
         batch_size=config.batch_size,
         progress=progress,
