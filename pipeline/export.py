@@ -1,8 +1,8 @@
 """A training run as a folder that diffusers opens as a StableDiffusionPipeline, with no code of ours behind it.
 
 Everything that Lathe does around the UNet is folded into stock parts, without loss: the text tower becomes a
-CLIPTextModel, whitening of latents becomes part of the autoencoder's 1x1 convolutions, rectified flow is
-DPMSolverMultistepScheduler's `flow_prediction`.
+CLIPTextModel, whitening of latents becomes part of the autoencoder's 1x1 convolutions, the objective
+is a scheduler's config.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from pipeline.config import ExportConfig
+from pipeline.config import ExportConfig, ObjectiveConfig
+from pipeline.diffusion.objective import EPSILON_LOG_SNR, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
+from pipeline.diffusion.path import LINEAR_BETAS, SCALED_LINEAR_BETAS, TABLE_ROWS
 from pipeline.errors import DataError
 from pipeline.model_card import model_card, training_pictures
 from pipeline.models.autoencoder import downscale
@@ -39,6 +47,16 @@ _BLOCK = {  # open_clip's names within a block -> transformers'
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+_BETAS: dict[str, dict[str, str | float]] = {  # our schedules in diffusers' words
+    "linear": {"beta_schedule": "linear", "beta_start": LINEAR_BETAS[0], "beta_end": LINEAR_BETAS[1]},
+    "scaled_linear": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": SCALED_LINEAR_BETAS[0],
+        "beta_end": SCALED_LINEAR_BETAS[1],
+    },
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+_PREDICTION = {"velocity": "flow_prediction", "epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 _SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 
 
@@ -58,6 +76,7 @@ def export(config: ExportConfig) -> str:
     card = model_card(
         resolution=trained.manifest.fingerprint.resolution,
         context_length=trained.manifest.context_length,
+        objective=trained.config.objective,
         guidance=config.guidance,
         steps=25,
         attributions=[manifest.attribution for manifest in manifests],
@@ -68,6 +87,7 @@ def export(config: ExportConfig) -> str:
         write_pipeline(
             folder,
             model=trained.model,
+            objective=trained.config.objective,
             autoencoder=autoencoder,
             mean=trained.mean,
             std=trained.std,
@@ -89,6 +109,7 @@ def write_pipeline(
     folder: Path,
     *,
     model: TextToImage,
+    objective: ObjectiveConfig,
     autoencoder: AutoencoderKL,
     mean: Tensor,
     std: Tensor,
@@ -100,6 +121,7 @@ def write_pipeline(
     Args:
         folder: where to; made if it is not there.
         model: the trained network (EMA weights).
+        objective: what it was trained with.
         autoencoder: the one that the latents came from; not changed.
         mean: of the raw latents by channel [C].
         std: of the raw latents by channel [C].
@@ -117,7 +139,7 @@ def write_pipeline(
         text_encoder=text_encoder,
         tokenizer=clip_tokenizer(tokenizer),
         unet=model.unet,
-        scheduler=flow_scheduler(),
+        scheduler=scheduler_of(objective),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -216,14 +238,24 @@ def clip_tokenizer(tokenizer: Tokenizer) -> CLIPTokenizer:
     )
 
 
-def flow_scheduler() -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ on the straight path x_t = (1 - t) x0 + t noise; the UNet gets 1000 t and predicts noise - x0."""
+def scheduler_of(objective: ObjectiveConfig) -> DPMSolverMultistepScheduler | EDMDPMSolverMultistepScheduler:
+    """DPM-Solver++ on the path that was trained, for what the UNet predicts and the times it is given."""
+    if objective.kind == "edm":
+        return EDMDPMSolverMultistepScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA)
+    if objective.kind == "rectified_flow":
+        path: dict[str, Any] = {"use_flow_sigmas": True, "flow_shift": 1.0}
+    else:
+        path = _BETAS[objective.schedule or "scaled_linear"] | {
+            "timestep_spacing": "trailing",
+            "rescale_betas_zero_snr": objective.zero_terminal_snr,
+        }
+        if objective.prediction == "epsilon":
+            path["lambda_min_clipped"] = EPSILON_LOG_SNR / 2
     return DPMSolverMultistepScheduler(
-        num_train_timesteps=1000,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=1.0,
+        num_train_timesteps=TABLE_ROWS,
+        prediction_type=_PREDICTION[objective.prediction],
         steps_offset=1,  # without effect here; StableDiffusionPipeline warns of any other value
+        **path,
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config import SamplingConfig
 from pipeline.data.images import to_uint8
-from pipeline.diffusion.sampler import euler, guided
+from pipeline.diffusion.guidance import guided
+from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.sampler import sample
 from pipeline.latents import unwhiten
 from pipeline.models.autoencoder import AutoencoderKL, decode
 from pipeline.models.text import Tokenizer
@@ -27,28 +31,28 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    guidance: float,
-    steps: int,
+    objective: Objective,
+    sampling: SamplingConfig,
     seed: int,
     batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, int], None] | None = None,
 ) -> tuple[Tensor, NDArray[np.uint8]]:
     """Make one picture per prompt.
 
-    The noise of a picture depends on `seed` and the prompt's place in `prompts` alone, not on `batch_size`.
+    A picture depends on its prompt, `seed` and the prompt's place in `prompts`, and not on `batch_size`.
 
     Args:
-        model: velocity network; its device is used.
+        model: the trained network; its device is used.
         autoencoder: decodes raw latents; on the same device.
         mean: of the raw latents by channel [C].
         std: of the raw latents by channel [C].
         tokenizer: the one the model was trained with.
         prompts: one or more.
-        guidance: classifier-free guidance scale; 1 = off.
-        steps: Euler steps.
-        seed: of the initial noise.
+        objective: what it was trained with; its tables on any device.
+        sampling: sampler, steps and guidance.
+        seed: of the noise.
         batch_size: pictures made together.
-        progress: called with (pictures done, pictures in all) after each batch.
+        progress: called with (pictures done, pictures in all) after each step; done may be a fraction.
 
     Returns:
         Whitened latents float32 [N, C, h, w] and pictures uint8 [N, f*h, f*w, 3], on the CPU.
@@ -61,10 +65,22 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     for first in range(0, len(prompts), batch_size):
         tokens = torch.from_numpy(tokenizer(prompts[first : first + batch_size]).astype(np.int64)).to(device)
         places = torch.arange(first, first + len(tokens), device=device)
-        noise = normal(seed, Purpose.INITIAL_NOISE, 0, places, shape)
-        whitened = euler(guided(model, tokens, empty, guidance), noise, steps).float()
+        denoiser = guided(
+            model,
+            objective,
+            tokens,
+            empty,
+            scale=sampling.guidance,
+            rescale=sampling.guidance_rescale,
+            interval=sampling.guidance_interval,
+        )
+        draw = partial(normal, seed, Purpose.INITIAL_NOISE, positions=places, shape=shape)
+        report = partial(_report, progress, first, len(tokens), len(prompts)) if progress else None
+        whitened = sample(sampling, objective.path, denoiser, draw, report).float()
         latents.append(whitened.cpu())
         pictures.append(to_uint8(decode(autoencoder, unwhiten(whitened, mean, std))))
-        if progress:
-            progress(first + len(tokens), len(prompts))
     return torch.cat(latents), np.concatenate(pictures)
+
+
+def _report(progress: Callable[[float, int], None], before: int, batch: int, prompts: int, share: float) -> None:
+    progress(before + share * batch, prompts)

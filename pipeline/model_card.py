@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config import DataSetConfig
+from pipeline.config import DataSetConfig, ObjectiveConfig
 
 
 def model_card(
-    *, resolution: int, context_length: int, guidance: float, steps: int, attributions: Sequence[str], trained_on: str
+    *,
+    resolution: int,
+    context_length: int,
+    objective: ObjectiveConfig,
+    guidance: float,
+    steps: int,
+    attributions: Sequence[str],
+    trained_on: str,
 ) -> str:
     """The text of README.md.
 
     Args:
         resolution: side of the pictures in pixels.
         context_length: tokens of a prompt.
+        objective: what was learned.
         guidance: guidance scale to suggest.
         steps: sampler steps to suggest.
         attributions: of each data set, whom its pictures are by, under which licence; "" = not recorded.
@@ -23,7 +31,7 @@ def model_card(
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [lathe, stable-diffusion, rectified-flow]
+tags: [lathe, stable-diffusion, {objective.kind.replace("_", "-")}]
 ---
 
 # Text-to-image model, {resolution} x {resolution} pixels
@@ -45,7 +53,7 @@ variant = AutoPipelineForImage2Image.from_pipe(pipeline)(
 ```
 
 - Prompts are cut after {context_length} tokens, start and end token included.
-- The model is a rectified flow: keep the scheduler, or take another that knows `prediction_type="flow_prediction"`.
+- {_of_schedulers(objective)}
 - Latents are whitened inside the autoencoder's first and last 1x1 convolution; `scaling_factor` is 1.
 - There is no safety checker.
 
@@ -71,6 +79,22 @@ def training_pictures(samples: Sequence[int], sources: Sequence[DataSetConfig]) 
         return f"{parts[0]} of {whole}"
     each = [f"{part or 'all'} of {n:,}" for n, part in zip(samples, parts, strict=True)]
     return f"a part of {whole} ({', '.join(each)})"
+
+
+def _of_schedulers(objective: ObjectiveConfig) -> str:
+    """Which schedulers go with the model, in a sentence."""
+    if objective.kind == "edm":
+        return "The model is preconditioned as EDM: keep the scheduler, or take another of diffusers' EDM ones."
+    if objective.kind == "rectified_flow":
+        knows = "flow_prediction" if objective.prediction == "velocity" else "sample"
+        return (
+            "The model is a rectified flow: keep the scheduler, or take another that knows"
+            f' `prediction_type="{knows}"` on flow sigmas.'
+        )
+    return (
+        f"The model predicts {objective.prediction} on DDPM's {objective.schedule} schedule: keep the scheduler, or"
+        " take another, `from_config(pipeline.scheduler.config)`."
+    )
 
 
 def _sources(attributions: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     INITIAL_NOISE = 6
     ORDER = 7
     FLIP = 8
+    OFFSET_NOISE = 9
 
 
 def uniform(seed: int, purpose: Purpose, step: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -31,12 +31,12 @@ class SampleSummary:
         return f"{self.pictures} pictures from step {self.step} in {self.folder}, together in {SHEET}"
 
 
-def sample(config: SampleConfig, progress: Callable[[int, int], None] | None = None) -> SampleSummary:
+def sample(config: SampleConfig, progress: Callable[[float, int], None] | None = None) -> SampleSummary:
     """Make one picture per prompt, and a contact sheet of all with their prompts.
 
     Args:
         config: run file.
-        progress: called with (pictures done, pictures in all).
+        progress: called with (pictures done, pictures in all); done may be a fraction.
 
     Raises:
         DataError: no complete checkpoint, or the autoencoder is not the run's.
@@ -53,8 +53,8 @@ def sample(config: SampleConfig, progress: Callable[[int, int], None] | None = N
         trained.std,
         trained.tokenizer,
         config.prompts,
-        guidance=config.guidance,
-        steps=config.steps,
+        objective=trained.objective,
+        sampling=config,
         seed=config.seed,
         batch_size=config.batch_size,
         progress=progress,

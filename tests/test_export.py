@@ -13,13 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from support import fingerprint, provenance
 
-from pipeline.config import AutoencoderModelConfig, DataSetConfig, ExportConfig, TextConfig, TrainConfig, UNetConfig
+from pipeline.config import (
+    AutoencoderModelConfig,
+    DataSetConfig,
+    ExportConfig,
+    ObjectiveConfig,
+    SamplingConfig,
+    TextConfig,
+    TrainConfig,
+    UNetConfig,
+)
 from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
+from pipeline.diffusion.objective import objective_of
 from pipeline.errors import DataError
-from pipeline.export import clip_tokenizer, export, fold_whitening, write_pipeline
+from pipeline.export import clip_tokenizer, export, fold_whitening, scheduler_of, write_pipeline
 from pipeline.generate import generate
 from pipeline.model_card import model_card, training_pictures
 from pipeline.models import autoencoder, unet
@@ -30,6 +41,7 @@ from pipeline.storage import open_store
 from pipeline.train.trained_model import TrainedModel
 
 LENGTH = 12
+OBJECTIVE = ObjectiveConfig()
 PROMPTS = [
     "a red apple",
     "Wow! It's 3 o'clock!!",
@@ -116,12 +128,14 @@ def folder(
     card = model_card(
         resolution=16,
         context_length=LENGTH,
+        objective=OBJECTIVE,
         guidance=2.0,
         steps=25,
         attributions=["Ann Example, CC-BY 4.0"],
         trained_on="x",
     )
-    write_pipeline(place, model=model, autoencoder=vae, mean=MEAN, std=STD, tokenizer=tokenizer, card=card)
+    parts = {"model": model, "autoencoder": vae, "mean": MEAN, "std": STD, "tokenizer": tokenizer}
+    write_pipeline(place, objective=OBJECTIVE, card=card, **parts)
     return place
 
 
@@ -192,10 +206,49 @@ def test_stock_sampler_follows_the_same_flow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two solvers of one equation, with many steps and from the same noise, end at nearly the same latents."""
-    monkeypatch.setattr("pipeline.generate.normal", lambda *_: given["noise"])
-    ours, _ = generate(model, vae, MEAN, STD, tokenizer, PROMPTS[:2], guidance=2.0, steps=60, seed=0, batch_size=2)
+    monkeypatch.setattr("pipeline.generate.normal", lambda *_, **__: given["noise"])
+    parts, sampling = (model, vae, MEAN, STD, tokenizer), SamplingConfig(guidance=2.0, steps=60)
+    objective = objective_of(OBJECTIVE)
+    ours, _ = generate(*parts, PROMPTS[:2], objective=objective, sampling=sampling, seed=0, batch_size=2)
     moved = (ours - given["noise"]).norm()
     assert (stranger[0]["sampled"] - ours).norm() < 0.05 * moved
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "ddpm"},
+        {"kind": "ddpm", "prediction": "v", "zero_terminal_snr": True},
+        {"kind": "edm"},
+    ],
+    ids=str,
+)
+def test_stock_pipeline_of_other_objectives_agrees_with_our_sampler(
+    folder: Path,
+    model: TextToImage,
+    vae: AutoencoderKL,
+    tokenizer: Tokenizer,
+    given: dict[str, torch.Tensor],
+    fields: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """From one noise, with many steps: what a stock pipeline with the exported scheduler makes of the same network."""
+    objective = ObjectiveConfig(**fields)
+    scheduler_of(objective).save_pretrained(folder.parent / "scheduler")
+    kind = type(scheduler_of(objective))
+    scheduler = kind.from_pretrained(folder.parent / "scheduler")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    capfd.readouterr()
+    how = {"num_inference_steps": 100, "guidance_scale": 2.0, "output_type": "latent"}
+    theirs = pipe(PROMPTS[:2], latents=given["noise"], **how).images
+    monkeypatch.setattr("pipeline.generate.normal", lambda *_, **__: given["noise"])
+    parts, sampling = (model, vae, MEAN, STD, tokenizer), SamplingConfig(guidance=2.0, steps=100)
+    ours, _ = generate(*parts, PROMPTS[:2], objective=objective_of(objective), sampling=sampling, seed=0, batch_size=2)
+    moved = (ours - objective_of(objective).path.prior_std * given["noise"]).norm()
+    assert (theirs - ours).norm() < 0.05 * moved
+    assert "warn" not in capfd.readouterr().err.lower()
 
 
 def test_folded_posterior_has_the_whitened_variance(vae: AutoencoderKL, given: dict[str, torch.Tensor]) -> None:
@@ -229,7 +282,16 @@ def test_weights_are_safetensors_and_the_card_names_the_source(folder: Path) -> 
 def test_autoencoder_without_quant_conv_is_refused(model: TextToImage, tmp_path: Path, tokenizer: Tokenizer) -> None:
     bare = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), use_quant_conv=False)
     with pytest.raises(DataError, match="quant_conv"):
-        write_pipeline(tmp_path / "x", model=model, autoencoder=bare, mean=MEAN, std=STD, tokenizer=tokenizer, card="")
+        write_pipeline(
+            tmp_path / "x",
+            model=model,
+            objective=OBJECTIVE,
+            autoencoder=bare,
+            mean=MEAN,
+            std=STD,
+            tokenizer=tokenizer,
+            card="",
+        )
     assert not (tmp_path / "x").exists()
 
 
@@ -305,7 +367,23 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
 )
 def test_the_card_names_each_source_once(attributions: list[str], said: str) -> None:
     about = {"resolution": 16, "context_length": LENGTH, "guidance": 2.0, "steps": 25, "trained_on": "x"}
-    assert said in model_card(attributions=attributions, **about)
+    assert said in model_card(attributions=attributions, objective=OBJECTIVE, **about)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tag", "said"),
+    [
+        ({}, "rectified-flow", 'knows `prediction_type="flow_prediction"`'),
+        ({"prediction": "x0"}, "rectified-flow", 'knows `prediction_type="sample"`'),
+        ({"kind": "ddpm", "prediction": "v"}, "ddpm", "predicts v on DDPM's scaled_linear schedule"),
+        ({"kind": "edm"}, "edm", "preconditioned as EDM"),
+    ],
+)
+def test_the_card_says_which_schedulers_fit(fields: dict, tag: str, said: str) -> None:
+    about = {"resolution": 16, "context_length": LENGTH, "guidance": 2.0, "steps": 25, "trained_on": "x"}
+    card = model_card(attributions=[""], objective=ObjectiveConfig(**fields), **about)
+    assert f"tags: [lathe, stable-diffusion, {tag}]" in card
+    assert said in card
 
 
 @pytest.mark.parametrize(

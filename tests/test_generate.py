@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from pipeline.config import AutoencoderModelConfig, TextConfig, UNetConfig
+from pipeline.config import AutoencoderModelConfig, ObjectiveConfig, SamplingConfig, TextConfig, UNetConfig
 from pipeline.data.images import to_uint8
+from pipeline.diffusion.objective import objective_of
 from pipeline.generate import generate
 from pipeline.models import autoencoder, unet
 from pipeline.models.text import TextTower, Tokenizer
@@ -14,6 +17,24 @@ from pipeline.models.unet import TextToImage
 
 MEAN, STD = torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.5])
 PROMPTS = ["a red apple", "", "a blue house"]
+HOW = {
+    "objective": objective_of(ObjectiveConfig()),
+    "sampling": SamplingConfig(guidance=2.0, steps=3),
+    "seed": 0,
+    "batch_size": 3,
+}
+SAMPLINGS = [
+    {"sampler": "heun"},
+    {"sampler": "ddim", "eta": 1.0},
+    {"sampler": "dpm++", "grid": "log_snr"},
+    {"sampler": "ode", "tolerance": 0.01},
+    {"guidance_rescale": 0.7},
+    {"guidance_interval": (0.2, 3.0)},
+]
+
+
+def sampling(**changed: Any) -> SamplingConfig:
+    return SamplingConfig(**{"guidance": 2.0, "steps": 3} | changed)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +47,7 @@ def parts() -> tuple[TextToImage, AutoencoderKL, torch.Tensor, torch.Tensor, Tok
 
 
 def test_pictures_are_the_decoded_raw_latents(parts) -> None:  # type: ignore[no-untyped-def]
-    latents, pictures = generate(*parts, PROMPTS, guidance=2.0, steps=3, seed=0, batch_size=8)
+    latents, pictures = generate(*parts, PROMPTS, **HOW)
     assert latents.shape == (3, 2, 4, 4)
     assert pictures.shape == (3, 8, 8, 3)
     assert pictures.dtype == np.uint8
@@ -36,35 +57,47 @@ def test_pictures_are_the_decoded_raw_latents(parts) -> None:  # type: ignore[no
 
 
 def test_batch_size_does_not_change_a_picture(parts) -> None:  # type: ignore[no-untyped-def]
-    together, _ = generate(*parts, PROMPTS, guidance=2.0, steps=3, seed=0, batch_size=3)
-    alone, _ = generate(*parts, PROMPTS, guidance=2.0, steps=3, seed=0, batch_size=1)
+    together, _ = generate(*parts, PROMPTS, **HOW)
+    alone, _ = generate(*parts, PROMPTS, **HOW | {"batch_size": 1})
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("objective", [{}, {"kind": "ddpm"}, {"kind": "edm"}], ids=str)
+@pytest.mark.parametrize("changed", SAMPLINGS, ids=str)
+def test_every_sampler_makes_the_same_pictures_in_any_batch(parts, changed, objective) -> None:  # type: ignore[no-untyped-def]
+    how = HOW | {"objective": objective_of(ObjectiveConfig(**objective)), "sampling": sampling(**changed)}
+    together, _ = generate(*parts, PROMPTS, **how)
+    alone, _ = generate(*parts, PROMPTS, **how | {"batch_size": 1})
+    plain, _ = generate(*parts, PROMPTS, **how | {"sampling": sampling()})
+    assert together.isfinite().all()
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(together[0], plain[0], atol=1e-5)
+
+
 def test_seed_prompt_and_guidance_change_the_picture(parts) -> None:  # type: ignore[no-untyped-def]
-    base, _ = generate(*parts, PROMPTS, guidance=2.0, steps=3, seed=0, batch_size=3)
+    base, _ = generate(*parts, PROMPTS, **HOW)
     for changed in (
-        generate(*parts, PROMPTS, guidance=2.0, steps=3, seed=1, batch_size=3)[0],
-        generate(*parts, PROMPTS[::-1], guidance=2.0, steps=3, seed=0, batch_size=3)[0],
-        generate(*parts, PROMPTS, guidance=4.0, steps=3, seed=0, batch_size=3)[0],
+        generate(*parts, PROMPTS, **HOW | {"seed": 1})[0],
+        generate(*parts, PROMPTS[::-1], **HOW)[0],
+        generate(*parts, PROMPTS, **HOW | {"sampling": sampling(guidance=4.0)})[0],
     ):
         assert not torch.allclose(base[0], changed[0], atol=1e-5)
 
 
 def test_guidance_does_not_change_the_empty_prompt(parts) -> None:  # type: ignore[no-untyped-def]
-    guided, _ = generate(*parts, PROMPTS, guidance=4.0, steps=3, seed=0, batch_size=3)
-    plain, _ = generate(*parts, PROMPTS, guidance=1.0, steps=3, seed=0, batch_size=3)
+    guided, _ = generate(*parts, PROMPTS, **HOW | {"sampling": sampling(guidance=4.0)})
+    plain, _ = generate(*parts, PROMPTS, **HOW | {"sampling": sampling(guidance=1.0)})
     torch.testing.assert_close(guided[1], plain[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(guided[0], plain[0], atol=1e-5)
 
 
 def test_progress_counts_pictures(parts) -> None:  # type: ignore[no-untyped-def]
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[float, int]] = []
     generate(
         *parts,
         PROMPTS,
-        guidance=1.0,
-        steps=1,
+        objective=HOW["objective"],
+        sampling=sampling(guidance=1.0, steps=1),
         seed=0,
         batch_size=2,
         progress=lambda done, all_: seen.append((done, all_)),

@@ -16,8 +16,10 @@ from pipeline.config.jobs import (
 )
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
+from pipeline.config.objective import ObjectiveConfig
+from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
-from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, OptimizerConfig
 
 __all__ = [
     "JOBS",
@@ -46,6 +48,7 @@ __all__ = [
     "Positive",
     "RunConfig",
     "SampleConfig",
+    "SamplingConfig",
     "Section",
     "Seed",
     "ShardsConfig",

@@ -10,8 +10,10 @@ from pipeline.config.base import Count, Fraction, Positive, Section, Seed, Threa
 from pipeline.config.images import EncodeImagesConfig, ImagesConfig
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
+from pipeline.config.objective import ObjectiveConfig
+from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig
-from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, OptimizerConfig
 
 
 class RunConfig(Section):
@@ -153,13 +155,11 @@ class TrainConfig(RunConfig):
         return self
 
 
-class GenerateConfig(RunConfig):
+class GenerateConfig(SamplingConfig, RunConfig):
     """What every command has that makes pictures from a trained model."""
 
     run: str = Field(description="the training run's output, or one checkpoint in it")
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
-    guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
-    steps: Count = Field(25, description="sampler steps")
     batch_size: Count = 64
     seed: Seed = 0
     threads: Threads | None = Field(None, description="CPU threads; null = torch's choice")

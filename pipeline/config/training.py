@@ -1,4 +1,4 @@
-"""What a training run learns, with which optimizer, on which ranks, and what it leaves behind."""
+"""With which optimizer a training run learns, on which ranks, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config.base import Count, Fraction, Positive, Section, Threads
-
-
-class ObjectiveConfig(Section):
-    """What the UNet learns: rectified flow (Liu et al. 2022), timesteps logit-normal (Esser et al. 2024, eq. 19)."""
-
-    kind: Literal["rectified_flow"] = "rectified_flow"
-    timestep_mean: float = 0.0
-    timestep_std: Positive = 1.0
-    caption_dropout: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
 
 
 class OptimizerConfig(Section):

@@ -75,7 +75,7 @@ class Evaluation:
         return text
 
 
-def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+def evaluate(config: EvaluateConfig, progress: Callable[[float, int], None] | None = None) -> Evaluation:
     """Score a run, and write `evaluation.json` and the pictures as `.npy` arrays to the output folder.
 
     Raises:
@@ -101,8 +101,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None] | None
         trained.std,
         trained.tokenizer,
         captions,
-        guidance=config.guidance,
-        steps=config.steps,
+        objective=trained.objective,
+        sampling=config,
         seed=config.seed,
         batch_size=config.batch_size,
         progress=progress,

@@ -51,15 +51,15 @@ class TextToImage(nn.Module):
         self.text = text
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
-        """Predict the velocity, noise - x0.
+        """Say what the objective has it learn: velocity, noise, data.
 
         Args:
             noisy: whitened latents with noise [B, C, h, w].
-            timestep: [B] in [0, 1000], which is 1000 times the share of noise.
+            timestep: [B], the time as the objective embeds it.
             tokens: int64 [B, L].
 
         Returns:
             [B, C, h, w], in the dtype of the weights.
         """
-        velocity: Tensor = self.unet(noisy.to(self.unet.dtype), timestep, self.text(tokens)).sample
-        return velocity
+        output: Tensor = self.unet(noisy.to(self.unet.dtype), timestep, self.text(tokens)).sample
+        return output

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import TrainConfig
+from pipeline.config import ObjectiveConfig, TrainConfig
 from pipeline.data.datasets import DataSets
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import VERSION
@@ -14,8 +14,19 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.train.checkpoint import CONFIG, Checkpoint
 from pipeline.train.trained_on import TrainedOn, trained_on
 
-_FIXED = ("unet", "text", "objective.kind", "seed", "global_batch", "shuffle_window", "loader.flip")
-"""Fields that a run keeps from its first step to its last: geometry, and what the order of the samples depends on."""
+_FIXED = (
+    "unet",
+    "text",
+    "objective.kind",
+    "objective.prediction",
+    "objective.schedule",
+    "objective.zero_terminal_snr",
+    "seed",
+    "global_batch",
+    "shuffle_window",
+    "loader.flip",
+)
+"""Fields that a run keeps from its first step to its last: geometry, meaning of the output, the order of samples."""
 
 
 def check_data(config: TrainConfig, manifest: Manifest) -> None:
@@ -73,6 +84,7 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
             " steps, or train into another output",
         )
     before = yaml.safe_load(checkpoint.read(CONFIG))
+    before["objective"] = ObjectiveConfig(**before["objective"]).model_dump(mode="json")  # older ones lack fields
     now = config.model_dump(mode="json")
     for field in _FIXED:
         changed = _first_difference(field, _get(before, field), _get(now, field))

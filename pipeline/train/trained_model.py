@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.data.manifest import Manifest
+from pipeline.diffusion.objective import Objective, objective_of
 from pipeline.errors import DataError
 from pipeline.models import autoencoder, unet
 from pipeline.models.autoencoder import AutoencoderKL
@@ -31,7 +32,7 @@ class TrainedModel:
         manifests: of its latents, one for each of `config.sources`.
         mean: of the raw latents by channel, float32 [C]; with `std` it undoes the whitening.
         std: standard deviation of the raw latents by channel, float32 [C].
-        model: velocity network, text tower included.
+        model: the network, text tower included.
         tokenizer: the one the captions were tokenized with.
     """
 
@@ -47,6 +48,11 @@ class TrainedModel:
     def manifest(self) -> Manifest:
         """The first data set's: in autoencoder, shape of latents and text, the others agree with it."""
         return self.manifests[0]
+
+    @property
+    def objective(self) -> Objective:
+        """What the network's output means."""
+        return objective_of(self.config.objective)
 
     def load_autoencoder(self, url: str) -> AutoencoderKL:
         """The autoencoder at `url`. Raises DataError when it is not the one that made the training latents."""

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from pipeline import randomness, runfile
+from pipeline import runfile
 from pipeline.config import TrainConfig
 from pipeline.console import ProgressLine, table, tell
 from pipeline.data.batch import Batch
@@ -25,19 +25,19 @@ from pipeline.data.datasets import DataSets, open_datasets
 from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Preparation, Scale, read_empty
-from pipeline.diffusion import schedule
-from pipeline.diffusion.loss import velocity_loss
+from pipeline.diffusion.loss import weighted_loss
+from pipeline.diffusion.objective import objective_of
 from pipeline.errors import DataError, LatheError
 from pipeline.metrics import Metrics
 from pipeline.models import unet
 from pipeline.models.text import TextTower
 from pipeline.models.unet import TextToImage
-from pipeline.randomness import Purpose
 from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_data, check_resume
+from pipeline.train.draws import draw
 from pipeline.train.interval import Interval
 from pipeline.train.optimizer import AdamWithEMA, learning_rate, parameter_groups
 from pipeline.train.preemption import StopRequest
@@ -94,7 +94,7 @@ class Example(NamedTuple):
     """What the network sees of a batch, and what it should say."""
 
     noisy: Tensor  # float32 [b, C, h, w]
-    timestep: Tensor  # float32 [b], in [0, 1000]
+    timestep: Tensor  # float32 [b], what the timestep embedding is given
     tokens: Tensor  # int64 [b, L]
     target: Tensor  # float32 [b, C, h, w]
     weight: Tensor  # float32 [b], of each sample's loss
@@ -112,6 +112,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store) -> None:
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
+        self.objective = objective_of(config.objective, ranks.device)
         self.step = 0  # optimizer steps done, skipped ones included
         self.order_origin = 0  # the step with which the samples' order began
         self.skips: list[list[int]] = []  # blocks of latents that no rank counts, as of the last restart
@@ -149,6 +150,7 @@ class Trainer:
             Scale("whiten", self.mean, self.std),
             read_empty(self.datasets.stores[0], self.datasets.manifests[0]),
             caption_dropout=config.objective.caption_dropout,
+            dropout_by_tower=config.objective.dropout_by_tower,
             device=self.ranks.device,
         )
         self._introduce()
@@ -182,7 +184,7 @@ class Trainer:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
         example = self.example(batch)
         prediction = self.engine(example.noisy, example.timestep, example.tokens)
-        loss = velocity_loss(prediction, example.target, example.weight)
+        loss = weighted_loss(prediction, example.target, example.weight)
         self.engine.backward(loss)
         self.engine.step(learning_rate(self.step, self.config.optimizer, self.config.steps))
         self.step += 1
@@ -197,20 +199,25 @@ class Trainer:
 
     def example(self, batch: Batch) -> Example:
         """Latents, noise, time and caption of a batch; all that is random is keyed by (seed, step, position)."""
-        seed, step, objective = self.config.seed, batch.step, self.config.objective
         share = self._counted_share(batch)
         batch = batch.to(self.ranks.device)
-        latents = self.prepare.latents(batch.moments, step, batch.positions)
-        (text,) = self.prepare.text(batch.text, step, batch.positions).values()
-        noise = randomness.normal(seed, Purpose.NOISE, step, batch.positions, tuple(latents.shape[1:]))
-        times = randomness.normal(seed, Purpose.TIMESTEP, step, batch.positions, ())
-        t = schedule.logit_normal(times, objective.timestep_mean, objective.timestep_std)
+        latents = self.prepare.latents(batch.moments, batch.step, batch.positions)
+        (text,) = self.prepare.text(batch.text, batch.step, batch.positions).values()
+        noise, t = draw(
+            self.objective,
+            self.config.seed,
+            batch.step,
+            batch.positions,
+            shape=tuple(latents.shape[1:]),
+            global_batch=self.config.global_batch,
+        )
+        point = self.objective.at(latents, noise, t)
         return Example(
-            noisy=schedule.interpolate(latents, noise, t),
-            timestep=schedule.timestep_embedding_input(t),
+            noisy=point.input,
+            timestep=point.embedding,
             tokens=cast(Tensor, text.tokens),  # check_data lets token ids alone pass
-            target=schedule.velocity_target(latents, noise),
-            weight=batch.weight / share,
+            target=point.target,
+            weight=point.weight * batch.weight / share,
         )
 
     def _counted_share(self, batch: Batch) -> float:
