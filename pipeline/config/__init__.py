@@ -17,16 +17,29 @@ from pipeline.config.jobs import (
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
-from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+from pipeline.config.training import (
+    SIGMA_REL_LIMIT,
+    AverageConfig,
+    CheckpointConfig,
+    EMAConfig,
+    EngineConfig,
+    JointOptimizerConfig,
+    MetricsConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 
 __all__ = [
     "JOBS",
+    "SIGMA_REL_LIMIT",
     "AutoencoderModelConfig",
+    "AverageConfig",
     "BucketsConfig",
     "Byte",
     "CheckpointConfig",
     "Count",
     "DataSetConfig",
+    "EMAConfig",
     "EncodeConfig",
     "EncodeImagesConfig",
     "EncodeTextConfig",
@@ -38,6 +51,7 @@ __all__ = [
     "Fraction",
     "GenerateConfig",
     "ImagesConfig",
+    "JointOptimizerConfig",
     "LoaderConfig",
     "MetricsConfig",
     "ObjectiveConfig",

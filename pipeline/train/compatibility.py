@@ -14,8 +14,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.train.checkpoint import CONFIG, Checkpoint
 from pipeline.train.trained_on import TrainedOn, trained_on
 
-_FIXED = ("unet", "text", "objective.kind", "seed", "global_batch", "shuffle_window", "loader.flip")
-"""Fields that a run keeps from its first step to its last: geometry, and what the order of the samples depends on."""
+_FIXED = ("unet", "text", "objective.kind", "seed", "global_batch", "shuffle_window", "loader.flip", "ema.averages")
+"""Fields that a run keeps from its first step to its last: geometry, what the order of the samples depends on, and the
+averages, which are of all steps."""
 
 
 def check_data(config: TrainConfig, manifest: Manifest) -> None:
@@ -110,4 +111,12 @@ def _first_difference(field: str, old: Any, new: Any) -> tuple[str, Any, Any] | 
     if isinstance(old, dict) and isinstance(new, dict):
         inner = (_first_difference(f"{field}.{key}", old.get(key), new.get(key)) for key in {**old, **new})
         return next((found for found in inner if found), None)
+    if _are_sections(old) and _are_sections(new) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        inner = (_first_difference(f"{field}.{place}", *pair) for place, pair in pairs)
+        return next((found for found in inner if found), None)
     return (field, old, new) if old != new else None
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(section, dict) for section in value)
