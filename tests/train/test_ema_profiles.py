@@ -101,31 +101,29 @@ def test_inner_products_are_integrals(first, second):
     )
 
 
-# largest errors of weights of size 1, and of profiles; seen: 2.4e-4 and 1.7e-2 at 0.03, 3e-6 and 4e-4 at 0.07
+# what was seen at step 5000: weights off by 6e-5, profiles by 5e-3 at 0.03; 2e-6, 4e-4 at 0.07; 2e-4, 3e-3 at 0.2
 @pytest.mark.parametrize(
     ("sigma_rel", "weight_error", "profile_error"),
     [
-        (0.03, 1e-3, 2e-2),
+        (0.03, 2e-4, 1e-2),
         (0.05, 1e-12, 1e-7),
-        (0.07, 1e-4, 1e-3),
+        (0.07, 1e-5, 1e-3),
         (0.1, 1e-12, 1e-7),
-        (0.15, 1e-4, 2e-3),
-        (0.2, 1e-3, 5e-3),
+        (0.15, 5e-5, 2e-3),
+        (0.2, 5e-4, 5e-3),
     ],
 )
 @pytest.mark.parametrize("at", [5000, 3700])
 def test_reconstruction_is_the_average_that_was_never_taken(sigma_rel, weight_error, profile_error, at):
-    """50 snapshots of two lengths, of 5,000 steps."""
+    """A snapshot of two lengths every 100 steps of 5,000; weights of about 1."""
     trajectory = wander(5000)
     taken = {sigma: averages(trajectory, sigma) for sigma in (0.05, 0.1)}
     places = [(step, sigma) for step in range(100, at + 1, 100) for sigma in taken]
     found = fit(np.array([p[0] for p in places], float), np.array([p[1] for p in places]), at, sigma_rel)
     made = found.coefficients @ np.array([taken[sigma][step - 1] for step, sigma in places])
-    truth = averages(trajectory, sigma_rel)[at - 1]
     assert found.coefficients.sum() == pytest.approx(1.0)
-    assert np.abs(made - truth).max() < weight_error
+    assert np.abs(made - averages(trajectory, sigma_rel)[at - 1]).max() < weight_error
     assert found.error < profile_error
-    assert np.abs(made - truth).max() <= found.error * np.abs(trajectory).max() + 1e-12
 
 
 def test_an_average_that_was_stored_is_itself_alone():
