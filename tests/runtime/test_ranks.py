@@ -55,18 +55,11 @@ def test_nothing_a_newcomer_would_stumble_over_is_printed(folder):
 EXACT = {"ema.main": 0.0, "ema.slow": 0.0, "ema.power": 0.0}
 
 
-@pytest.mark.parametrize("case", ["1 float32", "2 float32"])
+@pytest.mark.parametrize("case", ["1 float32", "2 float32", "many steps"])
 def test_averages_and_weights_equal_a_float32_reference(results, case):
     for result in results:
         assert result[case]["averages"] == EXACT
         assert result[case]["weight"] == 0.0
-
-
-def test_averages_of_fifty_steps_follow_the_weights_to_the_bit(results):
-    # two ranks sum their gradients in another order than one process, which after some steps shows in the last bits
-    for result in results:
-        assert result["many steps"]["weight"] < 1e-5
-        assert max(result["many steps"]["averages"].values()) < 1e-5
 
 
 def test_averages_are_float32_where_the_working_weights_are_not(results):
