@@ -61,7 +61,7 @@ _SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|
 
 
 def export(config: ExportConfig) -> str:
-    """Write the EMA weights of a training run as a pipeline's folder; returns a line that says where it is.
+    """Write averaged weights of a training run as a pipeline's folder; returns a line that says where it is.
 
     Raises:
         DataError: no checkpoint, another autoencoder than the training's, or one that cannot be exported.
@@ -69,7 +69,7 @@ def export(config: ExportConfig) -> str:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed to save, which would wonder aloud
-    trained = load_trained(config.run)
+    trained = load_trained(config.run, config.weights)
     autoencoder = trained.load_autoencoder(config.autoencoder)
     manifests = trained.manifests
     pictures = training_pictures([manifest.samples("train") for manifest in manifests], trained.config.sources)
@@ -120,7 +120,7 @@ def write_pipeline(
 
     Args:
         folder: where to; made if it is not there.
-        model: the trained network (EMA weights).
+        model: the trained network, with the weights to export.
         objective: what it was trained with.
         autoencoder: the one that the latents came from; not changed.
         mean: of the raw latents by channel [C].

@@ -1,4 +1,4 @@
-"""`lathe sample`: prompts to pictures, from the EMA weights of a training run."""
+"""`lathe sample`: prompts to pictures, from averaged weights of a training run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sample(config: SampleConfig, progress: Callable[[float, int], None] | None =
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    trained = load_trained(config.run)
+    trained = load_trained(config.run, config.weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, pictures = generate(
         trained.model.to(device),

@@ -49,6 +49,28 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
         ("manifest: m\nloader: {max_skip_rate: 1}", "loader.max_skip_rate: Input should be less than 1"),
         ("manifest: m\nloader: {requests: 0}", "loader.requests: Input should be greater than or equal to 1"),
         ("manifest: m\nloader: {cache_gib: 0}", "loader.cache_gib: Input should be greater than 0"),
+        ("manifest: m\nema_decay: 0.99", "ema_decay: unknown field"),
+        ("manifest: m\nema: {averages: [{decay: 1}]}", "ema.averages.0.decay: Input should be less than 1"),
+        ("manifest: m\nema: {averages: [{}]}", "ema.averages.0: main: give decay or sigma_rel, one of the two"),
+        (
+            "manifest: m\nema: {averages: [{decay: 0.9, sigma_rel: 0.1}]}",
+            "ema.averages.0: main: give decay or sigma_rel, one of the two",
+        ),
+        ("manifest: m\nema: {averages: [{sigma_rel: 0.3}]}", "ema.averages.0.sigma_rel: Input should be less than"),
+        ("manifest: m\nema: {averages: [{sigma_rel: 0}]}", "ema.averages.0.sigma_rel: Input should be greater than 0"),
+        ("manifest: m\nema: {averages: [{name: raw, decay: 0.9}]}", "ema.averages.0: name: raw means the weights"),
+        ("manifest: m\nema: {averages: [{name: a:b, decay: 0.9}]}", "ema.averages.0.name: String should match"),
+        ("manifest: m\nema: {averages: [{decay: 0.9}, {decay: 0.99}]}", "ema: averages: two have the same name"),
+        (
+            "manifest: m\nema: {averages: [{sigma_rel: 0.1}, {name: b, sigma_rel: 0.1}]}",
+            "ema: averages: two have the same sigma_rel",
+        ),
+        ("manifest: m\nema: {snapshot_every: 10}", "ema: snapshot_every: snapshots are of averages with sigma_rel"),
+        ("manifest: m\noptimizer: {schedule: step}", "optimizer.schedule: Input should be 'constant', 'cosine'"),
+        (
+            "manifest: m\noptimizer: {text_learning_rate_ratio: 0}",
+            "optimizer.text_learning_rate_ratio: Input should be",
+        ),
         ("manifest: m\nloader: {mixing: both}", "loader.mixing: Input should be 'steps' or 'batches'"),
     ],
 )

@@ -336,7 +336,7 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
     config = ExportConfig(run="run", autoencoder=str(tmp_path / "vae"), output=str(tmp_path / "out"))
     # a checkpoint needs a training run with its engine: the demo's test goes that way
     monkeypatch.setattr(
-        "pipeline.export.load_trained", lambda _: trained(model, tokenizer, manifest_of("of another", "", 0))
+        "pipeline.export.load_trained", lambda *_: trained(model, tokenizer, manifest_of("of another", "", 0))
     )
     with pytest.raises(DataError, match="the/right/one"):
         export(config)
@@ -344,7 +344,7 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
 
     right = autoencoder.weights_hash(vae)
     both = manifest_of(right, "Ann Example, CC-BY", 1000), manifest_of(right, "Bob Example, CC-BY", 234)
-    monkeypatch.setattr("pipeline.export.load_trained", lambda _: trained(model, tokenizer, *both))
+    monkeypatch.setattr("pipeline.export.load_trained", lambda *_: trained(model, tokenizer, *both))
     assert str(tmp_path / "out") in export(config)
     files = sorted((tmp_path / "out").rglob("*.*"), key=lambda path: path.stat().st_mtime_ns)
     assert files[-1].name == "model_index.json"

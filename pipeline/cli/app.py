@@ -50,6 +50,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": data.inspect,
     "remove": data.remove,
     "train": training.train,
+    "ema": training.ema,
     "sample": training.sample,
     "evaluate": training.evaluate,
     "export": training.export,

@@ -1,6 +1,10 @@
-"""Commands about models: train-vae, train, sample, evaluate, export."""
+"""Commands about models: train-vae, train, ema, sample, evaluate, export."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
 
 from pipeline import runfile
 from pipeline.cli.arguments import Config, Overrides
@@ -41,10 +45,41 @@ def train(config: Config, overrides: Overrides = None) -> None:
     fit(settings)
 
 
-def sample(config: Config, overrides: Overrides = None) -> None:
-    """Make pictures for prompts, from the EMA weights of a training run.
+def ema(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Output of a training that had `ema.snapshot_every`.")],
+    sigma_rel: Annotated[
+        float,
+        typer.Option(
+            "--sigma-rel", metavar="X", help="Length of the average as a share of the training: 0.05, 0.1, ..."
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option("--output", metavar="URL", help="Folder or s3:// prefix that the average goes to.")
+    ],
+    at: Annotated[
+        int | None,
+        typer.Option("--at", metavar="STEP", help="The step that it is of; one with a snapshot. Default: the newest."),
+    ] = None,
+) -> None:
+    """Make an average of the weights of any length, after the training, from its snapshots.
 
-    They go to `output`, with a contact sheet.
+    The result is sampled, evaluated and exported like a run (`run=URL`). Nothing in the run is changed.
+
+    ```
+    lathe ema my-run/run --sigma-rel 0.07 --output my-run/ema-07
+    ```
+    """
+    from pipeline.train.post_hoc import reconstruct
+
+    with ProgressLine("ema", "snapshots") as line:
+        result = reconstruct(run, sigma_rel, output, at, line.update)
+    say(result)
+
+
+def sample(config: Config, overrides: Overrides = None) -> None:
+    """Make pictures for prompts, from averaged weights of a training run.
+
+    They go to `output`, with a contact sheet. `weights` chooses another average than the first.
 
     ```
     lathe sample configs/demo/sample.yaml root=my-run 'prompts=[red heart]'
@@ -78,7 +113,7 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 def export(config: Config, overrides: Overrides = None) -> None:
     """Write a training run as a folder that diffusers opens, with no code of Lathe behind it.
 
-    It holds the EMA weights, and opens with `StableDiffusionPipeline.from_pretrained(FOLDER)`.
+    It holds averaged weights, see `weights`, and opens with `StableDiffusionPipeline.from_pretrained(FOLDER)`.
 
     ```
     lathe export configs/demo/export.yaml root=my-run

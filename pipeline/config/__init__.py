@@ -19,16 +19,28 @@ from pipeline.config.models import AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
-from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, OptimizerConfig
+from pipeline.config.training import (
+    SIGMA_REL_LIMIT,
+    AverageConfig,
+    CheckpointConfig,
+    EMAConfig,
+    EngineConfig,
+    JointOptimizerConfig,
+    MetricsConfig,
+    OptimizerConfig,
+)
 
 __all__ = [
     "JOBS",
+    "SIGMA_REL_LIMIT",
     "AutoencoderModelConfig",
+    "AverageConfig",
     "BucketsConfig",
     "Byte",
     "CheckpointConfig",
     "Count",
     "DataSetConfig",
+    "EMAConfig",
     "EncodeConfig",
     "EncodeImagesConfig",
     "EncodeTextConfig",
@@ -40,6 +52,7 @@ __all__ = [
     "Fraction",
     "GenerateConfig",
     "ImagesConfig",
+    "JointOptimizerConfig",
     "LoaderConfig",
     "MetricsConfig",
     "ObjectiveConfig",

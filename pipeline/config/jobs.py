@@ -13,7 +13,16 @@ from pipeline.config.models import AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig
-from pipeline.config.training import CheckpointConfig, EngineConfig, MetricsConfig, OptimizerConfig
+from pipeline.config.training import (
+    CheckpointConfig,
+    EMAConfig,
+    EngineConfig,
+    JointOptimizerConfig,
+    MetricsConfig,
+    OptimizerConfig,
+)
+
+WEIGHTS = "an average by its name in ema.averages, or raw for the weights themselves; empty = the first average"
 
 
 class RunConfig(Section):
@@ -123,9 +132,9 @@ class TrainConfig(RunConfig):
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: JointOptimizerConfig = JointOptimizerConfig()
+    ema: EMAConfig = EMAConfig()
     engine: EngineConfig = EngineConfig()
-    ema_decay: Fraction = 0.999
     steps: Count = 2000
     global_batch: Count = Field(64, description="samples per optimizer step, over all ranks")
     shuffle_window: Count = Field(256, description="samples shuffled together within each run of an epoch")
@@ -158,7 +167,8 @@ class TrainConfig(RunConfig):
 class GenerateConfig(SamplingConfig, RunConfig):
     """What every command has that makes pictures from a trained model."""
 
-    run: str = Field(description="the training run's output, or one checkpoint in it")
+    run: str = Field(description="the training run's output, one checkpoint in it, or what `lathe ema` made of it")
+    weights: str = Field("", description=WEIGHTS)
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
     batch_size: Count = 64
     seed: Seed = 0
@@ -166,7 +176,7 @@ class GenerateConfig(SamplingConfig, RunConfig):
 
 
 class SampleConfig(GenerateConfig):
-    """`lathe sample`: prompts to pictures, from the EMA weights of a checkpoint."""
+    """`lathe sample`: prompts to pictures, from the averaged weights of a checkpoint."""
 
     job: Literal["sample"] = "sample"
     prompts: tuple[str, ...] = Field(min_length=1)
@@ -188,7 +198,8 @@ class ExportConfig(RunConfig):
     """`lathe export`: a checkpoint to a folder that diffusers opens as a pipeline."""
 
     job: Literal["export"] = "export"
-    run: str = Field(description="the training run's output, or one checkpoint in it")
+    run: str = Field(description="the training run's output, one checkpoint in it, or what `lathe ema` made of it")
+    weights: str = Field("", description=WEIGHTS)
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
     output: str = Field(description="folder or s3:// prefix for the pipeline")
     guidance: float = Field(2.0, ge=1, description="guidance scale noted in the exported model card")

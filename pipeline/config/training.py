@@ -4,21 +4,93 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Count, Fraction, Positive, Section, Threads
 
+SIGMA_REL_LIMIT = 0.2886
+"""Of power function averages: 12^-0.5, where all steps weigh the same."""
+
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up, then cosine decay to `final_learning_rate_ratio` of the peak."""
+    """AdamW; its learning rate warms up linearly, then falls by a schedule."""
 
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = Field(1e-3, description="the peak")
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "edm2"] = Field(
+        "cosine",
+        description="shape after the warm-up: cosine and linear end with the run; edm2 falls as 1/sqrt(step)",
+    )
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     epsilon: Positive = 1e-8
     weight_decay: float = Field(0.01, ge=0, description="not applied to norms, biases and embeddings")
     warmup_steps: int = Field(50, ge=0)
-    final_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
+    final_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="cosine, linear: the last rate / the peak")
+    reference_steps: Count | None = Field(
+        None,
+        description="scale of inverse_sqrt (null = warmup_steps, or 10000 without) and t_ref of edm2 (null = 70000)",
+    )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
+
+
+class JointOptimizerConfig(OptimizerConfig):
+    """The diffusion model's, whose text tower may learn at a rate of its own."""
+
+    text_learning_rate_ratio: Positive = Field(1.0, description="rate of the text tower / rate of the UNet")
+
+
+class AverageConfig(Section):
+    """One moving average of the weights: of constant decay, or with the profile of a power function."""
+
+    name: str = Field("main", pattern="^[a-z0-9_]+$", description="its name in checkpoints, and for `weights`")
+    decay: Fraction | None = Field(
+        None, description="constant, per step; warmed up as min(decay, (1 + step) / (10 + step))"
+    )
+    sigma_rel: float | None = Field(
+        None,
+        gt=0,
+        le=SIGMA_REL_LIMIT,
+        description="length as a share of the training so far (Karras et al. 2024): 0.05 and 0.1 are usual",
+    )
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> AverageConfig:
+        if (self.decay is None) == (self.sigma_rel is None):
+            raise ValueError(f"{self.name}: give decay or sigma_rel, one of the two")
+        if self.name == "raw":
+            raise ValueError("name: raw means the weights without an average; give another name")
+        return self
+
+
+class EMAConfig(Section):
+    """Moving averages of the weights, all float32 and made from the float32 weights; sampling takes the first."""
+
+    averages: tuple[AverageConfig, ...] = (AverageConfig(decay=0.999),)
+    snapshot_every: Count | None = Field(
+        None,
+        description="steps between snapshots of the averages with sigma_rel, from which `lathe ema` makes one of any"
+        " length; the last step has one too; null = none",
+    )
+    snapshot_keep: Count | None = Field(None, description="newest snapshots that are kept; null = all, as one should")
+
+    @model_validator(mode="after")
+    def _averages_differ(self) -> EMAConfig:
+        for values, what in (
+            ([average.name for average in self.averages], "name"),
+            ([average.sigma_rel for average in self.averages if average.sigma_rel], "sigma_rel"),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"averages: two have the same {what}; give each its own")
+        if self.snapshot_every and not self.profiled:
+            raise ValueError(
+                "snapshot_every: snapshots are of averages with sigma_rel, and there is none; add to averages, for"
+                " example, {name: short, sigma_rel: 0.05} and {name: long, sigma_rel: 0.1}"
+            )
+        return self
+
+    @property
+    def profiled(self) -> tuple[AverageConfig, ...]:
+        """The averages with the profile of a power function."""
+        return tuple(average for average in self.averages if average.sigma_rel is not None)
 
 
 class EngineConfig(Section):

@@ -134,12 +134,15 @@ def describe_checkpoint(store: Store, name: str, sizes: Mapping[str, int]) -> De
 def _checkpoint_facts(store: Store, name: str) -> dict[str, Any]:
     """Of run.json, as far as it can be read."""
     run = _json(store, f"{name}/run.json")
-    shapes, counters = run.get("parameters"), run.get("counters")
+    shapes, counters, keys = run.get("parameters"), run.get("counters"), run.get("keys")
     return {
         "format_version": run.get("format_version"),
         "counters": counters if isinstance(counters, dict) else {},
         "parameters": sum(math.prod(shape) for shape in shapes.values() if _is_shape(shape))
         if isinstance(shapes, dict)
+        else None,
+        "averages": [key.removeprefix("ema.") for key in keys if isinstance(key, str) and key.startswith("ema.")]
+        if isinstance(keys, list)
         else None,
     }
 

@@ -86,9 +86,12 @@ class Engine:
         self._engine.backward(loss * (1.0 + 0.0 * loss.detach()))
 
     def step(self, learning_rate: float) -> None:
-        """Update the weights, on all ranks or, where the gradient norm is not finite, on none."""
+        """Update the weights, on all ranks or, where the gradient norm is not finite, on none.
+
+        A group of parameters whose `rate_ratio` is not 1 learns at so many times `learning_rate`.
+        """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_ratio", 1.0)
         self._engine.step()
 
     @property

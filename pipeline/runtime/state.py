@@ -28,17 +28,17 @@ class Fragment:
     tensors: dict[str, Tensor]
 
 
-def fragments(engine: Engine, keys: tuple[str, ...]) -> list[Fragment]:
-    """This rank's fragments, in the order of the parameters; writing to their tensors changes the engine's state.
-
-    Args:
-        engine: a running engine.
-        keys: names of the optimizer's tensors, such as "exp_avg".
-    """
-    return list(_fragments(engine, keys))
+def keys(engine: Engine) -> tuple[str, ...]:
+    """Names of a fragment's tensors: the master weight, and the optimizer's, such as "exp_avg"."""
+    return (WEIGHT, *engine.zero_optimizer.optimizer.state_keys)
 
 
-def _fragments(engine: Engine, keys: tuple[str, ...]) -> Iterator[Fragment]:
+def fragments(engine: Engine) -> list[Fragment]:
+    """This rank's fragments, in the order of the parameters; writing to their tensors changes the engine's state."""
+    return list(_fragments(engine))
+
+
+def _fragments(engine: Engine) -> Iterator[Fragment]:
     zero = engine.zero_optimizer
     zero.optimizer.create_state()
     for name, parameter in engine.module.named_parameters():
@@ -48,7 +48,7 @@ def _fragments(engine: Engine, keys: tuple[str, ...]) -> Iterator[Fragment]:
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         state = zero.optimizer.state[flat]
-        tensors = {WEIGHT: flat.detach(), **{key: state[key] for key in keys}}
+        tensors = {WEIGHT: flat.detach(), **{key: state[key] for key in zero.optimizer.state_keys}}
         views = {key: tensor.narrow(0, here.start, here.numel) for key, tensor in tensors.items()}
         yield Fragment(name, there.start, there.numel, views)
 

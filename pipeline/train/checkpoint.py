@@ -4,15 +4,16 @@
       config.yaml                          the resolved run file
       latents.json                         what the order depends on, latent mean and std, names of the manifests
       manifest.json                        of the latents, more as manifest-1.json: fingerprint, shards, autoencoder
-      run.json                             step, counters, shape of every parameter
+      run.json                             step, counters, shape of every parameter, the KEYs
       frozen.safetensors                   parameters that are not trained, and buffers
       rank-00000-of-00002.safetensors      tensors "PARAMETER:OFFSET:KEY", flat float32 fragments
       rank-00000-of-00002.done.json        its size and SHA-256, its fragments, and what the rank noted
       complete.json                        size and SHA-256 of every file above; written last
 
-KEY is `weight` (the float32 master) or a state of the optimizer: `exp_avg`, `exp_avg_sq`, `ema`. Everything opens
-without DeepSpeed, and nothing is pickled. Randomness and data order are functions of the step, so the step restores
-them.
+KEY is `weight` (the float32 master) or a state of the optimizer: `exp_avg`, `exp_avg_sq`, `ema.NAME` for each average.
+Everything opens without DeepSpeed, and nothing is pickled. Randomness and data order are functions of the step, so the
+step restores them. Snapshots of averages (`pipeline.train.snapshots`) and what `lathe ema` makes of them
+(`pipeline.train.post_hoc`) are checkpoints that hold averages alone.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load as read_tensors
@@ -31,12 +32,14 @@ from torch import Tensor
 
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import Store
+from pipeline.train.optimizer import average_name
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COMPLETE, RUN, FROZEN = "complete.json", "run.json", "frozen.safetensors"
 CONFIG = "config.yaml"
 DONE = ".done.json"
-WEIGHT, EMA = "weight", "ema"
+WEIGHT, RAW = "weight", "raw"
+"""The key of the weights themselves, and what they are called where averages have names."""
 _NAME = re.compile(r"step-\d{8,}(?=/|$)")
 _log = logging.getLogger(__name__)
 
@@ -148,33 +151,55 @@ def _read_marker(store: Store, name: str, sizes: Mapping[str, int]) -> Checkpoin
     return Checkpoint(store, name, files)
 
 
-def load_weights(store: Store, name: str, which: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
+def load_weights(store: Store, name: str, which: str = "") -> dict[str, Tensor]:
     """All parameters and buffers of a checkpoint as whole tensors, floats in float32. Needs no DeepSpeed.
 
     Args:
         store: the run's output.
         name: the checkpoint, as `latest` gives it.
-        which: the moving average of the weights, or the weights themselves.
+        which: name of an average, or `raw` for the weights themselves; empty = the first average, raw where none is.
 
     Raises:
-        DataError: a file is damaged, or parts of a parameter are missing.
+        DataError: there is no such average, a file is damaged, or parts of a parameter are missing.
     """
     checkpoint = open_checkpoint(store, name)
-    shapes = checkpoint.run()["parameters"]
-    flat = {parameter: torch.empty(torch.Size(shape).numel()) for parameter, shape in shapes.items()}
-    filled = dict.fromkeys(flat, 0)
-    key = EMA if which == "ema" else WEIGHT
-    for file, fragments in checkpoint.fragment_files():
-        tensors = read_tensors(checkpoint.read(file))
-        for parameter, offset, length in fragments:
-            flat[parameter][offset : offset + length] = tensors[f"{parameter}:{offset}:{key}"]
-            filled[parameter] += length
-    for parameter, count in filled.items():
-        if count != flat[parameter].numel():
-            raise DamagedError(f"{store.url}/{name}: parts of {parameter} are missing", "use the checkpoint before it")
+    run = checkpoint.run()
+    there = {average_name(key) or RAW: key for key in run["keys"] if key == WEIGHT or average_name(key)}
+    which = which or next((name for name in there if name != RAW), RAW)
+    if which not in there:
+        raise DataError(f"{store.url}/{name} has no weights named {which}", f"use one of: {', '.join(there)}")
+    whole = combine([(checkpoint, {there[which]: 1.0})], run["parameters"])
     frozen = read_tensors(checkpoint.read(FROZEN))
-    whole = {parameter: tensor.reshape(shapes[parameter]) for parameter, tensor in flat.items()}
     return {**whole, **{n: t.float() if t.is_floating_point() else t for n, t in frozen.items()}}
+
+
+def combine(
+    terms: Iterable[tuple[Checkpoint, Mapping[str, float]]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """The sum over checkpoints and keys of coefficient times tensor, float32; one file is in memory at a time.
+
+    Args:
+        terms: checkpoints, and the coefficients of their keys.
+        shapes: of every parameter, the same in all.
+
+    Raises:
+        DamagedError: a file is damaged, or parts of a parameter are missing.
+    """
+    flat = {parameter: torch.zeros(torch.Size(shape).numel()) for parameter, shape in shapes.items()}
+    for checkpoint, coefficients in terms:
+        filled = dict.fromkeys(flat, 0)
+        for file, fragments in checkpoint.fragment_files():
+            tensors = read_tensors(checkpoint.read(file))
+            for parameter, offset, length in fragments:
+                for key, coefficient in coefficients.items():
+                    part = flat[parameter][offset : offset + length]
+                    part.add_(tensors[f"{parameter}:{offset}:{key}"], alpha=coefficient)
+                filled[parameter] += length
+        missing = next((parameter for parameter, count in filled.items() if count != flat[parameter].numel()), None)
+        if missing:
+            where = f"{checkpoint.store.url}/{checkpoint.name}"
+            raise DamagedError(f"{where}: parts of {missing} are missing", "use the checkpoint before it")
+    return {parameter: tensor.reshape(torch.Size(shapes[parameter])) for parameter, tensor in flat.items()}
 
 
 def keep_newest(store: Store, keep: int) -> list[str]:
@@ -205,3 +230,8 @@ def clear(store: Store, name: str) -> None:
 def noted(data: bytes) -> dict[str, Any]:
     """What the completion marker says of a file."""
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def as_json(value: Any) -> bytes:
+    """A checkpoint's JSON file."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

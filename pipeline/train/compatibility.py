@@ -25,8 +25,10 @@ _FIXED = (
     "global_batch",
     "shuffle_window",
     "loader.flip",
+    "ema.averages",
 )
-"""Fields that a run keeps from its first step to its last: geometry, meaning of the output, the order of samples."""
+"""Fields that a run keeps from its first step to its last: geometry, meaning of the output, the order of samples, and
+the averages, which are of all steps."""
 
 
 def check_data(config: TrainConfig, manifest: Manifest) -> None:
@@ -122,4 +124,12 @@ def _first_difference(field: str, old: Any, new: Any) -> tuple[str, Any, Any] | 
     if isinstance(old, dict) and isinstance(new, dict):
         inner = (_first_difference(f"{field}.{key}", old.get(key), new.get(key)) for key in {**old, **new})
         return next((found for found in inner if found), None)
+    if _are_sections(old) and _are_sections(new) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        inner = (_first_difference(f"{field}.{place}", *pair) for place, pair in pairs)
+        return next((found for found in inner if found), None)
     return (field, old, new) if old != new else None
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(section, dict) for section in value)

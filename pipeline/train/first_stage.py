@@ -23,7 +23,7 @@ from pipeline.models import autoencoder
 from pipeline.storage import Store, open_store
 from pipeline.train import first_stage_checkpoint as checkpoint
 from pipeline.train.first_stage_step import Training, reconstruction_psnr, settings
-from pipeline.train.optimizer import learning_rate
+from pipeline.train.learning_rate import learning_rate
 from pipeline.train.pictures import Pictures, read_pictures
 
 Progress = Callable[[int, int, str], None]

@@ -18,8 +18,9 @@ from pipeline.latents import LOG_VARIANCE_RANGE
 from pipeline.models import autoencoder
 from pipeline.models.autoencoder import AutoencoderKL
 from pipeline.randomness import Purpose, normal, uniform
+from pipeline.train.ema_profiles import constant_decay
+from pipeline.train.learning_rate import learning_rate
 from pipeline.train.muon import Muon
-from pipeline.train.optimizer import ema_decay_at, learning_rate
 from pipeline.train.pictures import Pictures
 
 # Where the result goes and how it is watched: changing these does not change the autoencoder.
@@ -143,7 +144,7 @@ class Training:
 
     @torch.no_grad()
     def _average(self) -> None:
-        decay = ema_decay_at(self.steps_done, self.config.ema_decay)
+        decay = constant_decay(self.steps_done, self.config.ema_decay)
         for name, weight in self.model.named_parameters():
             self.ema[name].lerp_(weight, 1.0 - decay)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,11 @@ from pipeline.train.checkpoint import (
     RUN,
     Checkpoint,
     DamagedError,
+    as_json,
     clear,
     noted,
     step_name,
 )
-from pipeline.train.optimizer import STATE_KEYS
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def save(
     texts: Mapping[str, bytes],
     counters: Mapping[str, int],
     notes: Mapping[str, Any],
+    keys: Sequence[str] | None = None,
 ) -> int:
     """Write a checkpoint; all ranks call it at the same step. Earlier checkpoints are not touched.
 
@@ -58,6 +59,7 @@ def save(
         texts: files that are written as they are, such as config.yaml.
         counters: numbers that `restore` gives back, with `step` and `optimizer_step`.
         notes: of this rank alone, for JSON; see `Checkpoint.notes`.
+        keys: which of `state.keys`; None = all, and only then can a training go on from it.
 
     Returns:
         bytes of all files on rank 0, and 0 elsewhere.
@@ -65,18 +67,23 @@ def save(
     Raises:
         StorageError: on the rank that could not write; LatheError on the others.
     """
-    name = step_name(step)
+    name, kept = step_name(step), tuple(keys or state.keys(engine))
     _together(process, lambda: clear(store, name) if process.is_main else None)
-    _together(process, lambda: _write_fragments(store, name, process, engine, notes))
+    _together(process, lambda: _write_fragments(store, name, process, engine, notes=notes, keys=kept))
     files: dict[str, dict[str, Any]] = {}
 
     def conclude() -> None:
         if process.is_main:
             everything = {**counters, "step": step, "optimizer_step": state.optimizer_step(engine)}
-            run = {"format_version": FORMAT_VERSION, "counters": everything, "parameters": _parameters(engine)}
-            files.update(_write_once(store, name, {**texts, RUN: _json(run), FROZEN: tensor_bytes(_frozen(engine))}))
+            run = {
+                "format_version": FORMAT_VERSION,
+                "counters": everything,
+                "parameters": _parameters(engine),
+                "keys": kept,
+            }
+            files.update(_write_once(store, name, {**texts, RUN: as_json(run), FROZEN: tensor_bytes(_frozen(engine))}))
             files.update(_collect(store, name, process.world_size))
-            store.write(f"{name}/{COMPLETE}", _json({"files": files}))
+            store.write(f"{name}/{COMPLETE}", as_json({"files": files}))
 
     _together(process, conclude)
     return sum(int(file["size"]) for file in files.values())
@@ -98,7 +105,7 @@ def restore(
         undefined.
 
     Raises:
-        DataError: another geometry.
+        DataError: another geometry, or averages alone.
     """
     counters: dict[str, int] = {}
     damage: list[DamagedError] = []
@@ -107,6 +114,7 @@ def restore(
         try:
             check(checkpoint)
             run = checkpoint.run()
+            _check_keys(checkpoint, run["keys"], state.keys(engine))
             _check_geometry(checkpoint, run["parameters"], _parameters(engine))
             _fill(checkpoint, engine)
             _load_frozen(engine, read_tensors(checkpoint.read(FROZEN)))
@@ -132,15 +140,17 @@ def _together(process: Process, work: Callable[[], None]) -> None:
     process.agree(problem)
 
 
-def _write_fragments(store: Store, name: str, process: Process, engine: Engine, notes: Mapping[str, Any]) -> None:
-    fragments = state.fragments(engine, STATE_KEYS)
-    tensors = {f"{f.parameter}:{f.offset}:{key}": t.cpu() for f in fragments for key, t in f.tensors.items()}
+def _write_fragments(
+    store: Store, name: str, process: Process, engine: Engine, *, notes: Mapping[str, Any], keys: Sequence[str]
+) -> None:
+    fragments = state.fragments(engine)
+    tensors = {f"{f.parameter}:{f.offset}:{key}": f.tensors[key].cpu() for f in fragments for key in keys}
     stem = f"rank-{process.rank:05d}-of-{process.world_size:05d}"
     data = tensor_bytes(tensors)
     store.write(f"{name}/{stem}.safetensors", data)
     index = [(f.parameter, f.offset, f.length) for f in fragments]
     done = {"file": f"{stem}.safetensors", **noted(data), "fragments": index, "notes": dict(notes)}
-    store.write(f"{name}/{stem}{DONE}", _json(done))
+    store.write(f"{name}/{stem}{DONE}", as_json(done))
 
 
 def _write_once(store: Store, name: str, contents: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
@@ -162,7 +172,7 @@ def _collect(store: Store, name: str, world_size: int) -> dict[str, dict[str, An
 
 def _fill(checkpoint: Checkpoint, engine: Engine) -> None:
     """Copy into this rank's fragments what overlaps them, file by file; at the same world size that is one file."""
-    wanted = {fragment.parameter: fragment for fragment in state.fragments(engine, STATE_KEYS)}
+    wanted = {fragment.parameter: fragment for fragment in state.fragments(engine)}
     missing = {name: fragment.length for name, fragment in wanted.items()}
     for file, saved in checkpoint.fragment_files():
         overlaps = [(s, wanted[s[0]]) for s in saved if s[0] in wanted and _overlap(s, wanted[s[0]])]
@@ -183,6 +193,15 @@ def _fill(checkpoint: Checkpoint, engine: Engine) -> None:
 
 def _overlap(saved: tuple[str, int, int], mine: state.Fragment) -> bool:
     return saved[1] < mine.offset + mine.length and mine.offset < saved[1] + saved[2]
+
+
+def _check_keys(checkpoint: Checkpoint, saved: Sequence[str], ours: Sequence[str]) -> None:
+    missing = [key for key in ours if key not in saved]
+    if missing:
+        raise DataError(
+            f"{checkpoint.store.url}/{checkpoint.name} cannot be trained on: it has no {', '.join(missing)}",
+            "train into another output; snapshots and what `lathe ema` makes are for sampling alone",
+        )
 
 
 def _check_geometry(checkpoint: Checkpoint, saved: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
@@ -209,7 +228,3 @@ def _load_frozen(engine: Engine, saved: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in _frozen(engine).items():
             tensor.copy_(saved[name])
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

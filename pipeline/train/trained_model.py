@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import yaml
@@ -65,8 +64,12 @@ class TrainedModel:
         return loaded
 
 
-def load_trained(run: str, which: Literal["ema", "raw"] = "ema") -> TrainedModel:
+def load_trained(run: str, which: str = "") -> TrainedModel:
     """Load a run's newest complete checkpoint, or the one that `run` names (`.../step-00001000`).
+
+    Args:
+        run: the training's output, or what `lathe ema` made of it.
+        which: an average by its name, or `raw`; empty = the first average.
 
     Raises:
         DataError: no complete checkpoint, or one that cannot be used.
@@ -74,6 +77,7 @@ def load_trained(run: str, which: Literal["ema", "raw"] = "ema") -> TrainedModel
     """
     store, name = _find(run)
     saved = checkpoint.open_checkpoint(store, name)
+    saved.run()  # of another format, it says so
     config = TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
     weights = checkpoint.load_weights(store, name, which)
     latents = trained_on(saved)

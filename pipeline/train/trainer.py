@@ -35,11 +35,12 @@ from pipeline.models.unet import TextToImage
 from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
-from pipeline.train import checkpoint, sharded
+from pipeline.train import checkpoint, sharded, snapshots
 from pipeline.train.compatibility import check_data, check_resume
 from pipeline.train.draws import draw
 from pipeline.train.interval import Interval
-from pipeline.train.optimizer import AdamWithEMA, learning_rate, parameter_groups
+from pipeline.train.learning_rate import learning_rate
+from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
 from pipeline.train.trained_on import TrainedOn, files
 
@@ -128,9 +129,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         network = unet.build(config.unet, manifest.latent_channels, manifest.latent_side, config.text.width)
         self.model = TextToImage(network, TextTower(config.text))
-        optimizer = AdamWithEMA(
-            parameter_groups(self.model, config.optimizer.weight_decay), config.optimizer, config.ema_decay
-        )
+        chosen = config.optimizer
+        groups = parameter_groups(self.model, chosen.weight_decay, {"text.": chosen.text_learning_rate_ratio})
+        optimizer = AdamWithEMA(groups, chosen, config.ema.averages)
         self.engine = engine.build(
             ranks,
             self.model,
@@ -171,6 +172,10 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     line.update(self.step, config.steps, self._report(interval))
                     interval = Interval.start(self.ranks.device)
+                if snapshots.due(config, self.step):  # before the checkpoint, which a resumed run may begin at
+                    snapshots.save(
+                        self.store, self.ranks, self.engine, config, step=self.step, texts=self._checkpoint_texts()
+                    )
                 # while steps are skipped the weights may be what is broken: keep the checkpoint from before
                 if (self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row) or last:
                     self._save()
@@ -298,7 +303,7 @@ class Trainer:
             self.ranks,
             self.engine,
             step=self.step,
-            texts={checkpoint.CONFIG: runfile.dump(self.config).encode(), **files(self.datasets, self.mean, self.std)},
+            texts=self._checkpoint_texts(),
             counters={
                 "skipped": self.skipped,
                 "order_origin": self.order_origin,
@@ -314,6 +319,9 @@ class Trainer:
         self.metrics.set("checkpoint_bytes", size)
         self.metrics.set("checkpoint_step", self.step)
         self.metrics.set("checkpoint_timestamp_seconds", time.time())
+
+    def _checkpoint_texts(self) -> dict[str, bytes]:
+        return {checkpoint.CONFIG: runfile.dump(self.config).encode(), **files(self.datasets, self.mean, self.std)}
 
     def _report(self, interval: Interval) -> str:
         """Log the interval on rank 0, after a reduction over all; returns a few words for the progress line."""

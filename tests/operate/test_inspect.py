@@ -207,8 +207,9 @@ def test_several_resolutions(tmp_path):
 
 def checkpoint(step: int, *, complete: bool = True) -> dict[str, bytes]:
     counters = {"step": step, "skipped": 0}
+    run = {"format_version": 1, "counters": counters, "parameters": {"a": [3, 4], "b": []}, "keys": ["weight", "ema.x"]}
     files = {
-        RUN: json.dumps({"format_version": 1, "counters": counters, "parameters": {"a": [3, 4], "b": []}}).encode(),
+        RUN: json.dumps(run).encode(),
         FROZEN: tensor_bytes({"table": torch.ones(2)}),
         MANIFEST: json.dumps({"images": ["s3://b/i"], "content_hash": "c", "fingerprint": {"resolution": 64}}).encode(),
     }
@@ -234,6 +235,7 @@ def test_runs_and_checkpoints(url):
     assert (run["kind"], run["newest"], run["counters"]["step"]) == ("training run", "step-00000020", 20)
     whole = json.loads(describe(f"{url}/step-00000020/", as_json=True))
     assert (whole["complete"], whole["ranks"], whole["parameters"]) == ("yes", 2, 13)
+    assert whole["averages"] == ["x"]
     (latents,) = whole["data_sets"]
     assert (latents["images"], latents["resolution"], latents["content_hash"]) == (["s3://b/i"], 64, "c")
     assert run["data_sets"] == whole["data_sets"]
@@ -349,7 +351,7 @@ def test_records_with_odd_values_are_told_or_refused(tmp_path, value):
     """In every place of every file that anybody may have written."""
     tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     config = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "latent_channels": 4, "scaling_factor": 1.0}
-    run = {"format_version": 1, "counters": {"step": 1}, "parameters": {"a": [3, 4]}}
+    run = {"format_version": 1, "counters": {"step": 1}, "parameters": {"a": [3, 4]}, "keys": ["weight", "ema.main"]}
     latents = {"images": ["s3://b/i"], "content_hash": "c", "fingerprint": {"resolution": 64}}
     sample = {"caption": "a", "captions": ["a"], "bucket": [8, 8]}
 

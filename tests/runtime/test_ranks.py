@@ -52,17 +52,32 @@ def test_nothing_a_newcomer_would_stumble_over_is_printed(folder):
     assert [line for line in said if "SHA-256" not in line] == []
 
 
-@pytest.mark.parametrize("case", ["1 float32", "2 float32"])
-def test_average_and_weights_equal_a_float32_reference(results, case):
+EXACT = {"ema.main": 0.0, "ema.slow": 0.0, "ema.power": 0.0}
+
+
+@pytest.mark.parametrize("case", ["1 float32", "2 float32", "many steps"])
+def test_averages_and_weights_equal_a_float32_reference(results, case):
     for result in results:
-        assert result[case]["ema"] == 0.0
+        assert result[case]["averages"] == EXACT
         assert result[case]["weight"] == 0.0
 
 
-def test_average_is_float32_where_the_working_weights_are_not(results):
+def test_averages_are_float32_where_the_working_weights_are_not(results):
     for result in results:
-        assert result["2 bfloat16"]["ema_dtypes"] == ["torch.float32"]
-        assert 0 < result["2 bfloat16"]["ema"] < 0.05
+        assert result["2 bfloat16"]["dtypes"] == ["torch.float32"]
+        assert all(0 < off < 0.05 for off in result["2 bfloat16"]["averages"].values())
+
+
+def test_a_part_of_the_model_learns_at_its_own_rate(results):
+    for result in results:
+        assert result["own_rate"] == {"groups": [4, 2], "weight": [0.0, 0.0]}
+
+
+def test_snapshots_hold_averages_alone_and_have_their_own_retention(results):
+    for result in results:
+        found = result["snapshotting"]
+        assert found["taken"] == [[], [9, 8, 6], [7, 6]]
+        assert "cannot be trained on: it has no weight, exp_avg, exp_avg_sq, ema.main, ema.slow" in found["refused"]
 
 
 def test_fragments_cover_each_trained_parameter_once(results):
@@ -127,8 +142,13 @@ def alone(folder, results) -> dict:
 def test_one_rank_without_a_launcher_takes_over_from_two(alone, results, folder):
     assert alone["world_size"] == 1
     assert alone["elsewhere"]["counters"] == results[0]["saving"]["counters"]
-    assert alone["elsewhere"]["ema"] == 0.0
+    assert alone["elsewhere"]["ema"] == [0.0, 0.0, 0.0]
     assert alone["elsewhere"]["losses"] == pytest.approx(json.loads((folder / "losses.json").read_text()), rel=1e-5)
+
+
+def test_averages_of_fifty_steps_on_one_rank_equal_a_float32_reference(alone):
+    assert alone["many steps"]["averages"] == EXACT
+    assert alone["many steps"]["weight"] == 0.0
 
 
 def test_another_world_size_than_the_run_file_asks_for_is_refused(alone):

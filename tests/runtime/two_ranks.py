@@ -8,22 +8,31 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import EngineConfig, OptimizerConfig
-from pipeline.errors import LatheError, SetupError, StorageError
+from pipeline import runfile
+from pipeline.config import AverageConfig, EMAConfig, EngineConfig, OptimizerConfig, TrainConfig
+from pipeline.errors import DataError, LatheError, SetupError, StorageError
 from pipeline.runtime import engine, process, state
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
 from pipeline.storage import open_store
-from pipeline.train import checkpoint, sharded
-from pipeline.train.optimizer import STATE_KEYS, AdamWithEMA, parameter_groups
+from pipeline.train import checkpoint, sharded, snapshots
+from pipeline.train.ema_profiles import power_decay
+from pipeline.train.optimizer import AdamWithEMA, average_key, parameter_groups
 
-RATE, DECAY, WEIGHT_DECAY, STEPS = 1e-2, 0.5, 0.1, 6
+RATE, WEIGHT_DECAY, STEPS, MANY_STEPS = 1e-2, 0.1, 6, 50
+AVERAGES = (
+    AverageConfig(decay=0.5),
+    AverageConfig(name="slow", decay=0.99),
+    AverageConfig(name="power", sigma_rel=0.1),
+)
+KEYS = [average_key(average.name) for average in AVERAGES]
 
 
 class Net(nn.Module):
@@ -43,17 +52,19 @@ def net() -> Net:
     return Net()
 
 
-def inputs() -> Tensor:
-    return torch.randn(STEPS, 4, 7, generator=torch.Generator().manual_seed(5))
+def inputs(steps: int = STEPS) -> Tensor:
+    return torch.randn(steps, 4, 7, generator=torch.Generator().manual_seed(5))
 
 
-def build(ranks: Process, stage: int, precision: str, *, fused: bool = True) -> Engine:
+def build(
+    ranks: Process, stage: int, precision: str, *, fused: bool = True, ratios: Mapping[str, float] | None = None
+) -> Engine:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one engine a process is the rule; here several are tried
     module = net()
     rates = OptimizerConfig(learning_rate=RATE)
-    optimizer = AdamWithEMA(parameter_groups(module, WEIGHT_DECAY), rates, DECAY, fused=fused)
+    optimizer = AdamWithEMA(parameter_groups(module, WEIGHT_DECAY, ratios), rates, AVERAGES, fused=fused)
     config = EngineConfig.model_validate({"zero_stage": stage, "precision": precision})
     return engine.build(ranks, module, optimizer, config, micro_batch=4)
 
@@ -69,59 +80,108 @@ def train(built: Engine, batches: Tensor) -> list[float]:
     return losses
 
 
-def reference() -> tuple[nn.Module, dict[str, Tensor]]:
-    """The same steps by hand: torch's AdamW in one process, and an average beside it."""
+def reference(steps: int = STEPS) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
+    """The same steps by hand: torch's AdamW in one process, and averages beside it by key and parameter."""
     module = net()
-    average = copy.deepcopy(dict(module.named_parameters()))
+    averages = {key: copy.deepcopy(dict(module.named_parameters())) for key in KEYS}
     optimizer = torch.optim.AdamW(parameter_groups(module, WEIGHT_DECAY), lr=RATE, betas=(0.9, 0.99))
-    for step, x in enumerate(inputs(), start=1):
+    for step, x in enumerate(inputs(steps), start=1):
         optimizer.zero_grad()
         (module(x) - x).square().mean().backward()
         optimizer.step()
-        for name, parameter in module.named_parameters():
-            average[name].data.lerp_(parameter.data, 1 - min(DECAY, (1 + step) / (10 + step)))
-    return module, average
+        warm = (1 + step) / (10 + step)
+        for key, decay in zip(KEYS, (min(0.5, warm), min(0.99, warm), power_decay(step, 0.1)), strict=True):
+            for name, parameter in module.named_parameters():
+                averages[key][name].data.lerp_(parameter.data, 1 - decay)
+    return module, averages
 
 
 def worst(found: Engine, expected: dict[str, Tensor], key: str) -> float:
     """Largest difference over this rank's fragments."""
-    pairs = ((f, expected[f.parameter].detach().flatten()[f.offset : f.offset + f.length]) for f in fragments(found))
+    pairs = (
+        (f, expected[f.parameter].detach().flatten()[f.offset : f.offset + f.length]) for f in state.fragments(found)
+    )
     return max(float((f.tensors[key] - part).abs().max()) for f, part in pairs)
 
 
-def fragments(built: Engine) -> list[state.Fragment]:
-    return state.fragments(built, STATE_KEYS)
-
-
 def same(first: Engine, second: Engine) -> bool:
-    pairs = zip(fragments(first), fragments(second), strict=True)
+    pairs = zip(state.fragments(first), state.fragments(second), strict=True)
     return all(torch.equal(a.tensors[k], b.tensors[k]) for a, b in pairs for k in a.tensors)
 
 
-def against_reference(ranks: Process, stage: int, precision: str) -> dict[str, Any]:
+def against_reference(ranks: Process, stage: int, precision: str, steps: int = STEPS) -> dict[str, Any]:
     built = build(ranks, stage, precision, fused=False)
-    train(built, inputs())
-    module, average = reference()
+    train(built, inputs(steps))
+    module, averages = reference(steps)
     return {
         "engine": str(built),
         "weight": worst(built, dict(module.named_parameters()), state.WEIGHT),
-        "ema": worst(built, average, "ema"),
-        "ema_dtypes": sorted({str(f.tensors["ema"].dtype) for f in fragments(built)}),
-        "fragments": [(f.parameter, f.offset, f.length) for f in fragments(built)],
+        "averages": {key: worst(built, averages[key], key) for key in KEYS},
+        "dtypes": sorted({str(f.tensors[key].dtype) for f in state.fragments(built) for key in KEYS}),
+        "fragments": [(f.parameter, f.offset, f.length) for f in state.fragments(built)],
     }
+
+
+def own_rate(ranks: Process, folder: Path) -> dict[str, Any]:
+    """A part of the model learns at a tenth of the rate; what is saved of it fits an engine with other groups."""
+    ratios = {"inner.3.": 0.1}
+    built, module = build(ranks, 2, "float32", fused=False, ratios=ratios), net()
+    train(built, inputs()[:3])
+    groups = [{**g, "lr": RATE * g["rate_ratio"]} for g in parameter_groups(module, WEIGHT_DECAY, ratios)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    for x in inputs()[:3]:
+        optimizer.zero_grad()
+        (module(x) - x).square().mean().backward()
+        optimizer.step()
+    store, plain = open_store(str(folder / "own-rate")), build(ranks, 1, "float32")
+    sharded.save(store, ranks, built, step=3, texts={}, counters={}, notes={})
+    (saved,) = checkpoint.find(store)
+    sharded.restore(saved, ranks, plain, lambda _: None)
+    expected = dict(module.named_parameters())
+    groups_of = [len(one.zero_optimizer.param_groups) for one in (built, plain)]
+    return {"groups": groups_of, "weight": [worst(one, expected, state.WEIGHT) for one in (built, plain)]}
+
+
+def snapshotting(ranks: Process, folder: Path) -> dict[str, Any]:
+    """Snapshots of the power function average alone; a run that goes back takes them anew."""
+    ema = EMAConfig(averages=AVERAGES, snapshot_every=2, snapshot_keep=3)
+    config = TrainConfig(manifest="m", output=str(folder / "snapped"), steps=9, ema=ema)
+    run, built = open_store(config.output), build(ranks, 2, "float32", fused=False)
+    texts = {checkpoint.CONFIG: runfile.dump(config).encode()}
+
+    def taken() -> list[int]:
+        ranks.agree()  # rank 0 deletes what is too old
+        return [found.step for found in checkpoint.find(snapshots.snapshot_store(run))]
+
+    snapshots.save(run, ranks, built, config, step=0, texts=texts)
+    seen = [taken()]
+    for step, x in enumerate(inputs(9), start=1):
+        train(built, x[None])
+        if snapshots.due(config, step):
+            snapshots.save(run, ranks, built, config, step=step, texts=texts)
+    seen.append(taken())
+    try:
+        (newest, *_) = checkpoint.find(snapshots.snapshot_store(run))
+        sharded.restore(newest, ranks, built, lambda _: None)
+        refused = ""
+    except DataError as error:
+        refused = error.message
+    ranks.agree()
+    snapshots.save(run, ranks, built, config, step=7, texts=texts)
+    return {"taken": [*seen, taken()], "refused": refused}
 
 
 def non_finite(ranks: Process, precision: str) -> dict[str, Any]:
     """The last rank's loss is infinite once, with finite gradients: added, not multiplied."""
     built = build(ranks, 2, precision)
     train(built, inputs()[:2])
-    before = {(f.parameter, k): t.clone() for f in fragments(built) for k, t in f.tensors.items()}
+    before = {(f.parameter, k): t.clone() for f in state.fragments(built) for k, t in f.tensors.items()}
     x = inputs()[2]
     loss = (built(x.to(next(built.module.parameters()).dtype)).float() - x).square().mean()
     built.backward(loss + torch.inf if ranks.rank == ranks.world_size - 1 else loss)
     built.step(RATE)
     skipped, norm = built.skipped, built.gradient_norm()
-    kept = all(torch.equal(before[f.parameter, k], t) for f in fragments(built) for k, t in f.tensors.items())
+    kept = all(torch.equal(before[f.parameter, k], t) for f in state.fragments(built) for k, t in f.tensors.items())
     train(built, inputs()[3:4])
     return {"skipped": skipped, "norm": norm, "kept": kept, "then": built.skipped, "steps": state.optimizer_step(built)}
 
@@ -195,8 +255,12 @@ def elsewhere(ranks: Process, folder: Path) -> dict[str, Any]:
     (saved,) = checkpoint.find(open_store(str(folder / "run")))
     built = build(ranks, 2, "float32")
     counters = sharded.restore(saved, ranks, built, lambda _: None)
-    averages = checkpoint.load_weights(saved.store, saved.name, "ema")
-    return {"counters": counters, "ema": worst(built, averages, "ema"), "losses": train(built, inputs()[3:])}
+    found = {key: checkpoint.load_weights(saved.store, saved.name, key.removeprefix("ema.")) for key in KEYS}
+    return {
+        "counters": counters,
+        "ema": [worst(built, found[key], key) for key in KEYS],
+        "losses": train(built, inputs()[3:]),
+    }
 
 
 def wrong_world() -> str:
@@ -217,6 +281,9 @@ def main(folder: Path, what: str) -> None:
     if what == "write":
         for stage, precision in ((1, "float32"), (2, "float32"), (2, "bfloat16")):
             result[f"{stage} {precision}"] = against_reference(ranks, stage, precision)
+        result["many steps"] = against_reference(ranks, 2, "float32", MANY_STEPS)
+        result["own_rate"] = own_rate(ranks, folder)
+        result["snapshotting"] = snapshotting(ranks, folder)
         result["non_finite"] = {precision: non_finite(ranks, precision) for precision in ("float32", "bfloat16")}
         result["saving"] = saving(ranks, folder)
         result["failing_save"] = failing_save(ranks, folder)
@@ -225,6 +292,7 @@ def main(folder: Path, what: str) -> None:
     else:
         result["wrong_world"] = refused
         result["elsewhere"] = elsewhere(ranks, folder)
+        result["many steps"] = against_reference(ranks, 2, "float32", MANY_STEPS)
     (folder / f"{what}-{ranks.rank}.json").write_text(json.dumps(result))
     ranks.finish()
 

@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save as tensor_bytes
 
 from pipeline.errors import DataError
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint
-from pipeline.train.checkpoint import COMPLETE, DONE, FORMAT_VERSION, FROZEN, RUN, DamagedError, noted
+from pipeline.train.checkpoint import COMPLETE, FORMAT_VERSION, FROZEN, DamagedError
 
 WEIGHTS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.arange(5.0) - 9, "c": torch.tensor(7.0)}
 
 
-def write(store: Store, step: int, cuts: list[int] | None = None) -> str:
-    """A checkpoint as several ranks write it: the parameters end to end, cut at `cuts` into one file a rank."""
-    name = checkpoint.step_name(step)
-    order = [(n, i) for n, w in WEIGHTS.items() for i in range(w.numel())]
-    bounds = [0, *sorted(cuts or []), len(order)]
-    contents = {
-        RUN: json.dumps(
-            {
-                "format_version": FORMAT_VERSION,
-                "counters": {"step": step},
-                "parameters": {n: list(w.shape) for n, w in WEIGHTS.items()},
-            }
-        ).encode(),
-        FROZEN: tensor_bytes({"table": torch.ones(2, dtype=torch.bfloat16), "ids": torch.arange(3)}),
-    }
-    for rank, (start, end) in enumerate(pairwise(bounds)):
-        index, tensors = [], {}
-        for parameter, weight in WEIGHTS.items():
-            owned = [i for n, i in order[start:end] if n == parameter]
-            if owned:
-                index.append((parameter, owned[0], len(owned)))
-                for key, factor in (("weight", 1.0), ("ema", 2.0)):
-                    tensors[f"{parameter}:{owned[0]}:{key}"] = factor * weight.flatten()[owned[0] : owned[-1] + 1]
-        stem = f"rank-{rank:05d}-of-{len(bounds) - 1:05d}"
-        contents[f"{stem}.safetensors"] = tensor_bytes(tensors)
-        contents[f"{stem}{DONE}"] = json.dumps({"file": f"{stem}.safetensors", "fragments": index}).encode()
-    for file, data in contents.items():
-        store.write(f"{name}/{file}", data)
-    store.write(f"{name}/{COMPLETE}", json.dumps({"files": {f: noted(d) for f, d in contents.items()}}).encode())
-    return name
+def write(store: Store, step: int, cuts: list[int] | None = None, averages: tuple[str, ...] = ("main", "slow")) -> str:
+    contents = {"weight": WEIGHTS}
+    for number, name in enumerate(averages, start=2):
+        contents[f"ema.{name}"] = {parameter: number * weight for parameter, weight in WEIGHTS.items()}
+    frozen = {"table": torch.ones(2, dtype=torch.bfloat16), "ids": torch.arange(3)}
+    return write_checkpoint(store, step, contents, cuts=cuts, frozen=frozen)
 
 
 @pytest.fixture
@@ -68,13 +42,32 @@ def test_nothing_yet(store):
 def test_whole_tensors_from_any_cut(tmp_path_factory, cuts):
     store = open_store(str(tmp_path_factory.mktemp("cut")))
     name = write(store, 3, cuts)
-    for which, factor in (("raw", 1.0), ("ema", 2.0)):
+    for which, factor in (("raw", 1.0), ("main", 2.0), ("slow", 3.0), ("", 2.0)):
         loaded = checkpoint.load_weights(store, name, which)
         assert loaded.keys() == {*WEIGHTS, "table", "ids"}
         for parameter, weight in WEIGHTS.items():
             assert torch.equal(loaded[parameter], factor * weight)
         assert loaded["table"].dtype == torch.float32
         assert loaded["ids"].dtype == torch.int64
+
+
+def test_weights_of_a_name_that_is_not_there(store):
+    name = write(store, 1)
+    with pytest.raises(DataError, match="has no weights named fast\n  use one of: raw, main, slow"):
+        checkpoint.load_weights(store, name, "fast")
+
+
+def test_without_averages_the_weights_themselves_are_taken(store):
+    loaded = checkpoint.load_weights(store, write(store, 1, averages=()))
+    assert torch.equal(loaded["a"], WEIGHTS["a"])
+
+
+def test_a_sum_over_checkpoints_cut_differently(store):
+    both = [checkpoint.open_checkpoint(store, write(store, *which)) for which in ((1, [4, 13]), (2, [9]))]
+    terms = [(both[0], {"ema.main": 0.5, "weight": -1.0}), (both[1], {"ema.slow": 2.0})]
+    found = checkpoint.combine(terms, both[0].run()["parameters"])
+    for parameter, weight in WEIGHTS.items():
+        torch.testing.assert_close(found[parameter], (1.0 - 1.0 + 6.0) * weight)
 
 
 def test_the_newest_by_number_wins(store):

@@ -122,6 +122,8 @@ def test_more_levels_than_the_latents_have_halvings(manifest):
         ({"global_batch": 16}, "global_batch: 16.*8"),
         ({"shuffle_window": 1}, "shuffle_window: 1.*256"),
         ({"loader": {"flip": False}}, r"loader\.flip: False.*True"),
+        ({"ema": {"averages": [{"decay": 0.9}]}}, r"ema\.averages\.0\.decay: 0\.9.*0\.999"),
+        ({"ema": {"averages": []}}, r"ema\.averages: \[\], but .*main"),
     ],
 )
 def test_a_field_that_a_run_keeps(latents, saved, changes, field):

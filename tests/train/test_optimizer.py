@@ -1,19 +1,21 @@
-"""AdamW with its average against plain torch, and the learning rate's shape."""
+"""AdamW with its averages against plain torch, and groups of parameters."""
 
 from __future__ import annotations
 
-import math
-
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.config import OptimizerConfig
-from pipeline.train.optimizer import AdamWithEMA, ema_decay_at, learning_rate, parameter_groups
+from pipeline.config import AverageConfig, OptimizerConfig
+from pipeline.train.ema_profiles import gamma_of, power_decay
+from pipeline.train.optimizer import AdamWithEMA, average_key, average_name, parameter_groups
 
-CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, final_learning_rate_ratio=0.1)
+CONFIG = OptimizerConfig(learning_rate=1e-2)
+STEPS = 50
+MAIN, FAST, POWER = (
+    AverageConfig(decay=0.9),
+    AverageConfig(name="fast", decay=0.0),
+    AverageConfig(name="p", sigma_rel=0.1),
+)
 
 
 def net() -> nn.Module:
@@ -29,38 +31,64 @@ def steps(module: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5) -
         optimizer.step()
 
 
-def test_weights_are_torch_adamw_and_the_average_is_an_average_of_them():
+def test_weights_are_torch_adamw_and_the_averages_are_averages_of_them():
     ours, theirs = net(), net()
-    optimizer = AdamWithEMA(parameter_groups(ours, 0.1), CONFIG, ema_decay=0.9)
-    steps(ours, optimizer)
+    optimizer = AdamWithEMA(parameter_groups(ours, 0.1), CONFIG, [MAIN, FAST, POWER])
+    assert optimizer.state_keys == ("exp_avg", "exp_avg_sq", "ema.main", "ema.fast", "ema.p")
+    steps(ours, optimizer, STEPS)
     plain = torch.optim.AdamW(
         parameter_groups(theirs, 0.1), lr=1e-2, betas=CONFIG.betas, eps=CONFIG.epsilon, fused=True
     )
-    average = [p.detach().clone() for p in theirs.parameters()]
-    for step in range(1, 6):
+    main, power = ([p.detach().clone() for p in theirs.parameters()] for _ in range(2))
+    for step in range(1, STEPS + 1):
         steps(theirs, plain, 1)
-        for mean, weight in zip(average, theirs.parameters(), strict=True):
-            mean.lerp_(weight.detach(), 1 - min(0.9, (1 + step) / (10 + step)))
-    for mean, weight, expected in zip(average, ours.parameters(), theirs.parameters(), strict=True):
+        for weight, constant, profiled in zip(theirs.parameters(), main, power, strict=True):
+            constant.lerp_(weight.detach(), 1 - min(0.9, (1 + step) / (10 + step)))
+            profiled.lerp_(weight.detach(), 1 - power_decay(step, 0.1))
+    for place, (weight, expected) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
+        found = optimizer.state[weight]
         assert torch.equal(weight, expected)
-        assert torch.equal(optimizer.state[weight]["ema"], mean)
-        assert not torch.equal(mean, weight)
+        assert torch.equal(found["ema.main"], main[place])
+        assert torch.equal(found["ema.p"], power[place])
+        assert torch.equal(found["ema.fast"], weight)
+        assert not torch.equal(found["ema.main"], weight)
+        assert not torch.equal(found["ema.main"], found["ema.p"])
+
+
+def test_a_power_function_average_is_the_mean_that_its_profile_says():
+    module = net()
+    optimizer = AdamWithEMA(parameter_groups(module, 0.1), CONFIG, [POWER])
+    seen = []
+    for _ in range(STEPS):
+        steps(module, optimizer, 1)
+        seen.append(module[1].weight.detach().double().clone())
+    edges = (torch.arange(STEPS + 1).double() / STEPS) ** (gamma_of(0.1) + 1)
+    expected = torch.einsum("s,sij->ij", edges.diff(), torch.stack(seen))
+    found = optimizer.state[module[1].weight]["ema.p"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_average_costs_no_state():
+    module = net()
+    optimizer = AdamWithEMA(parameter_groups(module, 0.1), CONFIG, [])
+    steps(module, optimizer)
+    assert optimizer.state_keys == ("exp_avg", "exp_avg_sq")
+    assert optimizer.state[module[1].weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_the_names_of_states_tell_averages():
+    assert average_key("main") == "ema.main"
+    assert [average_name(key) for key in ("ema.main", "exp_avg", "weight")] == ["main", None, None]
 
 
 def test_a_weight_without_gradient_keeps_its_average():
     module = net()
-    optimizer = AdamWithEMA(parameter_groups(module, 0.0), CONFIG, ema_decay=0.9)
+    optimizer = AdamWithEMA(parameter_groups(module, 0.0), CONFIG, [MAIN])
     unused = module[3].weight
     before = unused.detach().clone()
     module[1](torch.ones(8)).sum().backward()
     optimizer.step()
-    assert torch.equal(optimizer.state[unused]["ema"], before)
-
-
-def test_average_lets_go_of_the_start():
-    assert [ema_decay_at(step, 0.999) for step in (1, 90)] == pytest.approx([2 / 11, 0.91])
-    assert ema_decay_at(10**6, 0.999) == 0.999
-    assert ema_decay_at(5, 0.0) == 0.0
+    assert torch.equal(optimizer.state[unused]["ema.main"], before)
 
 
 def test_norms_biases_embeddings_do_not_decay_and_frozen_ones_are_left_out():
@@ -76,16 +104,21 @@ def test_no_empty_groups():
     assert len(parameter_groups(nn.LayerNorm(3), 0.1)) == 1
 
 
-def test_learning_rate_warms_up_peaks_and_ends_at_its_ratio():
-    rates = [learning_rate(step, CONFIG, 104) for step in range(105)]
-    assert rates[:5] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
-    assert rates[54] == pytest.approx(1e-2 * (0.1 + 0.9 * 0.5))  # half of the cosine
-    assert rates[104] == pytest.approx(1e-3)
+def test_a_part_of_the_module_learns_at_its_own_rate():
+    module = nn.ModuleDict({"unet": net(), "text": net()})
+    groups = parameter_groups(module, 0.1, {"text.": 0.25})
+    assert [(group["weight_decay"], group["rate_ratio"]) for group in groups] == [
+        (0.1, 1.0),
+        (0.0, 1.0),
+        (0.1, 0.25),
+        (0.0, 0.25),
+    ]
+    assert {id(p) for group in groups[2:] for p in group["params"]} == {id(p) for p in module["text"].parameters()}
 
 
-@given(step=st.integers(0, 10**7), warmup=st.integers(0, 10**4), total=st.integers(1, 10**7), ratio=st.floats(0, 1))
-def test_learning_rate_stays_within_its_bounds(step, warmup, total, ratio):
-    config = OptimizerConfig(learning_rate=3e-4, warmup_steps=warmup, final_learning_rate_ratio=ratio)
-    rate = learning_rate(step, config, total)
-    assert 0 <= rate <= 3e-4 * (1 + 1e-12)
-    assert math.isfinite(rate)
+def test_a_ratio_of_one_changes_no_group():
+    module = nn.ModuleDict({"unet": net(), "text": net()})
+    plain, same = parameter_groups(module, 0.1), parameter_groups(module, 0.1, {"text.": 1.0})
+    assert len(plain) == 2
+    for one, other in zip(plain, same, strict=True):
+        assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]

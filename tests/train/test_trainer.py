@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
@@ -21,6 +22,9 @@ from pipeline.errors import DataError
 from pipeline.metrics import read_log
 from pipeline.storage import open_store
 from pipeline.train import checkpoint
+from pipeline.train.post_hoc import reconstruct
+from pipeline.train.snapshots import snapshot_store
+from pipeline.train.trained_model import load_trained
 from pipeline.train.trainer import fit
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +228,28 @@ def test_other_samples_are_refused_and_by_wish_gone_on_with(undisturbed, tmp_pat
     assert run.losses() == again.losses()
     for one in (run, again):
         assert checkpoint.open_checkpoint(one.store, checkpoint.step_name(20)).run()["counters"]["order_origin"] == 12
+
+
+def test_averages_of_any_length_are_made_of_a_run_and_used_like_one(undisturbed, tmp_path, latents):
+    run = Run(tmp_path, latents)
+    averages = "ema.averages=[{name: short, sigma_rel: 0.05}, {name: long, sigma_rel: 0.1}, {name: none, decay: 0}]"
+    chosen = ("ema.snapshot_every=5", "optimizer.schedule=edm2", "optimizer.text_learning_rate_ratio=0.5", averages)
+    finish(run.start(*chosen, "steps=12", ranks=1))
+    assert [found.step for found in checkpoint.find(snapshot_store(run.store))] == [12, 10, 5]
+    finish(run.start(*chosen, ranks=1))  # longer, from step 12 on
+    assert [found.step for found in checkpoint.find(snapshot_store(run.store))] == [30, 25, 20, 15, 12, 10, 5]
+    made = reconstruct(str(run.output), 0.08, str(tmp_path / "made"))
+    assert made.error < 0.03
+    short, long, between = (
+        torch.cat([p.flatten() for p in load_trained(address, name).model.parameters()])
+        for address, name in ((str(run.output), "short"), (str(run.output), "long"), (made.output, ""))
+    )
+    assert (between - (short + long) / 2).abs().max() < (short - long).abs().max()
+    raw, none = (load_trained(str(run.output), name).model.state_dict() for name in ("raw", "none"))
+    assert all(torch.equal(raw[name], none[name]) for name in raw)
+    refused = finish(run.start(*chosen, f"output={made.output}", "steps=31", ranks=1), 4)
+    assert "step-00000030 cannot be trained on: it has no weight, exp_avg" in refused
+    assert "error: " in finish(undisturbed.start("ema.averages.0.decay=0.5", "steps=40", ranks=1), 2)
 
 
 def test_a_finished_run_says_so(undisturbed, capfd):
