@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import resource
 
 import psutil
@@ -18,8 +19,11 @@ def keep_freed() -> None:
     """Keep freed memory for what is allocated next, in this process from now on: glibc's malloc, else nothing changes.
 
     By default it hands pieces of a few MB back to the system and asks for them anew, page by page, which takes longer
-    than filling them. Now it keeps pieces of up to 32 MiB, of 2 GiB in all, and threads that begin later share them.
+    than filling them. Now it keeps pieces of up to 32 MiB, and threads that begin later share them: the process stays
+    about as large as it was at its largest. Whoever has set malloc by the environment is not interfered with.
     """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, _MOST_KEPT)

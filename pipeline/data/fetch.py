@@ -36,12 +36,13 @@ class BlockReference:
         index: from its checked bytes to the block; None where it is skipped after all.
     """
 
-    __slots__ = ("__weakref__", "_block", "_index", "_lock", "future")
+    __slots__ = ("__weakref__", "_block", "_error", "_index", "_lock", "future")
 
     def __init__(self, index: Callable[[Data], LatentBlock | None]) -> None:
         self.future: Future[Data | None] = Future()
         self._index: Callable[[Data], LatentBlock | None] | None = index
         self._block: LatentBlock | None = None
+        self._error: LatheError | None = None
         self._lock = threading.Lock()
 
     def get(self) -> LatentBlock | None:
@@ -50,9 +51,17 @@ class BlockReference:
             data = self.future.result()
             with self._lock:
                 if self._index is not None:
-                    self._block = None if data is None else self._index(data)
-                    self._index = None
+                    self._fill(self._index, data)
+        if self._error is not None:
+            raise self._error
         return self._block
+
+    def _fill(self, index: Callable[[Data], LatentBlock | None], data: Data | None) -> None:
+        try:
+            self._block = None if data is None else index(data)
+        except LatheError as error:
+            self._error = error
+        self._index = None  # last, as others look at it without the lock
 
 
 _Wanted = dict[int, "Future[Data | None]"]

@@ -44,7 +44,7 @@ def gather(rows: Sequence[_Row], captions: Sequence[int], mirrored: Sequence[boo
     Raises:
         IndexError: a sample has no such caption, or no mirrored latent.
     """
-    if any(captions) or any(mirrored):
+    if any(captions) or any(mirrored):  # every sample has a first caption
         for row, caption, flip in zip(rows, captions, mirrored, strict=True):
             if row is not None and not (0 <= caption < row[0].counts[row[1]] and (row[0].mirrored or not flip)):
                 raise IndexError(f"{row[0].keys[row[1]]!r} has no caption {caption}, or no mirrored latent")

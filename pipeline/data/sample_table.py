@@ -42,10 +42,10 @@ def find_samples(data: memoryview, layout: Layout, samples: int) -> SampleTable:
     Raises:
         DataError: the tar is damaged, or a member is there twice.
     """
-    return _alike(data, layout, samples) or _one_by_one(data, layout)
+    return _by_pattern(data, layout, samples) or _one_by_one(data, layout)
 
 
-def _alike(data: memoryview, layout: Layout, samples: int) -> SampleTable | None:
+def _by_pattern(data: memoryview, layout: Layout, samples: int) -> SampleTable | None:
     """The samples where all have the same members; None where they are not so, or it cannot be told so quickly."""
     found = plain_members(data)
     if found is None or not samples or len(found.starts) % samples:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BITS = (1 << 64) - 1
-_GAMMA, _FACTORS, _SHIFTS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB), (30, 27, 31)
+_GAMMA = 0x9E3779B97F4A7C15
+_ROUNDS, _LAST_SHIFT = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
 
 
 def hash64(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -19,9 +20,9 @@ def hash64(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
     for part in parts[len(known) :]:
         word = np.atleast_1d(np.asarray(part % 2**64 if isinstance(part, int) else part).astype(np.uint64))
         state = (state ^ word) + np.uint64(_GAMMA)
-        for factor, shift in zip(_FACTORS, _SHIFTS, strict=False):
+        for shift, factor in _ROUNDS:
             state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-        state = state ^ (state >> np.uint64(_SHIFTS[-1]))
+        state = state ^ (state >> np.uint64(_LAST_SHIFT))
     return state
 
 
@@ -30,7 +31,7 @@ def _chained(words: Sequence[int]) -> int:
     state = 0
     for word in words:
         state = ((state ^ word & _BITS) + _GAMMA) & _BITS
-        for factor, shift in zip(_FACTORS, _SHIFTS, strict=False):
+        for shift, factor in _ROUNDS:
             state = (state ^ state >> shift) * factor & _BITS
-        state ^= state >> _SHIFTS[-1]
+        state ^= state >> _LAST_SHIFT
     return state

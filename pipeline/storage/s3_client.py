@@ -62,7 +62,7 @@ class S3Client:
             },
         )
         self._fs.retries = 1
-        self._ranges = RangeReader()
+        self._ranges: RangeReader | None = None
 
     def call(self, method: str, bucket: str, key: str = "", **arguments: Any) -> dict[str, Any]:
         """One S3 request, repeated while it meets transient faults.
@@ -129,15 +129,9 @@ class S3Client:
 
     def _run(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         async def ask() -> dict[str, Any]:
-            direct = method == "get_object" and request.keys() == {"Bucket", "Key", "Range"}
-            if direct:
-                client = await self._fs.set_session()
-                data = await self._ranges.read(client, request["Bucket"], request["Key"], request["Range"])
-                if data is not None:
-                    return {"Body": data}
+            if method == "get_object" and request.keys() == {"Bucket", "Key", "Range"}:
+                return {"Body": await self._read_range(request)}
             answer: dict[str, Any] = await self._fs._call_s3(method, **request)
-            if direct:
-                self._ranges.give_up()
             if "Body" in answer:
                 async with answer["Body"] as body:
                     answer = {**answer, "Body": await body.read()}
@@ -149,6 +143,23 @@ class S3Client:
         except BaseException:
             future.cancel()
             raise
+
+    async def _read_range(self, request: dict[str, Any]) -> bytes:
+        """The bytes of a range: directly, or as any other answer where its object is not known or that is refused."""
+        place = request["Bucket"], request["Key"]
+        if self._ranges is None:
+            self._ranges = RangeReader(await self._fs.set_session())
+        refused = self._ranges.knows(*place)
+        if refused:
+            data = await self._ranges.read(*place, request["Range"])
+            if data is not None:
+                return data
+            traffic.count(requests=1)
+        self._ranges.watch()
+        async with (await self._fs._call_s3("get_object", **request))["Body"] as body:
+            found: bytes = await body.read()
+        self._ranges.learn(*place, refused=refused)
+        return found
 
 
 def _length(message: dict[str, Any]) -> int:

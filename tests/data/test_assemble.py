@@ -17,6 +17,7 @@ from pipeline.data.fetch import BlockReference
 from pipeline.data.latent_block import LatentBlock
 from pipeline.data.order import Places
 from pipeline.data.planner import PlannedStep
+from pipeline.errors import DataError
 
 EPOCHS = range(12)
 LAYOUT = layout_of(CACHED)
@@ -111,3 +112,17 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch(epochs: list[Batch], bl
             assert batch.mirrored[row] == epochs[epoch].mirrored[number]
             assert batch.weight[row] == 1
     assert batch.epochs.tolist() == of_epochs
+
+
+def test_a_block_that_is_of_no_use_is_so_for_everybody_who_wants_it() -> None:
+    def refuse(data: object) -> None:
+        refused.append(data)
+        raise DataError("too many", "mend them")
+
+    refused: list[object] = []
+    found = BlockReference(refuse)
+    found.future.set_result(b"")
+    for _ in range(3):
+        with pytest.raises(DataError, match="too many"):
+            found.get()
+    assert len(refused) == 1

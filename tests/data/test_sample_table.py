@@ -33,7 +33,7 @@ def test_a_pattern_tells_what_the_names_tell(keys: list[str], extensions: list[s
         names[place] = data.draw(st.sampled_from(["", *names, "other.json", "000A.json"])) or names[place] + "x"
     tar = memoryview(archive_of(names))
     samples = data.draw(st.sampled_from([len(keys), 1, len(names), 2]))
-    quick = sample_table._alike(tar, LAYOUT, samples)
+    quick = sample_table._by_pattern(tar, LAYOUT, samples)
     if quick is not None:
         assert told(quick) == told(sample_table._one_by_one(tar, LAYOUT))
 
@@ -49,8 +49,8 @@ def archive_of(names: list[str]) -> bytes:
 
 def test_the_encoders_blocks_are_told_by_their_pattern() -> None:
     tar = memoryview(archive({f"{number:04d}": parts(LAYOUT, 2) for number in range(5)}))
-    assert told(sample_table._alike(tar, LAYOUT, 5)) == told(find_samples(tar, LAYOUT, 5))
-    assert sample_table._alike(tar, LAYOUT, 5) is not None
+    assert told(sample_table._by_pattern(tar, LAYOUT, 5)) == told(find_samples(tar, LAYOUT, 5))
+    assert sample_table._by_pattern(tar, LAYOUT, 5) is not None
 
 
 def test_samples_that_differ_are_read_name_by_name() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
 from s3fs import S3FileSystem
 
 from pipeline.demo.object_store import EmbeddedObjectStore
 from pipeline.errors import StorageError
-from pipeline.storage import Store, open_store, s3_ranges
+from pipeline.storage import Store, open_store, s3_ranges, traffic
 
 DATA = bytes(range(256)) * 5000
 
@@ -35,24 +38,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["a.tar", "ä b+c/d%20e.tar", "x?y#z&q=1.tar", "~tilde(1)'*!.tar", "日本/語"])
-def test_any_key_is_read_directly(store: Store, calls: list[str], name: str) -> None:
+def test_all_ranges_of_an_object_but_the_first_are_read_directly(store: Store, calls: list[str], name: str) -> None:
     store.write(name, DATA)
     calls.clear()
     assert store.read(name, 0, 1) == DATA[:1]
+    assert calls == ["get_object"]
+    assert store.read(name, 0, 1) == DATA[:1]
     assert store.read(name, 1000, len(DATA) - 3) == DATA[1000:-3]
     assert store.read(name, len(DATA) - 5, len(DATA) + 100) == DATA[-5:]
-    assert calls == []
+    assert calls == ["get_object"]
 
 
 def test_what_is_refused_is_asked_for_the_usual_way(store: Store, calls: list[str]) -> None:
     with pytest.raises(StorageError, match="no such object"):
         store.read("none", 0, 5)
     store.write("a", DATA)
+    assert store.read("a", 5, 7) == DATA[5:7]
     calls.clear()
-    assert store.read("a", len(DATA), len(DATA) + 7) == b""
-    assert calls == ["get_object"]
-    assert store.read("a", 5, 7) == DATA[5:7]  # and others go on directly
-    assert calls == ["get_object"]
+    for _ in range(5):
+        assert store.read("a", len(DATA), len(DATA) + 7) == b""
+        assert store.read("a", 5, 7) == DATA[5:7]
+    store.delete(["a"])
+    with pytest.raises(StorageError, match="no such object"):
+        store.read("a", 5, 7)
+    store.write("a", DATA[1:])
+    assert store.read("a", 5, 7) == DATA[6:8]
+    calls.clear()
+    assert store.read("a", 6, 8) == DATA[7:9]  # and goes on directly
+    assert calls == []
 
 
 class Unsigned:
@@ -73,9 +86,44 @@ def test_a_server_that_wants_other_signatures_is_not_asked_twice_for_each_range(
     store.write("a", DATA)
     calls.clear()
     monkeypatch.setattr(s3_ranges, "S3SigV4Auth", Unsigned)
-    assert [store.read("a", first, 9) for first in (3, 4, 5)] == [DATA[first:9] for first in (3, 4, 5)]
-    assert calls == ["get_object"] * 3
-    assert Unsigned.requests == 1
+    monkeypatch.setattr(Unsigned, "requests", 0)
+    before = traffic.counters()["requests"]
+    assert [store.read("a", first, 90) for first in range(20)] == [DATA[first:90] for first in range(20)]
+    assert calls == ["get_object"] * 20
+    assert Unsigned.requests == s3_ranges._REFUSALS
+    assert traffic.counters()["requests"] - before == 20 + s3_ranges._REFUSALS
+
+
+@pytest.mark.parametrize("region", ["us-east-1", "eu-west-1", "us-gov-west-1", "cn-north-1"])
+@pytest.mark.parametrize("style", ["auto", "path", "virtual"])
+def test_an_address_is_that_of_ordinary_requests_in_every_region(
+    region: str, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sent: the first request is caught when it would be."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def find() -> tuple[str, str, s3_ranges.RangeReader]:
+        keys = {"aws_access_key_id": "AKIDEXAMPLE", "aws_secret_access_key": "secret"}
+        config = AioConfig(s3={"addressing_style": style}, retries={"total_max_attempts": 1})
+        async with get_session().create_client("s3", region_name=region, config=config, **keys) as client:
+            reader = s3_ranges.RangeReader(client)
+            seen: list[str] = []
+
+            def catch(request: Any, **_: Any) -> None:
+                seen.append(request.url)
+                raise ConnectionError
+
+            client.meta.events.register_last("before-send.s3.GetObject", catch)
+            reader.watch()
+            with pytest.raises(ConnectionError):
+                await client.get_object(Bucket="some.bucket", Key="a b/c.tar", Range="bytes=0-1")
+            reader.learn("some.bucket", "a b/c.tar", refused=False)
+            return region, seen[0], reader
+
+    region, url, reader = asyncio.run(find())
+    assert reader._addresses["some.bucket", "a b/c.tar"] == s3_ranges._Address(url, region)
+    assert region == "us-east-1" or region in url
 
 
 @pytest.mark.parametrize("wrong", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
