@@ -77,6 +77,7 @@ def test_purposes_keep_their_numbers() -> None:
         "INITIAL_NOISE": 6,
         "ORDER": 7,
         "FLIP": 8,
+        "OFFSET_NOISE": 9,
     }
 
 
