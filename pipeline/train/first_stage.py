@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline.config import FirstStageConfig
+from pipeline.config import FirstStageConfig, OptimizerConfig
 from pipeline.console import table, tell
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics import Metrics
@@ -170,8 +170,9 @@ def _finish(training: Training, pictures: Pictures, store: Store, metrics: Metri
 
 
 def _refuse_other(found: dict[str, Any], config: FirstStageConfig, what: str) -> None:
-    """Raise ConfigError, naming the first field whose value is another one."""
-    theirs, ours = _flat(found), _flat(settings(config))
+    """Raise ConfigError, naming the first field whose value is another one; those it does not know had the default."""
+    optimizer = OptimizerConfig().model_dump(mode="json") | found.get("optimizer", {})
+    theirs, ours = _flat({**found, "optimizer": optimizer}), _flat(settings(config))
     for field in ours | theirs:
         if theirs.get(field) != ours.get(field):
             raise ConfigError(

@@ -140,6 +140,17 @@ def test_finished_output_of_other_settings_is_refused(tree: dict[str, Any]) -> N
         fit(tree, optimizer={"warmup_steps": 1})
 
 
+def test_output_of_before_a_setting_was_there_is_taken_with_its_default(tree: dict[str, Any]) -> None:
+    fit(tree)
+    marker = Path(tree["output"]) / "first_stage.json"
+    facts = json.loads(marker.read_text())
+    del facts["settings"]["optimizer"]["schedule"]
+    marker.write_text(json.dumps(facts))
+    assert fit(tree)["steps"] == 8
+    with pytest.raises(ConfigError, match=r"optimizer\.schedule=cosine, and the run file says linear"):
+        fit(tree, optimizer={**tree.get("optimizer", {}), "schedule": "linear"})
+
+
 def test_checkpoints_of_other_settings_or_pictures_are_refused(tree: dict[str, Any]) -> None:
     with pytest.raises(Killed):
         fit_first_stage(FirstStageConfig.model_validate(tree), killed_at(5))
