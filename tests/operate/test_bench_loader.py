@@ -200,7 +200,7 @@ def result(s3_server):
     """Of the whole benchmark, with webdataset alone, of one kind of samples."""
     url = f"{s3_server.url}/bench-loader"
     open_store(url).write("mine", b"stays")
-    memory = PlanSizes((2, 4), samples=64, block_samples=8, batch=8, window=2)
+    memory = PlanSizes((4, 8), samples=256, block_samples=8, batch=8, window=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(starts, "RESUMED_AT", (0.0, 0.99))
         patch.setattr(bench, "KINDS", ("text",))
