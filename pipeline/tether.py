@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -17,8 +21,39 @@ def end_with_parent(signum: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
-def before_exec(signum: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
-    """The same for a child about to be started, as `subprocess.Popen(preexec_fn=...)`; None where it cannot be had.
+def start_tethered(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen`, of a process that gets SIGTERM when the thread that starts it ends, however that was."""
+    with signals_deferred():
+        return subprocess.Popen(command, preexec_fn=_before_exec(), **options)  # noqa: PLW1509
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect when the block is left.
+
+    For what starts processes: Python drops an exception that a handler raises in one of the hooks around a fork, so
+    that the signal is lost, and the lock that the hook was letting go of (logging's) is held for good.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        yield
+        return
+    noted: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if callable(handler):  # what is ignored has to stay so in the child
+            signal.signal(number, lambda number, _frame: noted.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for late in noted:
+            signal.raise_signal(late)
+
+
+def _before_exec() -> Callable[[], None] | None:
+    """Ties the child to its parent; None where it cannot be had.
 
     It is one system call of a library that is loaded before the fork, so it is safe beside threads.
     """
@@ -27,7 +62,7 @@ def before_exec(signum: signal.Signals = signal.SIGTERM) -> Callable[[], None] |
     libc, parent = ctypes.CDLL(None), os.getpid()
 
     def tie() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signum)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it ended in between
             os._exit(1)
 

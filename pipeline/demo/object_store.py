@@ -21,7 +21,7 @@ from pipeline.demo import ports
 from pipeline.demo.lock import only_one
 from pipeline.errors import SetupError, StorageError
 from pipeline.storage import open_store
-from pipeline.tether import before_exec
+from pipeline.tether import start_tethered
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0  # then kill -9, which it survives with its data whole
@@ -160,7 +160,7 @@ class EmbeddedObjectStore:
         self._port = port
         (self._data / "mini.options").unlink(missing_ok=True)  # what the server remembers; ours are complete
         with self.log.open("wb") as log:
-            self._server = subprocess.Popen(
+            self._server = start_tethered(
                 [find_server(), "-logtostderr=true", "mini", f"-dir={self._data}", *self._options()],
                 cwd=self.folder,
                 env={"PATH": os.defpath, "HOME": str(self.folder)},  # it would take keys and settings from ours
@@ -168,7 +168,6 @@ class EmbeddedObjectStore:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us: what we still save needs the server
-                preexec_fn=before_exec(),  # noqa: PLW1509
             )
         self._pid_file.write_text(json.dumps({"pid": self._server.pid, "port": port}), encoding="utf-8")
         return self._server

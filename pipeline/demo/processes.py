@@ -16,7 +16,7 @@ from typing import Self
 import psutil
 
 from pipeline.errors import LatheError
-from pipeline.tether import before_exec
+from pipeline.tether import signals_deferred, start_tethered
 
 STOP_GRACE_SECONDS = 60.0
 
@@ -73,8 +73,9 @@ def run_together(
     children: list[subprocess.Popen[bytes]] = []
     grace_seconds = 0.0  # what they would still save has nowhere to go when `alive` raises
     try:
-        for number, command in enumerate(commands):
-            children.append(_start(command, environment, logs / f"{name}-{number}.log" if number else None))
+        with signals_deferred():  # a child that is not in the list would not be waited for
+            for number, command in enumerate(commands):
+                children.append(_start(command, environment, logs / f"{name}-{number}.log" if number else None))
         while None in (codes := [child.poll() for child in children]) and not any(codes):
             alive()
             time.sleep(0.5)
@@ -98,12 +99,11 @@ def run_together(
 def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
     with ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log else None
-        return subprocess.Popen(
+        return start_tethered(
             command,
             env=dict(environment),
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            preexec_fn=before_exec(),  # noqa: PLW1509
         )
 
 

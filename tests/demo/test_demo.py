@@ -37,7 +37,10 @@ class Demo:
         with self.log.open("wb") as output:
             command = [sys.executable, "-m", "pipeline", "demo", "--preset", "smoke", "--dir", str(folder), *more]
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONFAULTHANDLER": "1"} | environment,
             )
 
     @property
@@ -55,6 +58,10 @@ class Demo:
     def end(self, seconds: float = 600) -> int:
         try:
             return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # it tells where its threads are
+            self.process.wait(10)
+            raise AssertionError(f"it did not end within {seconds} s:\n{self.text}") from None
         finally:
             self.process.kill()
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import SetupError
-from pipeline.tether import before_exec
+from pipeline.tether import start_tethered
 
 ANSWER_SECONDS = 1800.0  # then it hangs
 
@@ -27,13 +27,12 @@ class Contestant:
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            list(command),
+        self._process = start_tethered(
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
-            preexec_fn=before_exec(),  # noqa: PLW1509
         )
 
     def ask(self, command: str) -> dict[str, Any]:
