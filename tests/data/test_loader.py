@@ -1,7 +1,6 @@
 """The loader on hand-made latent shards: the same batches at any world size and from any step, and damage by name."""
 
 import gc
-import hashlib
 import json
 import os
 import subprocess
@@ -9,10 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latent_shards import BLOCK, CHANNELS, FINGERPRINT, LENGTH, SIDE, write_latents, write_shard
-from loader_process import lines
+from loader_runs import data, digests, load, loader
 
-from pipeline.config import DataSetConfig, LoaderConfig
 from pipeline.data import planner
-from pipeline.data.batch import Batch
-from pipeline.data.datasets import DataSets, open_datasets
 from pipeline.data.fetch import BlockSource
-from pipeline.data.loader import LatentLoader
 from pipeline.data.manifest import RECEIPT_SUFFIX
 from pipeline.data.split_arrays import read_split
 from pipeline.errors import ConfigError, DataError, StorageError
@@ -36,34 +29,6 @@ from pipeline.errors import ConfigError, DataError, StorageError
 @pytest.fixture
 def latents(tmp_path: Path) -> str:
     return write_latents(tmp_path, [(20, 3), (0, 0), (1, 0), (33, 4), (0, 2), (16, 1)], captions=3)
-
-
-def data(*urls: str, batch: int = 8, mixing: str = "steps", **changes: Any) -> DataSets:
-    return open_datasets([DataSetConfig(manifest=url, **changes) for url in urls], global_batch=batch, mixing=mixing)
-
-
-def loader(sources: str | DataSets, **arguments: Any) -> LatentLoader:
-    batch = arguments.pop("global_batch", 8)
-    datasets = data(sources, batch=batch) if isinstance(sources, str) else sources
-    config = LoaderConfig(**{k: arguments.pop(k) for k in list(arguments) if k in LoaderConfig.model_fields})
-    return LatentLoader(datasets, global_batch=batch, **{"seed": 3, "window": 4, **arguments}, config=config)
-
-
-def load(
-    sources: str | DataSets, steps: int, *, start: int = 0, rank: int = 0, world: int = 1, **arguments: Any
-) -> list[Batch]:
-    with loader(sources, rank=rank, world_size=world, start_step=start, **arguments) as opened:
-        return list(islice(opened, steps))
-
-
-def digests(ranks: Sequence[Sequence[Batch]]) -> list[str]:
-    """One hash of each global batch: keys, places, and every byte the network will see."""
-    found = []
-    for parts in zip(*ranks, strict=True):
-        samples = [line for part in parts for line in lines(part)]
-        assert [line["position"] for line in samples] == list(range(len(samples)))
-        found.append(hashlib.sha256(json.dumps(samples).encode()).hexdigest())
-    return found
 
 
 def test_batches_have_the_shapes_and_types_promised(latents: str) -> None:
