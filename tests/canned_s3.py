@@ -34,7 +34,9 @@ class Answer:
 
 
 def part_of(data: bytes, request: Request) -> Answer:
-    """The range that was asked for, as S3 sends it."""
+    """What was asked for of an object, as S3 sends it."""
+    if not request.range:
+        return Answer(200, data)
     found = re.fullmatch(r"(\d+)-(\d*)", request.range)
     assert found is not None
     first, last = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
