@@ -126,6 +126,7 @@ class TestOutages:
         store.write("x", b"x")
         assert own_server.pid
         os.kill(own_server.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, own_server.pid, os.WSTOPPED | os.WNOWAIT)  # until then its other threads may answer
         try:
             with pytest.raises(StorageError, match="did not answer"):
                 store.read("x")
