@@ -80,7 +80,7 @@ class S3Client:
             try:
                 answer = self._run(method, request)
             except Exception as error:
-                fault = fault_of(error)
+                fault = error if isinstance(error, S3Error) else fault_of(error)
                 fault.attempts = trial.attempts
                 cause = error
             else:
@@ -133,8 +133,7 @@ class S3Client:
                 return {"Body": await self._read_range(request)}
             answer: dict[str, Any] = await self._fs._call_s3(method, **request)
             if "Body" in answer:
-                async with answer["Body"] as body:
-                    answer = {**answer, "Body": await body.read()}
+                answer = {**answer, "Body": await (await self._reader()).content(answer, request.get("Range"))}
             return answer
 
         future = asyncio.run_coroutine_threadsafe(ask(), self._loop)
@@ -146,20 +145,23 @@ class S3Client:
 
     async def _read_range(self, request: dict[str, Any]) -> bytes:
         """The bytes of a range: directly, or as any other answer where its object is not known or that is refused."""
-        place = request["Bucket"], request["Key"]
-        if self._ranges is None:
-            self._ranges = RangeReader(await self._fs.set_session())
-        refused = self._ranges.knows(*place)
+        place, ranges = (request["Bucket"], request["Key"]), await self._reader()
+        refused = ranges.knows(*place)
         if refused:
-            data = await self._ranges.read(*place, request["Range"])
+            data = await ranges.read(*place, request["Range"])
             if data is not None:
                 return data
             traffic.count(requests=1)
-        self._ranges.watch()
-        async with (await self._fs._call_s3("get_object", **request))["Body"] as body:
-            found: bytes = await body.read()
-        self._ranges.learn(*place, refused=refused)
-        return found
+        ranges.watch()
+        data = await ranges.content(await self._fs._call_s3("get_object", **request), request["Range"])
+        ranges.learn(*place, refused=refused)
+        return data
+
+    async def _reader(self) -> RangeReader:
+        if self._ranges is None:
+            client = await self._fs.set_session()
+            self._ranges = self._ranges or RangeReader(client)  # another task may have been faster
+        return self._ranges
 
 
 def _length(message: dict[str, Any]) -> int:

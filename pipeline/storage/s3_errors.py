@@ -43,13 +43,18 @@ class S3Error(Exception):
         self.attempts = 1
 
 
-# Refused or dropped connections, time-outs, answers cut short or garbled by a proxy.
-_PASSING = (
-    boto.HTTPClientError,
-    boto.ConnectionError,
+# Answers cut short, or garbled by a proxy.
+_GARBLED = (
+    ResponseParserError,
     boto.IncompleteReadError,
     boto.ResponseStreamingError,
     boto.FlexibleChecksumError,
+    aiohttp.ClientPayloadError,
+)
+# Refused or dropped connections, time-outs.
+_PASSING = (
+    boto.HTTPClientError,
+    boto.ConnectionError,
     aiohttp.ClientError,
     asyncio.TimeoutError,
     ConnectionError,
@@ -77,7 +82,6 @@ _KINDS_BY_STATUS = {
     404: Kind.NO_OBJECT,
     412: Kind.CONDITION,
     416: Kind.RANGE,
-    429: Kind.TRANSIENT,
 }
 
 
@@ -91,7 +95,7 @@ def fault_of(error: BaseException) -> S3Error:
         return S3Error(Kind.OTHER, said, answered=True)
     if isinstance(error, _KEYS):
         return S3Error(Kind.NO_KEYS, said, answered=False)
-    if isinstance(error, ResponseParserError):
+    if isinstance(error, _GARBLED):
         return S3Error(Kind.TRANSIENT, said, answered=True)
     if isinstance(error, _PASSING):
         return S3Error(Kind.TRANSIENT, said, answered=False)
@@ -104,12 +108,17 @@ def _refusal(response: dict[str, Any]) -> S3Error:
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = str(response.get("Error", {}).get("Code", status))
     message = str(response.get("Error", {}).get("Message", ""))
-    if code in _PASSING_CODES or (status >= 500 and status != 501):
+    if code in _PASSING_CODES or passes(status):
         kind = Kind.TRANSIENT
     else:
         kind = _KINDS.get(code) or _KINDS_BY_STATUS.get(status) or Kind.OTHER
     named = f"{status} {code}" if code != str(status) else code  # the answer to HEAD has a number alone
     return S3Error(kind, without_secrets(f"{named}: {message}".rstrip(": ")), answered=True)
+
+
+def passes(status: int) -> bool:
+    """Whether what was answered with this HTTP status may be granted a little later."""
+    return status == 429 or (status >= 500 and status != 501)
 
 
 def without_secrets(text: str) -> str:

@@ -8,6 +8,7 @@ aiobotocore's session, so that keys, proxies, certificates and time-outs are tho
 
 from __future__ import annotations
 
+import logging
 import re
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,8 +20,14 @@ import aiohttp
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
+from pipeline.storage.s3_errors import Kind, S3Error, passes, without_secrets
+
+_log = logging.getLogger("lathe.storage")
 _ADDRESSES_KEPT = 65_536
 _REFUSALS = 3  # in a row, of what the usual way was granted: then nothing is asked for directly any more
+_PIECE_BYTES = 1 << 20  # of objects that come whole, at a time
+_NO_END = 1 << 63  # beyond any object's
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.ASCII)
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d+/([^/]+)/s3/aws4_request\b")
 _sent: ContextVar[list[tuple[str, str]]] = ContextVar("lathe_s3_sent")  # URL and signature of what a task sends
 
@@ -44,6 +51,7 @@ class RangeReader:
         self._client = client
         self._addresses: dict[tuple[str, str], _Address] = {}
         self._refusals = 0
+        self._cuts = False
         client.meta.events.register("before-send.s3.GetObject", _note_sent)
 
     @cached_property
@@ -58,10 +66,12 @@ class RangeReader:
         """The bytes of a range of an object that is known.
 
         Returns:
-            None where the server does not send just that: the usual way tells why, and may be granted it.
+            None where the server refuses: the usual way tells why, and may be granted it.
 
         Raises:
-            HTTPClientError, aiohttp.ClientError: of the network.
+            S3Error: Kind.TRANSIENT where the server is busy, or sends another range or less of it.
+            HTTPClientError, aiohttp.ClientError: of the network. The next attempt after an answer that cannot be used
+                goes the usual way.
         """
         address = self._addresses[bucket, key]
         request = AWSRequest("GET", address.url, headers={"Range": byte_range}, stream_output=True)
@@ -69,14 +79,31 @@ class RangeReader:
             credentials = await self._client._request_signer._credentials.get_frozen_credentials()
             S3SigV4Auth(credentials, "s3", address.region).add_auth(request)
         answer: aiohttp.ClientResponse = (await self._send(request.prepare())).raw
-        async with answer:
-            if answer.status != HTTPStatus.PARTIAL_CONTENT:
+        data = None
+        try:
+            async with answer:
+                data = await self._received(answer, byte_range)
+        finally:
+            if data is None:
                 self._addresses.pop((bucket, key), None)
-                return None
-            # One joint: aiohttp's own read() copies the pieces twice.
-            data = b"".join([piece async for piece, _ in answer.content.iter_chunks()])
-        self._refusals = 0
+            else:
+                self._refusals = 0
         return data
+
+    async def content(self, answer: dict[str, Any], byte_range: str | None) -> bytes:
+        """What botocore's answer brings: the range, where one was asked for.
+
+        Raises:
+            S3Error: Kind.TRANSIENT where it is another range, or less of it.
+            BotoCoreError, aiohttp.ClientError: of the network.
+        """
+        body, told = answer["Body"], answer.get("ContentRange", "")
+        async with body:
+            if byte_range is None:
+                return bytes(await body.read())
+            if answer["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.OK and not told:
+                return await self._cut(body, byte_range)
+            return _checked(await body.read(), told, byte_range)
 
     def watch(self) -> None:
         """Note what this task sends from now on, for `learn`."""
@@ -97,6 +124,53 @@ class RangeReader:
             while len(self._addresses) >= _ADDRESSES_KEPT:
                 del self._addresses[next(iter(self._addresses))]
             self._addresses[bucket, key] = _Address(url, scope.group(1) if scope else None)
+
+    async def _received(self, answer: aiohttp.ClientResponse, byte_range: str) -> bytes | None:
+        """The range in an answer to `read`; None where it is refused."""
+        if passes(answer.status):
+            raise S3Error(Kind.TRANSIENT, without_secrets(f"{answer.status} {answer.reason}"), answered=True)
+        if answer.status not in (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.OK):
+            return None
+        told = answer.headers.get("Content-Range", "")
+        if answer.status == HTTPStatus.OK and not told:
+            return await self._cut(answer.content, byte_range)
+        # One joint: aiohttp's own read() copies the pieces twice.
+        return _checked(b"".join([piece async for piece, _ in answer.content.iter_chunks()]), told, byte_range)
+
+    async def _cut(self, body: Any, byte_range: str) -> bytes:
+        """A range out of a whole object, which is read no further than that; warns once."""
+        if not self._cuts:
+            self._cuts = True
+            server = without_secrets(self._client.meta.endpoint_url)
+            _log.warning("S3 at %s sends whole objects where ranges are asked for: that is slow", server)
+        first, last = _bounds(byte_range)
+        at, kept = 0, []
+        while at <= last and (piece := await body.read(_PIECE_BYTES)):
+            kept.append(piece[max(0, first - at) : last + 1 - at])
+            at += len(piece)
+        return b"".join(kept)
+
+
+def _bounds(byte_range: str) -> tuple[int, int]:
+    """First and last byte of `bytes=FIRST-LAST` or `bytes=FIRST-`."""
+    first, _, last = byte_range.removeprefix("bytes=").partition("-")
+    return int(first), int(last or _NO_END)
+
+
+def _checked(data: bytes, told: str, byte_range: str) -> bytes:
+    """The data of an answer whose Content-Range is `told`, as far as this is what was asked for.
+
+    Raises:
+        S3Error: Kind.TRANSIENT: it is another range, or ends before this one and the object do.
+    """
+    (first, last), found = _bounds(byte_range), _CONTENT_RANGE.fullmatch(told)
+    if found is not None:
+        begin, end = int(found[1]), int(found[2])
+        whole = end == last or (end < last and found[3] == str(end + 1))
+        if whole and begin == first and len(data) == end + 1 - begin:
+            return data
+    said = f"{len(data)} bytes with Content-Range {told or 'missing'!r} in answer to {byte_range!r}"
+    raise S3Error(Kind.TRANSIENT, without_secrets(said), answered=True)
 
 
 def _note_sent(request: Any, **_: Any) -> None:

@@ -1,7 +1,7 @@
 """The loader on hand-made latent shards: the same batches at any world size and from any step, and damage by name."""
 
 import gc
-import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -9,61 +9,29 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from canned_s3 import Answer, Request, canned_s3, part_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latent_shards import BLOCK, CHANNELS, FINGERPRINT, LENGTH, SIDE, write_latents, write_shard
-from loader_process import lines
+from loader_runs import data, digests, load, loader
 
-from pipeline.config import DataSetConfig, LoaderConfig
 from pipeline.data import planner
-from pipeline.data.batch import Batch
-from pipeline.data.datasets import DataSets, open_datasets
 from pipeline.data.fetch import BlockSource
-from pipeline.data.loader import LatentLoader
 from pipeline.data.manifest import RECEIPT_SUFFIX
 from pipeline.data.split_arrays import read_split
 from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.storage import s3_client
 
 
 @pytest.fixture
 def latents(tmp_path: Path) -> str:
     return write_latents(tmp_path, [(20, 3), (0, 0), (1, 0), (33, 4), (0, 2), (16, 1)], captions=3)
-
-
-def data(*urls: str, batch: int = 8, mixing: str = "steps", **changes: Any) -> DataSets:
-    return open_datasets([DataSetConfig(manifest=url, **changes) for url in urls], global_batch=batch, mixing=mixing)
-
-
-def loader(sources: str | DataSets, **arguments: Any) -> LatentLoader:
-    batch = arguments.pop("global_batch", 8)
-    datasets = data(sources, batch=batch) if isinstance(sources, str) else sources
-    config = LoaderConfig(**{k: arguments.pop(k) for k in list(arguments) if k in LoaderConfig.model_fields})
-    return LatentLoader(datasets, global_batch=batch, **{"seed": 3, "window": 4, **arguments}, config=config)
-
-
-def load(
-    sources: str | DataSets, steps: int, *, start: int = 0, rank: int = 0, world: int = 1, **arguments: Any
-) -> list[Batch]:
-    with loader(sources, rank=rank, world_size=world, start_step=start, **arguments) as opened:
-        return list(islice(opened, steps))
-
-
-def digests(ranks: Sequence[Sequence[Batch]]) -> list[str]:
-    """One hash of each global batch: keys, places, and every byte the network will see."""
-    found = []
-    for parts in zip(*ranks, strict=True):
-        samples = [line for part in parts for line in lines(part)]
-        assert [line["position"] for line in samples] == list(range(len(samples)))
-        found.append(hashlib.sha256(json.dumps(samples).encode()).hexdigest())
-    return found
 
 
 def test_batches_have_the_shapes_and_types_promised(latents: str) -> None:
@@ -670,3 +638,32 @@ def test_a_receipt_of_another_fingerprint_is_refused(latents: str) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0" * 64}))
     with pytest.raises(DataError, match=r"00003\.tar: its receipt"):
         load(latents, 10)
+
+
+def test_a_server_that_fails_often_changes_nothing(latents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Busy, broken off, another range, the whole shard: each block comes all the same."""
+    monkeypatch.setattr(s3_client, "_MAX_DELAY_SECONDS", 0.01)
+    numbers, failed = itertools.count(), set()
+
+    def serve(request: Request) -> Answer:
+        whole = (Path(latents).parent / request.path.rpartition("/")[2]).read_bytes()
+        right, kind = part_of(whole, request), next(numbers) % 6
+        failed.add(kind)
+        if kind == 0:
+            return Answer(503, b"<Error><Code>SlowDown</Code></Error>")
+        if kind == 1:
+            return Answer(right.status, right.body[:-7], {**right.headers, "Content-Length": str(len(right.body))})
+        if kind == 2 and request.range:
+            return Answer(206, right.body, {"Content-Range": f"bytes 7-{len(right.body) + 6}/{len(whole)}"})
+        return Answer(200, whole) if kind == 3 else right
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    with canned_s3(serve) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with loader("s3://bucket/manifest.json") as opened:
+            batches = list(islice(opened, 27))
+            assert opened.counts["blocks_read_again"] == 0
+    assert failed == set(range(6))
+    assert digests([batches]) == digests([load(latents, 27)])

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
+from canned_s3 import Answer, canned_s3
 
 from pipeline.demo import object_store
 from pipeline.demo.object_store import EmbeddedObjectStore
@@ -125,6 +126,7 @@ class TestOutages:
         store.write("x", b"x")
         assert own_server.pid
         os.kill(own_server.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, own_server.pid, os.WSTOPPED | os.WNOWAIT)  # until then its other threads may answer
         try:
             with pytest.raises(StorageError, match="did not answer"):
                 store.read("x")
@@ -149,16 +151,15 @@ class TestOutages:
 
     def test_busy_answers_are_waited_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         busy = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
-        answers = [(503, busy), (500, b""), (200, b"content")]
-        with _canned(answers) as endpoint:
-            environment = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+        answers = iter([Answer(503, busy), Answer(500), Answer(200, b"content")])
+        with canned_s3(lambda _: next(answers)) as environment:
             assert open_store("s3://bucket", environment).read("x") == b"content"
         monkeypatch.setenv(RETRY, "0.3")
         with (
-            _canned([(503, busy)] * 50) as endpoint,
+            canned_s3(lambda _: Answer(503, busy)) as environment,
             pytest.raises(StorageError, match=r"kept failing on s3://bucket/x .*503 SlowDown"),
         ):
-            open_store("s3://bucket", {**environment, "AWS_ENDPOINT_URL": endpoint}).read("x")
+            open_store("s3://bucket", environment).read("x")
 
 
 @contextmanager
@@ -198,30 +199,3 @@ def _drop_answers(server: EmbeddedObjectStore, *, count: int, after: int = 0) ->
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-
-
-@contextmanager
-def _canned(answers: list[tuple[int, bytes]]) -> Iterator[str]:
-    """A server that gives these answers in turn: no package offers a busy S3."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    queue = iter(answers)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = next(queue)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
