@@ -13,9 +13,10 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config import DataSetConfig
-from pipeline.data.manifest import Bucket, Manifest, Split, canonical, load_manifest
+from pipeline.data.manifest import Bucket, Manifest, Split, canonical
 from pipeline.data.mixture import check_weights, group_by_batches, group_by_steps, mean_and_std, proportions
 from pipeline.data.order import VERSION, Group, Integers
+from pipeline.data.sealed import load_sealed_manifest
 from pipeline.data.subset import KeyList, Selection, read_keys, select, shards_to_read
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import Store
@@ -104,7 +105,7 @@ def open_datasets(
     if split == "holdout":
         sources = [source.model_copy(update={"share": 1.0, "keys": None}) for source in sources]
     check_weights([source.weight for source in sources])
-    manifests = tuple(load_manifest(source.manifest) for source in sources)
+    manifests = tuple(load_sealed_manifest(source.manifest) for source in sources)
     _check_together(sources, manifests)
     stores = tuple(storage.open_store(storage.split(source.manifest)[0]) for source in sources)
     lists = [None if source.keys is None else read_keys(source.keys) for source in sources]

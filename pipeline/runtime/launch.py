@@ -81,10 +81,15 @@ def _tell(folder: Path, rank: int, exit_code: int) -> int:
     if not causes and exit_code < 0:
         _say(f"error: rank {rank} was ended by {signal.Signals(-exit_code).name}, and the other ranks with it")
         return 128 - exit_code
-    for message, remedy in dict.fromkeys((error["message"], error["remedy"]) for error in causes or errors):
-        _say(f"error: {message}")
-        if remedy:
-            _say(f"  {remedy}")
+    alike: dict[str, list[dict[str, Any]]] = {}  # an outage is met by every rank, each at another file
+    for error in causes or errors:
+        alike.setdefault(error["remedy"] or error["message"], []).append(error)
+    for first, *others in alike.values():
+        _say(f"error: {first['message']}")
+        if more := len({error["message"] for error in others} - {first["message"]}):
+            _say(f"  and {more} more like it, from other ranks")
+        if first["remedy"]:
+            _say(f"  {first['remedy']}")
     return int(causes[0]["exit_code"]) if causes else exit_code
 
 

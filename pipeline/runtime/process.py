@@ -10,11 +10,13 @@ it is taken off the list of operators that DeepSpeed may build.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -79,6 +81,14 @@ class Process:
             error.exit_code = code
             raise error
 
+    def differing(self, values: Mapping[str, object]) -> list[str]:
+        """Which of the named values are not the same on all ranks: by their `repr`, the same answer everywhere."""
+        digests = [hashlib.sha256(repr(value).encode()).digest()[:8] for value in values.values()]
+        mine = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+        least = self._reduce(mine.clone(), dist.ReduceOp.MIN)
+        most = self._reduce(mine, dist.ReduceOp.MAX)
+        return [name for name, same in zip(values, (least == most).tolist(), strict=True) if not same]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is true on at least one rank."""
         return bool(self._reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX))
@@ -118,12 +128,14 @@ def start(config: EngineConfig) -> Process:
     announced = int(os.environ["WORLD_SIZE"])
 
     import deepspeed.ops
+    import deepspeed.utils.groups
     from accelerate import PartialState
 
     _be_quiet()
     deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OPERATOR] = False
     timeout = timedelta(seconds=config.timeout_seconds)
     state = PartialState(cpu=not on_gpu, timeout=timeout)
+    deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=timeout)  # its own would wait for half an hour
     world = state.num_processes
     process = Process(
         rank=state.process_index,

@@ -27,7 +27,7 @@ from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Preparation, Scale, read_empty
 from pipeline.diffusion.loss import weighted_loss
 from pipeline.diffusion.objective import objective_of
-from pipeline.errors import DataError, LatheError
+from pipeline.errors import ConfigError, DataError, LatheError
 from pipeline.metrics import Metrics
 from pipeline.models import unet
 from pipeline.models.text import TextTower
@@ -79,8 +79,10 @@ def _fit(config: TrainConfig) -> int:
         )
     for manifest in datasets.manifests:
         check_data(config, manifest)
-    ranks = process.start(config.engine)
+    ranks = None
     try:
+        ranks = process.start(config.engine)
+        _check_alike(config, datasets, ranks)
         return Trainer(config, ranks, datasets, store).run()
     except RuntimeError as error:
         lost = process.lost_rank(error)
@@ -88,7 +90,25 @@ def _fit(config: TrainConfig) -> int:
             raise
         raise lost from error
     finally:
-        ranks.finish()
+        if ranks is not None:
+            ranks.finish()
+
+
+def _check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None:
+    """Ranks that were told different things would wait for each other for ever, or draw samples twice and never.
+
+    Raises:
+        DataError: they have read different manifests, as when one was written while they started.
+        ConfigError: they have different run files.
+    """
+    # each machine may have a cache, a metrics port and cores of its own
+    told = config.model_dump(exclude={"loader": True, "metrics": True, "engine": {"threads_per_rank"}})
+    different = ranks.differing({"latents": (datasets.identity, datasets.mean, datasets.std), **told})
+    if different == ["latents"]:
+        raise DataError("the ranks have read different manifests", "start again once `lathe encode` has ended")
+    if different:
+        fields = ", ".join(name for name in different if name != "latents")
+        raise ConfigError(f"the ranks have different run files: {fields}", "give all of them the same one")
 
 
 class Example(NamedTuple):

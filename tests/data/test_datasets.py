@@ -11,7 +11,8 @@ from latent_shards import FINGERPRINT, key, write_latents
 
 from pipeline.config import DataSetConfig
 from pipeline.data.datasets import DataSets, open_datasets
-from pipeline.data.manifest import MANIFEST, load_manifest
+from pipeline.data.fold import content_hash
+from pipeline.data.manifest import MANIFEST, ShardEntry, load_manifest
 from pipeline.data.order import VERSION, Order
 from pipeline.errors import ConfigError, DataError, StorageError
 
@@ -247,6 +248,8 @@ def test_a_manifest_that_is_missing_newer_or_without_samples_is_told(first: str,
     tree = json.loads(Path(first).read_bytes())
     where.write_text(json.dumps({**tree, "format_version": 99}))
     refused(DataError, "has format version 99", {"manifest": str(where)})
-    where.write_text(json.dumps({**tree, "shards": [shard for shard in tree["shards"] if not shard["buckets"]]}))
+    left = [shard for shard in tree["shards"] if not shard["buckets"]]
+    told = content_hash([ShardEntry.model_validate(shard) for shard in left])
+    where.write_text(json.dumps({**tree, "shards": left, "content_hash": told}))
     refused(DataError, "there is no sample to train on", {"manifest": str(where)})
     refused(DataError, "no sample is held out", {"manifest": str(where)}, split="holdout")

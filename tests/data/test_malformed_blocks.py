@@ -23,9 +23,10 @@ from loader_runs import digests, load, loader
 from pipeline.data import fetch
 from pipeline.data.batch import Batch
 from pipeline.data.fetch import BlockReference
+from pipeline.data.fold import content_hash
 from pipeline.data.latent_block import LatentBlock
 from pipeline.data.loader import LatentLoader
-from pipeline.data.manifest import RECEIPT_SUFFIX
+from pipeline.data.manifest import RECEIPT_SUFFIX, ShardEntry
 from pipeline.data.tar import TarBuilder, members, npy_bytes
 from pipeline.errors import DataError
 
@@ -61,9 +62,10 @@ def rewrite(url: str, change: Change) -> str:
     about = {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
     manifest = json.loads(Path(url).read_bytes())
     manifest["shards"][3] |= about
+    manifest["content_hash"] = content_hash([ShardEntry.model_validate(shard) for shard in manifest["shards"]])
     (folder / SHARD).write_bytes(whole)
     (folder / (SHARD + RECEIPT_SUFFIX)).write_text(json.dumps(receipt | about))
-    Path(url).write_text(json.dumps(manifest))
+    Path(url).write_text(json.dumps(manifest))  # in another layout than Lathe's own, which is as good
     return url
 
 

@@ -33,6 +33,24 @@ def test_the_same_error_of_all_ranks_is_told_once(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: seed: 5\n  set seed=0\n"
 
 
+def test_an_outage_that_each_rank_meets_at_another_file_is_told_once(folder, monkeypatch, capsys):
+    for rank in range(4):
+        report(monkeypatch, rank, StorageError(f"S3 did not answer: s3://b/{rank // 2}.tar", "start the server"))
+    report(monkeypatch, 4, ConfigError("seed: 5", "set seed=0"))
+    assert launch._tell(folder, 1, 3) == 3
+    assert capsys.readouterr().err == (
+        "error: S3 did not answer: s3://b/0.tar\n  and 1 more like it, from other ranks\n  start the server\n"
+        "error: seed: 5\n  set seed=0\n"
+    )
+
+
+def test_errors_without_a_remedy_are_told_each(folder, monkeypatch, capsys):
+    for rank in (0, 1):
+        report(monkeypatch, rank, StorageError(f"fault {rank}"))
+    launch._tell(folder, 1, 3)
+    assert capsys.readouterr().err == "error: fault 0\nerror: fault 1\n"
+
+
 def test_the_cause_is_told_and_not_what_followed_from_it(folder, monkeypatch, capsys):
     report(monkeypatch, 0, OtherRankError("rank 1 failed", "see there"))
     report(monkeypatch, 1, StorageError("disk full"))

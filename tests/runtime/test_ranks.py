@@ -133,6 +133,14 @@ def test_a_stop_flag_reaches_all_ranks_one_step_later(results):
     assert [result["flags"] for result in results] == [[0, 0, 15, 0]] * 2
 
 
+def test_what_differs_between_ranks_is_named_on_all(results):
+    assert [result["differing"] for result in results] == [[[], ["b", "c"]]] * 2
+
+
+def test_no_group_waits_longer_for_a_rank_than_it_was_told(results):
+    assert [result["time_outs"] for result in results] == [[60.0, 60.0]] * 2
+
+
 @pytest.fixture(scope="module")
 def alone(folder, results) -> dict:
     run(str(SCRIPT), str(folder), "read")

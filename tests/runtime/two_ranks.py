@@ -250,6 +250,18 @@ def flags(ranks: Process) -> list[int]:
     return [ranks.exchange(15 if ranks.rank == 1 and step == 1 else 0) for step in range(4)]
 
 
+def differing(ranks: Process) -> list[list[str]]:
+    """Values that the ranks compare: all alike, the second and the third other on each rank."""
+    alike = {"a": 1, "b": (0.1, "x")}
+    return [ranks.differing(alike), ranks.differing({**alike, "b": (0.1, ranks.rank), "c": -ranks.rank})]
+
+
+def time_outs(ranks: Process) -> list[float]:
+    """Seconds that each group waits for a rank: the side group, and the one that the engine reduces over."""
+    groups = (ranks.side_group, build(ranks, 2, "float32").zero_optimizer.dp_process_group)
+    return [group._get_backend(ranks.device).options._timeout.total_seconds() for group in groups]
+
+
 def elsewhere(ranks: Process, folder: Path) -> dict[str, Any]:
     """What two ranks saved, restored by this many."""
     (saved,) = checkpoint.find(open_store(str(folder / "run")))
@@ -289,6 +301,8 @@ def main(folder: Path, what: str) -> None:
         result["failing_save"] = failing_save(ranks, folder)
         result["damaged"] = damaged(ranks, folder)
         result["flags"] = flags(ranks)
+        result["differing"] = differing(ranks)
+        result["time_outs"] = time_outs(ranks)
     else:
         result["wrong_world"] = refused
         result["elsewhere"] = elsewhere(ranks, folder)
