@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 
 from pipeline.data.batch import Batch
 from pipeline.data.planner import PlannedStep
 from pipeline.data.threads import WorkerThreads
+
+_LOOK_SECONDS = 0.1  # how soon it is noticed that who waits gives up
 
 
 class Ahead:
@@ -44,15 +46,28 @@ class Ahead:
         self._planner = WorkerThreads(1, "latent-plan")
         self._planner.submit(self._run, [])
 
-    def take(self) -> Batch | None:
-        """The next batch, waited for; None once this is closed. Raises what planning or assembling it raised."""
+    def take(self, gives_up: Callable[[], bool] | None = None) -> Batch | None:
+        """The next batch, waited for; None once this is closed. Raises what planning or assembling it raised.
+
+        Args:
+            gives_up: asked while there is none; None is returned once it says yes, and the batch is still the next one.
+        """
+        seconds = None if gives_up is None else _LOOK_SECONDS
         with self._changed:
             while not self._batches and not self._closed:
-                self._changed.wait()
+                if gives_up is not None and gives_up():
+                    return None
+                self._changed.wait(seconds)
             if self._closed:
                 return None
             batch = self._batches.popleft()
             self._submit()
+        while gives_up is not None and not batch.done():
+            if gives_up():
+                with self._changed:
+                    self._batches.appendleft(batch)
+                return None
+            wait((batch,), _LOOK_SECONDS)
         try:
             return batch.result()
         except CancelledError:

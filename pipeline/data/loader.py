@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -104,21 +104,31 @@ class LatentLoader:
         return self
 
     def __next__(self) -> Batch:
-        if self._closed:
+        batch = self.take()
+        if batch is None:
             raise StopIteration
+        return batch
+
+    def take(self, gives_up: Callable[[], bool] | None = None) -> Batch | None:
+        """The next batch, as iterating gives it; None where the loader is closed.
+
+        Args:
+            gives_up: asked ten times a second while there is no batch yet (only with `workers`); once it says yes None
+                is returned, and the batch is still the next one.
+        """
+        if self._closed:
+            return None
         if os.getpid() != self._process:
             raise SetupError("a loader was opened before its process was forked", "open another one in each process")
         try:
             if self._ahead is None:
                 batch: Batch | None = self._assembler.batch(self._planner.plan(self._step))
             else:
-                batch = self._ahead.take()
+                batch = self._ahead.take(gives_up)
         except BaseException:
             self.close()
             raise
-        if batch is None:
-            raise StopIteration
-        self._step += 1
+        self._step += batch is not None
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -600,6 +601,25 @@ def test_the_cache_may_be_half_full_or_wrong(tmp_path: Path) -> None:
         opened._source._cache.scan.join()
         list(islice(opened, 100))
         assert opened.counts["blocks_read"] == 0  # what was wrong has been replaced
+
+
+def test_who_waits_may_give_up_and_gets_the_same_batch_later(latents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, answers, read = load(latents, 3), threading.Event(), BlockSource._bytes
+
+    def slow(self: BlockSource, *which: Any) -> bytes:
+        assert answers.wait(60)
+        return read(self, *which)
+
+    monkeypatch.setattr(BlockSource, "_bytes", slow)
+    with loader(latents) as opened:
+        for _ in range(3):
+            asked = iter([False, False, True])
+            assert opened.take(lambda asked=asked: next(asked)) is None
+            assert opened.state_dict()["step"] == 0
+        answers.set()
+        found = [opened.take(lambda: False) for _ in range(3)]
+    assert digests([found]) == digests([expected])
+    assert opened.take(lambda: False) is None  # closed
 
 
 def test_a_start_before_the_order_begins_is_refused(latents: str) -> None:
