@@ -43,6 +43,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObje
 
 
 @pytest.fixture
-def s3_url(s3_server: EmbeddedObjectStore) -> str:
+def s3_url(request: pytest.FixtureRequest, s3_server: EmbeddedObjectStore) -> str:
     """A prefix on the S3 server that no other test uses."""
+    assert request.node.get_closest_marker("s3"), "mark it s3: the fast tests start no server"
     return f"{s3_server.url}/test-{next(_numbers)}"

@@ -270,7 +270,7 @@ def one_after_another() -> dict[tuple[str, float, int], list[str]]:
     cut=st.integers(0, 12),
     world_after=st.sampled_from([1, 2, 4, 12]),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_sequence_is_always_the_same(
     two_sets, one_after_another, world, workers, requests, steps_ahead, window, mixing, share, cut, world_after
 ) -> None:
@@ -540,9 +540,11 @@ def test_an_interpreter_that_ends_does_not_wait_for_reads(latents: str) -> None:
     script = f"""
 import time
 from pipeline.config import DataSetConfig
+from pipeline.data import loader
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import LatentLoader
 from pipeline.storage.local import LocalStore
+loader._LAST_REQUESTS_SECONDS /= 20
 plain = LocalStore.read
 def read(self, name, start=None, end=None):
     time.sleep(0 if start is None else 30)

@@ -158,8 +158,8 @@ def test_spread_and_together_of_known_orders():
 
 
 def test_shards_of_the_memory_test_are_read_whole(tmp_path):
-    write_shards(tmp_path / "some", 5, PlanSizes(samples=64, block_samples=8))
-    done = Bench(Work(f"{tmp_path}/some/manifest.json", 320, batch=8, window=4, workers=1)).peak()
+    write_shards(tmp_path / "some", 20, PlanSizes(samples=64, block_samples=8))
+    done = Bench(Work(f"{tmp_path}/some/manifest.json", 1280, batch=8, window=4, workers=1)).peak()
     assert done["peak_bytes"] > 2**26
 
 
