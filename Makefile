@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 ARGS ?=
 ALONE := s3 or ranks or demo or tools
-FAST = $(BIN)/pytest -n 2 --dist worksteal -m "not ($(ALONE)) and not long"
+FAST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not ($(ALONE)) and not long"
 
 .PHONY: demo install develop check format test-fast test test-long clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -17,6 +18,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"s3_server", "s3_url"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.s3)
+
+
+def pytest_collection() -> None:
+    """What is imported stays: sweeps of the garbage would look at a million objects in vain, and forks copy them."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -43,6 +54,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObje
 
 
 @pytest.fixture
-def s3_url(s3_server: EmbeddedObjectStore) -> str:
+def s3_url(request: pytest.FixtureRequest, s3_server: EmbeddedObjectStore) -> str:
     """A prefix on the S3 server that no other test uses."""
+    assert request.node.get_closest_marker("s3"), "mark it s3: the fast tests start no server"
     return f"{s3_server.url}/test-{next(_numbers)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,17 +77,29 @@ def write_shard(
     prefix: str = "",
 ) -> Receipt:
     """One shard and its receipt; keys count through its buckets, training samples first in each."""
-    latents, number = LatentShard(f"{shard:05d}.tar", CHANNELS, BLOCK), 0
     by_bucket = dict(sizes) if isinstance(sizes, Mapping) else {mark.buckets[0]: sizes}
-    for bucket, (train, holdout) in sorted(by_bucket.items()):
+    data, receipt = _made(shard, tuple(sorted(by_bucket.items())), captions, side, mark, prefix)
+    (folder / receipt.shard).write_bytes(data)
+    (folder / (receipt.shard + RECEIPT_SUFFIX)).write_bytes(receipt.to_bytes())
+    return receipt
+
+
+@functools.lru_cache(32)  # many tests read, copy or damage the same one
+def _made(
+    shard: int,
+    sizes: tuple[tuple[Bucket, tuple[int, int]], ...],
+    captions: int,
+    side: int | None,
+    mark: Fingerprint,
+    prefix: str,
+) -> tuple[memoryview, Receipt]:
+    name = f"{shard:05d}.tar"
+    latents, number = LatentShard(name, CHANNELS, BLOCK), 0
+    for bucket, (train, holdout) in sizes:
         for i in range(train + holdout):
             latents.add(sample(key(shard, number, prefix), bucket, mark, captions, side), holdout=i >= train)
             number += 1
-    name = f"{shard:05d}.tar"
-    data, receipt = latents.finish(name, SourceIdentity(name, 0, ""), mark.digest(), {})
-    (folder / name).write_bytes(data)
-    (folder / (name + RECEIPT_SUFFIX)).write_bytes(receipt.to_bytes())
-    return receipt
+    return latents.finish(name, SourceIdentity(name, 0, ""), mark.digest(), {})
 
 
 def write_latents(

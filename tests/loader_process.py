@@ -1,10 +1,14 @@
-"""One rank of a loader in a process of its own: notes a hash of every sample it is given, and where it stands."""
+"""What a process of a loader's tests runs: a rank that notes every sample it is given, a contestant of the bench."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +70,12 @@ def run(
             file.write(json.dumps({"samples": lines(batch), "state": loader.state_dict()}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def answer(bench: type, work: Any, environment: Mapping[str, str], line: Connection) -> None:
+    """Do what the other end of the line asks for, until it is closed."""
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of a DataLoader's workers, as in a program of its own
+    with closing(bench(work)) as asked, suppress(EOFError):
+        while True:
+            line.send(getattr(asked, line.recv())())

@@ -52,21 +52,25 @@ OBJECTIVES: list[dict[str, Any]] = [
 
 
 class Network(nn.Module):
-    """Three hidden layers and, as a UNet has, a way past them; the time, embedded as diffusers does, scales both."""
+    """Two hidden layers and, as a UNet has, a way past them; the time, embedded as diffusers does, scales both.
+
+    They see the place as waves too (random Fourier features, arXiv 2006.10739), or five modes take twice the steps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.frequencies = 10_000 ** (-torch.arange(16) / 15)
-        widths = (34, 128, 128, 128)
+        self.waves = 2 * torch.randn(2, 32)
+        widths = (2 + 64 + 32, 128, 128)
         hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(128, 2))
         self.scales = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 2))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        angle = embedding[:, None] * self.frequencies
+        angle, phase = embedding[:, None] * self.frequencies, x @ self.waves
         time = torch.cat([angle.sin(), angle.cos()], 1)
         inner, past = self.scales(time).chunk(2, 1)
-        made: Tensor = inner * self.layers(torch.cat([x, time], 1)) + past * x
+        made: Tensor = inner * self.layers(torch.cat([x, phase.sin(), phase.cos(), time], 1)) + past * x
         return made
 
 
@@ -74,7 +78,7 @@ def learned(objective: Objective, steps: int, batch: int = 256) -> Network:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = Network()
-    optimizer = torch.optim.Adam(network.parameters(), 4e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(network.parameters(), 4e-3, betas=(0.9, 0.99), fused=True)
     data = TRUTH.draw(1_000_000, generator).float()
     positions = torch.arange(batch)
     for step in range(steps):
@@ -142,7 +146,7 @@ def hold_against_truth(config: dict[str, Any], steps: int, samplers: list[dict[s
     ids=str,
 )
 def test_a_short_training_comes_near_the_truth(config: dict[str, Any], settings: dict[str, Any], own: Tensor) -> None:
-    hold_against_truth(config, 3000, [settings], own)
+    hold_against_truth(config, 1500, [settings], own)
 
 
 @pytest.mark.long

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import functools
 import io
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from encode_worker import FORK
+from loader_process import answer
 
 from pipeline.data.manifest import load_manifest
 from pipeline.errors import ConfigError, SetupError
@@ -28,7 +34,49 @@ from pipeline.storage import open_store
 
 RATES = RateSizes(samples=1024, per_shard=128, block_samples=8, batch=8, window=2, processes=1)
 SHUFFLE = ShuffleSizes(shards=16, per_shard=64, block_samples=4, batch=8, window=4)
-HERE_ALONE = Rivals({"webdataset": Path(sys.executable)})
+PEERS_READ = 512  # samples
+
+
+class Forked(Contestant):
+    """A process of its own that has imported everything before."""
+
+    def __init__(self, name: str, bench: type, work: Any) -> None:
+        self.name = name
+        self._line, end = FORK.Pipe()
+        self._process = FORK.Process(target=answer, args=(bench, work, dict(os.environ), end))
+        self._process.start()
+        end.close()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        self._line.send(command)
+        found: dict[str, Any] = self._line.recv()
+        return found
+
+    def close(self) -> None:
+        self._line.close()
+        self._process.join(20)
+        assert self._process.exitcode == 0
+
+
+class WebdatasetAlone(Rivals):
+    """The first of each kind is a program as users run it; the others are forked, which saves imports of seconds."""
+
+    def __init__(self) -> None:
+        super().__init__({"webdataset": Path(sys.executable)})
+        self.programs: list[str] = []
+
+    def ours(self, work: Work) -> Contestant:
+        return self._one("ours", lambda: Rivals.ours(self, work), lambda: Forked("own loader", Bench, work))
+
+    def peer(self, name: str, **work: Any) -> Contestant:
+        asked = peers.Work(name, **work)
+        return self._one(name, lambda: Rivals.peer(self, name, **work), lambda: Forked(name, peers.Bench, asked))
+
+    def _one(self, name: str, program: Callable[[], Contestant], forked: Callable[[], Contestant]) -> Contestant:
+        if name in self.programs:
+            return forked()
+        self.programs.append(name)
+        return program()
 
 
 def quiet(text: str) -> None:
@@ -37,7 +85,7 @@ def quiet(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("text") / "text", "text", RATES, HERE_ALONE, quiet)
+    return write_all(tmp_path_factory.mktemp("text") / "text", "text", RATES, Rivals({}), quiet)
 
 
 def work(written, **changes) -> Work:
@@ -110,8 +158,8 @@ def test_spread_and_together_of_known_orders():
 
 
 def test_shards_of_the_memory_test_are_read_whole(tmp_path):
-    write_shards(tmp_path / "some", 5, PlanSizes(samples=64, block_samples=8))
-    done = Bench(Work(f"{tmp_path}/some/manifest.json", 320, batch=8, window=4, workers=1)).peak()
+    write_shards(tmp_path / "some", 20, PlanSizes(samples=64, block_samples=8))
+    done = Bench(Work(f"{tmp_path}/some/manifest.json", 1280, batch=8, window=4, workers=1)).peak()
     assert done["peak_bytes"] > 2**26
 
 
@@ -204,7 +252,9 @@ def result(s3_server):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(starts, "RESUMED_AT", (0.0, 0.99))
         patch.setattr(bench, "KINDS", ("text",))
-        found = bench_loader(LoaderBench(2, RATES, SHUFFLE, memory), url, HERE_ALONE)
+        rivals = WebdatasetAlone()
+        found = bench_loader(LoaderBench(2, RATES, SHUFFLE, memory), url, rivals)
+    assert set(rivals.programs) == {"ours", "webdataset"}
     assert [entry.name for entry in open_store(url).list()] == ["mine"]
     return json.loads(json.dumps(found, allow_nan=False))
 
@@ -258,43 +308,93 @@ def test_the_peers_have_our_torch(everyone):
     assert {one["versions"]["torch"] for one in about.values()} == {version("torch")}
 
 
+class ReadHere(NamedTuple):
+    """What a peer wrote and read on the local disk."""
+
+    samples: str
+    place: Path
+    shards: list[int]
+    batches: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def read_here(everyone, tmp_path_factory) -> Callable[[str], ReadHere]:
+    """Of each peer once, by one process: importing one takes seconds."""
+    folder = tmp_path_factory.mktemp("peers")
+    write_samples(folder / "samples", NUMBERS, PEERS_READ)
+    moments = np.random.default_rng(0).standard_normal((PEERS_READ, 8, 4, 4)).astype(np.float16)
+    np.save(folder / "samples" / "moments.npy", moments)
+
+    @functools.cache
+    def told(name: str) -> ReadHere:
+        samples, place = str(folder / "samples"), folder / name
+        per_shard = 1024 if name == "mosaicml" else 64  # it counts in bytes
+        with everyone.peer(name, samples=samples, place=str(place), per_shard=per_shard, workers=1) as peer:
+            shards = peer.ask("write")["shards"]
+            assert peer.epoch(PEERS_READ)["seconds"] > 0
+            return ReadHere(samples, place, shards, peer.ask("order")["batches"])
+
+    return told
+
+
 @pytest.mark.tools
 @pytest.mark.parametrize("name", ["torch_files", "mosaicml", "litdata"])
-def test_peers_read_every_sample(everyone, name, written, s3_url, tmp_path):
-    place = tmp_path / name
-    with everyone.peer(name, samples=written.samples, place=str(place), workers=1) as peer:
-        assert sum(peer.ask("write")["shards"]) == 1024
-        assert peer.epoch(1024)["seconds"] > 0
-    if name in NOT_FROM_S3:
-        return
-    upload(place, open_store(s3_url))
-    for one in {name, *(tuned for tuned in TUNED if tuned.startswith(name))}:
-        workers = 0 if one in ALONE_ON_S3 else 2
-        with everyone.peer(one, samples=written.samples, place=s3_url, workers=workers, endpoint=endpoint()) as peer:
-            assert [peer.epoch(1024)["first_seconds"] > 0 for _ in range(2)] == [True, True]
+def test_peers_read_every_sample(read_here, name):
+    told = read_here(name)
+    assert sum(told.shards) == PEERS_READ
+    assert len(told.shards) > 4
+    assert sorted(number for batch in told.batches for number in batch) == list(range(PEERS_READ))
 
 
 @pytest.mark.tools
-def test_mosaicml_s_workers_inherit_no_connection(everyone, s3_url, tmp_path):
-    """Two that share one read each other's answers: wrong bytes, `IndexError`, or waits of a minute."""
-    write_samples(tmp_path / "samples", NUMBERS, 64)
-    samples = str(tmp_path / "samples")
-    with everyone.peer("mosaicml", samples=samples, place=str(tmp_path / "mds")) as peer:
-        peer.ask("write")
-    upload(tmp_path / "mds", open_store(s3_url))
-    told = json.dumps({"peer": "mosaicml", "samples": samples, "place": s3_url, "endpoint": endpoint()})
-    code = "import json, sys, peers; data = peers.read_mosaicml(peers.Work(**json.loads(sys.argv[1]))).dataset; "
-    code += "print([stream._downloader._s3_client for stream in data.streams])"
-    command = [everyone.pythons["mosaicml"], "-c", code, told]
-    ran = subprocess.run(command, cwd=Path(peers.__file__).parent, check=True, capture_output=True, text=True)
-    assert ran.stdout == "[None]\n"
+def test_mosaicml_is_asked_for_its_order(read_here):
+    told = read_here("mosaicml")
+    assert quality(told.batches, told.shards).spread > 0.5
+
+
+READ_TWICE = """
+import json, sys
+import peers
+for work in json.loads(sys.argv[1]):
+    bench = peers.Bench(peers.Work(**work))
+    epochs = [bench.epoch() for _ in range(2)]
+    streams = getattr(bench._loader.dataset, "streams", [])
+    clients = [str(stream._downloader._s3_client) for stream in streams]
+    print("told", json.dumps([work["peer"], clients, epochs]))
+    bench.close()
+"""
 
 
 @pytest.mark.tools
-def test_mosaicml_is_asked_for_its_order(everyone, tmp_path):
-    write_samples(tmp_path / "samples", NUMBERS, 512)
-    work = {"samples": str(tmp_path / "samples"), "place": str(tmp_path / "mds"), "per_shard": 64}
-    with everyone.peer("mosaicml", **work) as peer:
-        shards = peer.ask("write")["shards"]
-        assert quality(peer.ask("order")["batches"], shards).spread > 0.5
-    assert len(shards) > 4
+@pytest.mark.parametrize("name", ["mosaicml", "litdata"])
+def test_peers_read_every_sample_from_s3(everyone, read_here, name, s3_url):
+    """mosaicml's workers inherit no connection.
+
+    Two that share one read each other's answers: wrong bytes, `IndexError`, or waits of a minute.
+    """
+    there = read_here(name)
+    assert name not in NOT_FROM_S3
+    upload(there.place, open_store(s3_url))
+    works = [
+        {
+            "peer": one,
+            "samples": there.samples,
+            "place": s3_url,
+            "workers": 0 if one in ALONE_ON_S3 else 2,
+            "endpoint": endpoint(),
+        }
+        for one in (name, *(tuned for tuned in TUNED if tuned.startswith(name)))
+    ]
+    ran = subprocess.run(
+        [everyone.pythons[name], "-c", READ_TWICE, json.dumps(works)],
+        cwd=Path(peers.__file__).parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    told = [json.loads(line.removeprefix("told")) for line in ran.stdout.splitlines() if line.startswith("told")]
+    assert [one for one, _, _ in told] == [work["peer"] for work in works]
+    for _, clients, epochs in told:
+        assert clients == (["None"] if name == "mosaicml" else [])
+        assert [epoch["samples"] for epoch in epochs] == [PEERS_READ] * 2
+        assert min(epoch["first_seconds"] for epoch in epochs) > 0

@@ -30,7 +30,7 @@ from pipeline.train.checkpoint import COMPLETE, FROZEN, RUN, noted
 PICTURE = images.png(np.zeros((4, 6, 3), np.uint8))
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
 def url(request, tmp_path) -> str:
     return str(tmp_path) if request.param == "folder" else request.getfixturevalue("s3_url")
 
