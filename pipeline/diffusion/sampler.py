@@ -83,9 +83,14 @@ def ddim(
         x: [b, ...] at `points[0]`.
         points: from noise to clean data.
         eta: share of the noise that is drawn anew, 0 to 1.
-        draw: needed for eta > 0; not asked in the last step, which leads to clean data.
+        draw: for eta > 0; not asked in the last step, which leads to clean data.
         progress: called after each step.
+
+    Raises:
+        ValueError: eta above 0, and nothing to draw from.
     """
+    if eta and draw is None:
+        raise ValueError(f"eta={eta:g} draws noise anew in every step, and there is no draw")
     for step, (here, there) in enumerate(pairwise(points), 1):
         x0 = denoiser(x, _times(x, here))
         anew = eta * there.sigma * math.sqrt(1 - (there.ratio / here.ratio) ** 2)

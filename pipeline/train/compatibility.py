@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import ObjectiveConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.data.datasets import DataSets
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import VERSION
@@ -86,7 +86,6 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
             " steps, or train into another output",
         )
     before = yaml.safe_load(checkpoint.read(CONFIG))
-    before["objective"] = ObjectiveConfig(**before["objective"]).model_dump(mode="json")  # older ones lack fields
     now = config.model_dump(mode="json")
     for field in _FIXED:
         changed = _first_difference(field, _get(before, field), _get(now, field))

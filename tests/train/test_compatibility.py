@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
 
 from pipeline import runfile
 from pipeline.config import DataSetConfig, TrainConfig
@@ -65,20 +64,6 @@ def test_another_meaning_of_the_networks_output(saved, latents, objective, said)
 def test_times_and_weights_may_change_on_the_way(saved, latents):
     now = {"timesteps": "uniform", "stratified": True, "weighting": "min_snr", "caption_dropout": 0.2}
     check_resume(saved, config(objective=now), data(latents))
-
-
-def test_checkpoints_of_before_there_were_other_objectives_go_on(saved, latents, monkeypatch):
-    before = config().model_dump(mode="json") | {
-        "objective": {"kind": "rectified_flow", "timestep_mean": 0.0, "timestep_std": 1.0, "caption_dropout": 0.1}
-    }
-    monkeypatch.setattr(
-        Checkpoint,
-        "read",
-        lambda self, name, read=Checkpoint.read: (
-            yaml.safe_dump(before).encode() if name == CONFIG else read(self, name)
-        ),
-    )
-    check_resume(saved, config(), data(latents))
 
 
 def test_context_length_of_another_encoding(manifest):
