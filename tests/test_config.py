@@ -66,6 +66,23 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
             "ema: averages: two have the same sigma_rel",
         ),
         ("manifest: m\nema: {snapshot_every: 10}", "ema: snapshot_every: snapshots are of averages with sigma_rel"),
+        ("manifest: m\nema: {snapshot_keep: 5}", "ema: snapshot_keep: 5, but no snapshots are taken; set null, or"),
+        (
+            "manifest: m\noptimizer: {reference_steps: 100}",
+            "optimizer: reference_steps: schedule=cosine has no such scale; set null, or schedule to inverse_sqrt or",
+        ),
+        (
+            "manifest: m\noptimizer: {schedule: linear, reference_steps: 1}",
+            "optimizer: reference_steps: schedule=linear has",
+        ),
+        (
+            "manifest: m\noptimizer: {schedule: edm2, final_learning_rate_ratio: 0.1}",
+            "optimizer: final_learning_rate_ratio: schedule=edm2 has no last rate; set 0, or schedule to cosine or",
+        ),
+        (
+            "manifest: m\noptimizer: {schedule: constant, final_learning_rate_ratio: 0.1}",
+            "optimizer: final_learning_rate_ratio: schedule=constant has",
+        ),
         ("manifest: m\noptimizer: {schedule: step}", "optimizer.schedule: Input should be 'constant', 'cosine'"),
         (
             "manifest: m\noptimizer: {text_learning_rate_ratio: 0}",

@@ -31,6 +31,21 @@ class OptimizerConfig(Section):
     )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
 
+    @model_validator(mode="after")
+    def _the_schedule_uses_what_is_set(self) -> OptimizerConfig:
+        ending, scaled = ("cosine", "linear"), ("inverse_sqrt", "edm2")
+        if self.final_learning_rate_ratio and self.schedule not in ending:
+            raise ValueError(
+                f"final_learning_rate_ratio: schedule={self.schedule} has no last rate; set 0, or schedule to"
+                f" {' or '.join(ending)}"
+            )
+        if self.reference_steps and self.schedule not in scaled:
+            raise ValueError(
+                f"reference_steps: schedule={self.schedule} has no such scale; set null, or schedule to"
+                f" {' or '.join(scaled)}"
+            )
+        return self
+
 
 class JointOptimizerConfig(OptimizerConfig):
     """The diffusion model's, whose text tower may learn at a rate of its own."""
@@ -84,6 +99,11 @@ class EMAConfig(Section):
             raise ValueError(
                 "snapshot_every: snapshots are of averages with sigma_rel, and there is none; add to averages, for"
                 " example, {name: short, sigma_rel: 0.05} and {name: long, sigma_rel: 0.1}"
+            )
+        if self.snapshot_keep and not self.snapshot_every:
+            raise ValueError(
+                f"snapshot_keep: {self.snapshot_keep}, but no snapshots are taken; set null, or snapshot_every to the"
+                " steps between them"
             )
         return self
 

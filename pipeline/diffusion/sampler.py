@@ -21,6 +21,9 @@ from pipeline.diffusion.objective import Denoiser
 from pipeline.diffusion.ode import probability_flow
 from pipeline.diffusion.path import Path
 
+TOLERANCE = 1e-3
+"""Of the adaptive solver, where the run file says nothing."""
+
 Progress = Callable[[float], None]
 """Called with the share that is done, up to 1."""
 
@@ -49,7 +52,7 @@ def sample(
     """
     x = draw(0) * path.prior_std
     if sampling.sampler == "ode":
-        return probability_flow(path, denoiser, x, tolerance=sampling.tolerance, progress=progress)
+        return probability_flow(path, denoiser, x, tolerance=sampling.tolerance or TOLERANCE, progress=progress)
     points = levels(path, sampling.grid, sampling.steps)
     match sampling.sampler:
         case "euler":

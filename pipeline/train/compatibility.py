@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import yaml
 
+from pipeline import runfile
 from pipeline.config import TrainConfig
 from pipeline.data.datasets import DataSets
 from pipeline.data.manifest import Manifest
@@ -91,11 +93,24 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
         changed = _first_difference(field, _get(before, field), _get(now, field))
         if changed:
             name, old, new = changed
+            listed = _outermost_list(name, now)
             raise ConfigError(
-                f"{name}: {new}, but the checkpoint {where} has {old}",
-                f"set {name}={old}, or train into another output",
+                f"{name}: {runfile.in_line(new)}, but the checkpoint {where} has {runfile.in_line(old)}",
+                f"set {_override(listed, _get(before, listed))}, or train into another output",
             )
     return saved
+
+
+def _override(field: str, value: Any) -> str:
+    """As it is typed into a shell."""
+    return shlex.quote(f"{field}={runfile.in_line(value)}")
+
+
+def _outermost_list(field: str, tree: Any) -> str:
+    """The field, or the list that it stands in: the run file need not have a list to override a part of."""
+    parts = field.split(".")
+    paths = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((path for path in paths if isinstance(_get(tree, path), list)), field)
 
 
 def _what_differs(saved: TrainedOn, datasets: DataSets) -> str:

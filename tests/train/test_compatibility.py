@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_more_levels_than_the_latents_have_halvings(manifest):
         ({"seed": 7}, r"seed: 7.*0"),
         ({"global_batch": 16}, "global_batch: 16.*8"),
         ({"shuffle_window": 1}, "shuffle_window: 1.*256"),
-        ({"loader": {"flip": False}}, r"loader\.flip: False.*True"),
+        ({"loader": {"flip": False}}, r"loader\.flip: false.*true"),
         ({"ema": {"averages": [{"decay": 0.9}]}}, r"ema\.averages\.0\.decay: 0\.9.*0\.999"),
         ({"ema": {"averages": []}}, r"ema\.averages: \[\], but .*main"),
     ],
@@ -114,6 +115,35 @@ def test_more_levels_than_the_latents_have_halvings(manifest):
 def test_a_field_that_a_run_keeps(latents, saved, changes, field):
     with pytest.raises(ConfigError, match=field):
         check_resume(saved, config(**changes), data(latents))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema": {"averages": [{"name": "main", "sigma_rel": 0.05}]}},
+        {"ema": {"averages": []}},
+        {"ema": {"averages": [{"decay": 0.999}, {"name": "long", "sigma_rel": 0.1}]}},
+        {"unet": {"block_out_channels": [64, 64]}},
+        {"objective": {"kind": "edm"}},
+        {"loader": {"flip": False}},
+    ],
+    ids=str,
+)
+def test_remedies_can_be_pasted(tmp_path, latents, saved, changes):
+    """One after the other, into a run file that does not name the field."""
+    file, pasted = tmp_path / "train.yaml", []
+    file.write_text("job: train\nmanifest: m\noutput: o\ntext: {context_length: 8}\nglobal_batch: 8\n")
+    now = config(**changes)
+    for _ in range(4):
+        try:
+            check_resume(saved, now, data(latents))
+        except ConfigError as error:
+            assert error.remedy.startswith("set ")
+            pasted.append(shlex.split(error.remedy.removesuffix(", or train into another output"))[1])
+        given = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+        now = runfile.load(TrainConfig, str(file), [*given, *pasted])
+    assert pasted
+    check_resume(saved, now, data(latents))
 
 
 @pytest.mark.parametrize("restart", [False, True])
