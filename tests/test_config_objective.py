@@ -30,6 +30,10 @@ def load(folder: Path, **objective: Any) -> ObjectiveConfig:
         ({"kind": "ddpm"}, {"prediction": "epsilon", "timesteps": "uniform", "schedule": "scaled_linear"}),
         ({"kind": "edm"}, {"prediction": "edm", "weighting": "edm", "timestep_mean": -0.5, "timestep_std": 1.2}),
         ({"kind": "ddpm", "weighting": "min_snr"}, {"weighting_parameter": 5, "timestep_mean": None}),
+        ({"prediction": "x0"}, {"timesteps": "uniform", "timestep_mean": None, "timestep_std": None}),
+        ({"prediction": "x0", "timesteps": "logit_normal"}, {"timesteps": "logit_normal", "timestep_std": 1}),
+        ({"prediction": "x0", "timestep_mean": -0.5}, {"timesteps": "logit_normal", "timestep_mean": -0.5}),
+        ({"kind": "ddpm", "prediction": "x0"}, {"timesteps": "uniform"}),
         ({"weighting": "soft_min_snr"}, {"weighting_parameter": 4}),
         ({"weighting": "p2", "weighting_parameter": 0.5}, {"weighting_parameter": 0.5}),
         (

@@ -21,6 +21,7 @@ _OWN: dict[str, dict[str, Any]] = {
 """What a choice brings along where the run file says nothing, or null. EDM's P_mean of -1.2 is for data of standard
 deviation 0.5; for whitened latents, of 1, it is ln 2 more."""
 
+_SHAPES = {"timestep_mean", "timestep_std"}  # whoever gives one has chosen a distribution that has it
 _PREDICTIONS = {"rectified_flow": ("velocity", "x0"), "ddpm": ("epsilon", "v", "x0"), "edm": ("edm",)}
 _TIMESTEPS = {
     "rectified_flow": ("logit_normal", "uniform"),
@@ -46,7 +47,8 @@ class ObjectiveConfig(Section):
     )
     zero_terminal_snr: bool = Field(False, description="of ddpm: the last step is pure noise")
     timesteps: Literal["uniform", "logit_normal", "log_normal"] = Field(
-        "logit_normal", description="distribution; null = the kind's own: logit_normal, uniform, log_normal"
+        "logit_normal",
+        description="distribution; null = the kind's own: logit_normal (uniform for x0), uniform, log_normal",
     )
     timestep_mean: float | None = Field(
         None, description="of logit(t), null = 0; or of ln(sigma) in log_normal, null = -0.5"
@@ -71,7 +73,10 @@ class ObjectiveConfig(Section):
         if not isinstance(given, dict):
             return given
         fields = {name: value for name, value in given.items() if value is not None}
-        fields = _OWN.get(str(fields.get("kind", "rectified_flow")), {}) | fields
+        kind = str(fields.get("kind", "rectified_flow"))
+        if kind == "rectified_flow" and fields.get("prediction") == "x0" and not fields.keys() & _SHAPES:
+            fields = {"timesteps": "uniform"} | fields  # few logit-normal times are near clean data, where x0 counts
+        fields = _OWN.get(kind, {}) | fields
         for choice in ("timesteps", "weighting"):
             fields = _OWN.get(str(fields.get(choice)), {}) | fields
         return fields

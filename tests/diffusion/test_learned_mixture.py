@@ -41,14 +41,15 @@ SAMPLERS: list[dict[str, Any]] = [
 OBJECTIVES: list[dict[str, Any]] = [
     {},
     {"timesteps": "uniform", "stratified": True},
-    {"prediction": "x0", "timesteps": "uniform"},
+    {"prediction": "x0"},
     *({"kind": "ddpm", "schedule": s, "prediction": p} for s in SCHEDULES for p in ("epsilon", "v", "x0")),
     {"kind": "ddpm", "prediction": "v", "zero_terminal_snr": True},
     {"kind": "ddpm", "prediction": "x0", "zero_terminal_snr": True},
     {"kind": "ddpm", "weighting": "min_snr"},
     {"kind": "edm"},
 ]
-"""Not x0 at logit-normal times: hardly any is near clean data, where an error of x0 is an error of the result."""
+"""x0 has uniform times of its own on the flow, since few logit-normal ones are near clean data, where an error of x0
+is an error of the result."""
 
 
 class Network(nn.Module):
