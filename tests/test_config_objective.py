@@ -82,6 +82,10 @@ def test_a_choice_brings_along_what_belongs_to_it(given: dict, expected: dict, t
             "timestep_mean, timestep_std: timesteps=uniform has none; set both to",
         ),
         ({"weighting_parameter": 5}, "weighting_parameter: weighting=none has none; set null"),
+        (
+            {"prediction": "x0", "weighting": "p2", "weighting_parameter": 0.5},
+            "weighting_parameter: 0.5, but below 1 p2 weighs x0 without bound towards clean data",
+        ),
         ({"kind": "flow"}, "objective.kind: Input should be 'rectified_flow', 'ddpm' or 'edm'"),
         ({"weighting": "snr"}, "objective.weighting: Input should be"),
         ({"weighting": "[1]"}, "objective.weighting: Input should be"),

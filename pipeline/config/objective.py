@@ -105,7 +105,17 @@ class ObjectiveConfig(Section):
             raise ValueError("timestep_mean, timestep_std: timesteps=uniform has none; set both to null")
         if self.weighting in ("none", "edm") and self.weighting_parameter is not None:
             raise ValueError(f"weighting_parameter: weighting={self.weighting} has none; set null")
+        self._weights_are_bounded()
         return self
+
+    def _weights_are_bounded(self) -> None:
+        # Choi et al. 2022 weigh epsilon, by 1 / (1 + SNR)^gamma; of x0 that is t^(2 gamma - 2) near the flow's t = 0
+        gamma = self.weighting_parameter
+        if (self.kind, self.prediction, self.weighting) == ("rectified_flow", "x0", "p2") and gamma and gamma < 1:
+            raise ValueError(
+                f"weighting_parameter: {gamma:g}, but below 1 p2 weighs x0 without bound towards clean data on"
+                " kind=rectified_flow; set 1 or more, or prediction to velocity"
+            )
 
     def _only_of_ddpm(self) -> None:
         if self.kind == "ddpm":
