@@ -164,13 +164,23 @@ def load_weights(store: Store, name: str, which: str = "") -> dict[str, Tensor]:
     """
     checkpoint = open_checkpoint(store, name)
     run = checkpoint.run()
-    there = {average_name(key) or RAW: key for key in run["keys"] if key == WEIGHT or average_name(key)}
-    which = which or next((name for name in there if name != RAW), RAW)
+    there = _named_weights(run)
+    which = which or default_weights(run)
     if which not in there:
         raise DataError(f"{store.url}/{name} has no weights named {which}", f"use one of: {', '.join(there)}")
     whole = combine([(checkpoint, {there[which]: 1.0})], run["parameters"])
     frozen = read_tensors(checkpoint.read(FROZEN))
     return {**whole, **{n: t.float() if t.is_floating_point() else t for n, t in frozen.items()}}
+
+
+def default_weights(run: Mapping[str, Any]) -> str:
+    """Which weights are meant where none are named: the first average of `run.json`, raw where there is none."""
+    return next((name for name in _named_weights(run) if name != RAW), RAW)
+
+
+def _named_weights(run: Mapping[str, Any]) -> dict[str, str]:
+    """Keys by the names that they are asked for by."""
+    return {average_name(key) or RAW: key for key in run["keys"] if key == WEIGHT or average_name(key)}
 
 
 def combine(

@@ -27,6 +27,7 @@ class TrainedModel:
 
     Args:
         step: optimizer steps behind it.
+        weights: which these are: an average by its name, or `raw`.
         config: the resolved run file of the training.
         manifests: of its latents, one for each of `config.sources`.
         mean: of the raw latents by channel, float32 [C]; with `std` it undoes the whitening.
@@ -36,6 +37,7 @@ class TrainedModel:
     """
 
     step: int
+    weights: str
     config: TrainConfig
     manifests: tuple[Manifest, ...]
     mean: Tensor
@@ -77,7 +79,7 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
     """
     store, name = _find(run)
     saved = checkpoint.open_checkpoint(store, name)
-    saved.run()  # of another format, it says so
+    which = which or checkpoint.default_weights(saved.run())
     config = TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
     weights = checkpoint.load_weights(store, name, which)
     latents = trained_on(saved)
@@ -87,6 +89,7 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
     model.load_state_dict(weights)
     return TrainedModel(
         step=saved.step,
+        weights=which,
         config=config,
         manifests=latents.manifests,
         mean=torch.tensor(latents.mean),
