@@ -8,8 +8,23 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Count, Fraction, Positive, Section, Threads
 
-SIGMA_REL_LIMIT = 0.2886
-"""Of power function averages: 12^-0.5, where all steps weigh the same."""
+SIGMA_REL = (0.001, 0.2886)
+"""Shortest and longest power function average. At 12^-0.5 all steps weigh the same, and no rising profile is longer. At
+a thousandth of the training the exponent is 1000, and an average spans so few steps that a constant decay serves."""
+
+
+def sigma_rel_problem(sigma_rel: float) -> str:
+    """Why there is no power function average of that length; empty where there is."""
+    shortest, longest = SIGMA_REL
+    if shortest <= sigma_rel <= longest:
+        return ""
+    if 0 < sigma_rel < shortest:
+        return (
+            f"{sigma_rel:g} is below {shortest:g}: so short an average spans few steps, as one of constant decay does"
+        )
+    if sigma_rel > longest:
+        return f"{sigma_rel:g} is above {longest:g}, where all steps of the training weigh the same"
+    return f"{sigma_rel:g} is no share of the training"
 
 
 class OptimizerConfig(Section):
@@ -62,9 +77,8 @@ class AverageConfig(Section):
     )
     sigma_rel: float | None = Field(
         None,
-        gt=0,
-        le=SIGMA_REL_LIMIT,
-        description="length as a share of the training so far (Karras et al. 2024): 0.05 and 0.1 are usual",
+        description="length as a share of the training so far (Karras et al. 2024), 0.001 to 0.2886: 0.05 and 0.1 are"
+        " usual",
     )
 
     @model_validator(mode="after")
@@ -73,6 +87,8 @@ class AverageConfig(Section):
             raise ValueError(f"{self.name}: give decay or sigma_rel, one of the two")
         if self.name == "raw":
             raise ValueError("name: raw means the weights without an average; give another name")
+        if self.sigma_rel is not None and (problem := sigma_rel_problem(self.sigma_rel)):
+            raise ValueError(f"sigma_rel: {problem}; set one of {SIGMA_REL[0]:g} to {SIGMA_REL[1]:g}, or decay")
         return self
 
 
