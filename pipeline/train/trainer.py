@@ -5,7 +5,6 @@ Legend: b samples of this rank in a step, C latent channels, h and w sides of th
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
@@ -35,19 +34,18 @@ from pipeline.models.unet import TextToImage
 from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
-from pipeline.train import checkpoint, sharded, snapshots
+from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_data, check_resume
 from pipeline.train.draws import draw
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
+from pipeline.train.snapshots import Snapshots, due, is_missing
 from pipeline.train.trained_on import TrainedOn, files
 
 SKIPS_IN_A_ROW = 10
 """Steps without a finite loss or gradient after which a run is given up."""
-
-_log = logging.getLogger(__name__)
 
 
 def fit(config: TrainConfig) -> None:
@@ -69,8 +67,8 @@ def fit(config: TrainConfig) -> None:
 
 def _fit(config: TrainConfig) -> int:
     store = open_store(config.output)
-    finished = [c for c in checkpoint.find(store) if c.step >= config.steps]
-    if finished:
+    finished = [c for c in checkpoint.find(store, warn=False) if c.step >= config.steps]
+    if finished and not is_missing(store, config, finished[0].step):
         _say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
         return 0
     with ProgressLine("data", "receipts", visible=os.environ.get("RANK", "0") == "0") as line:
@@ -160,6 +158,7 @@ class Trainer:
             micro_batch=micro_batch,
             gradient_clip=config.optimizer.gradient_clip,
         )
+        self.snapshots = Snapshots(store, ranks, self.engine, config)
         self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
 
     def run(self) -> int:
@@ -192,13 +191,11 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     line.update(self.step, config.steps, self._report(interval))
                     interval = Interval.start(self.ranks.device)
-                if snapshots.due(config, self.step):  # before the checkpoint, which a resumed run may begin at
-                    snapshots.save(
-                        self.store, self.ranks, self.engine, config, step=self.step, texts=self._checkpoint_texts()
-                    )
                 # while steps are skipped the weights may be what is broken: keep the checkpoint from before
                 if (self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row) or last:
                     self._save()
+                if due(config, self.step):  # a run that has no time left for it takes it when it is resumed
+                    self.snapshots.save(self.step, self._checkpoint_texts())
                 if stop:
                     break
         self.metrics.close()
@@ -277,8 +274,9 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        """Load the newest checkpoint that is whole; a damaged one is passed over, and said so."""
-        for found in checkpoint.find(self.store):
+        """Load the newest checkpoint that is whole; a damaged one is passed over, and one rank says so."""
+        there = checkpoint.find(self.store, warn=self.ranks.is_main)
+        for found in there:
             saved: list[TrainedOn] = []
             notes: list[dict[str, Any]] = []
 
@@ -291,10 +289,13 @@ class Trainer:
                 self._resume_order(saved[0].order, counters["order_origin"], notes)
                 self._tell(f"going on from {self.store.url}/{found.name}")
                 break
-            _log.warning("%s/%s is passed over", self.store.url, found.name)
         else:
-            if checkpoint.find(self.store):
+            if there:
                 raise LatheError(f"no checkpoint of {self.store.url} can be read", "train into another output")
+        if gone := self.snapshots.resume(self.step, self._checkpoint_texts()):
+            self._tell(
+                f"deleted {len(gone)} snapshots of averages later than step {self.step}: of a course left behind"
+            )
         self.metrics.resume(self.step)
 
     def _check(self, saved: list[TrainedOn], notes: list[dict[str, Any]], found: checkpoint.Checkpoint) -> None:
@@ -317,7 +318,7 @@ class Trainer:
         if self.saved_step == self.step:
             return
         started = time.perf_counter()
-        self.metrics.flush()
+        sharded.together(self.ranks, self.metrics.flush)
         size = sharded.save(
             self.store,
             self.ranks,
@@ -333,8 +334,8 @@ class Trainer:
             notes={"skipped_blocks": self.loader.skipped},
         )
         self.saved_step = self.step
-        if self.ranks.is_main:
-            checkpoint.keep_newest(self.store, self.config.checkpoint.keep)
+        keep, main = self.config.checkpoint.keep, self.ranks.is_main
+        sharded.together(self.ranks, lambda: checkpoint.keep_newest(self.store, keep) if main else None)
         self.metrics.set("checkpoint_seconds", time.perf_counter() - started)
         self.metrics.set("checkpoint_bytes", size)
         self.metrics.set("checkpoint_step", self.step)
