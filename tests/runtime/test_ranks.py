@@ -62,10 +62,11 @@ def test_averages_and_weights_equal_a_float32_reference(results, case):
         assert result[case]["weight"] == 0.0
 
 
-def test_averages_are_float32_where_the_working_weights_are_not(results):
+def test_averages_are_float32_and_made_of_the_masters_where_the_working_weights_are_not(results):
     for result in results:
         assert result["2 bfloat16"]["dtypes"] == ["torch.float32"]
-        assert all(0 < off < 0.05 for off in result["2 bfloat16"]["averages"].values())
+        assert result["own masters"]["off"] == 0.0
+        assert result["own masters"]["of_working"] > 0.0
 
 
 def test_a_part_of_the_model_learns_at_its_own_rate(results):

@@ -23,7 +23,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint, sharded, snapshots
-from pipeline.train.ema_profiles import power_decay
+from pipeline.train.ema_profiles import decay_at, power_decay
 from pipeline.train.optimizer import AdamWithEMA, average_key, parameter_groups
 from pipeline.train.snapshots import Snapshots
 
@@ -121,6 +121,26 @@ def against_reference(ranks: Process, stage: int, precision: str, steps: int = S
         "averages": {key: worst(built, averages[key], key) for key in KEYS},
         "dtypes": sorted({str(f.tensors[key].dtype) for f in state.fragments(built) for key in KEYS}),
         "fragments": [(f.parameter, f.offset, f.length) for f in state.fragments(built)],
+    }
+
+
+def against_own_masters(ranks: Process, precision: str) -> dict[str, Any]:
+    """Averages by hand, of the float32 masters as they were after each step: this rank's part."""
+    built = build(ranks, 2, precision, fused=False)
+    of_masters = {(f.parameter, key): f.tensors[state.WEIGHT].clone() for f in state.fragments(built) for key in KEYS}
+    of_working = {place: tensor.clone() for place, tensor in of_masters.items()}
+    for step, x in enumerate(inputs(MANY_STEPS), start=1):
+        train(built, x[None])
+        for f in state.fragments(built):
+            master = f.tensors[state.WEIGHT]
+            for key, average in zip(KEYS, AVERAGES, strict=True):
+                share = 1.0 - decay_at(average, step)
+                of_masters[f.parameter, key].lerp_(master, share)
+                of_working[f.parameter, key].lerp_(master.bfloat16().float(), share)
+    found = {(f.parameter, key): f.tensors[key] for f in state.fragments(built) for key in KEYS}
+    return {
+        "off": max(float((found[place] - of_masters[place]).abs().max()) for place in found),
+        "of_working": min(float((found[place] - of_working[place]).abs().max()) for place in found),
     }
 
 
@@ -354,6 +374,7 @@ def main(folder: Path, what: str) -> None:
         for stage, precision in ((1, "float32"), (2, "float32"), (2, "bfloat16")):
             result[f"{stage} {precision}"] = against_reference(ranks, stage, precision)
         result["many steps"] = against_reference(ranks, 2, "float32", MANY_STEPS)
+        result["own masters"] = against_own_masters(ranks, "bfloat16")
         result["own_rate"] = own_rate(ranks, folder)
         result["snapshotting"] = snapshotting(ranks, folder)
         result["non_finite"] = {precision: non_finite(ranks, precision) for precision in ("float32", "bfloat16")}
