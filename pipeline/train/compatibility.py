@@ -13,6 +13,7 @@ from pipeline.data.datasets import DataSets
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import VERSION
 from pipeline.errors import ConfigError, DataError
+from pipeline.runtime.process import Process
 from pipeline.train.checkpoint import CONFIG, Checkpoint
 from pipeline.train.trained_on import TrainedOn, trained_on
 
@@ -62,6 +63,23 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
             f"{side}x{side} latents cannot be",
             "use fewer levels, or another resolution",
         )
+
+
+def check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None:
+    """Ranks that were told different things would wait for each other for ever, or draw samples twice and never.
+
+    Raises:
+        DataError: they have read different manifests, as when one was written while they started.
+        ConfigError: they have different run files.
+    """
+    # each machine may have a cache, a metrics port and cores of its own
+    told = config.model_dump(exclude={"loader": True, "metrics": True, "engine": {"threads_per_rank"}})
+    different = ranks.differing({"latents": (datasets.identity, datasets.mean, datasets.std), **told})
+    if different == ["latents"]:
+        raise DataError("the ranks have read different manifests", "start again once `lathe encode` has ended")
+    if different:
+        fields = ", ".join(name for name in different if name != "latents")
+        raise ConfigError(f"the ranks have different run files: {fields}", "give all of them the same one")
 
 
 def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets) -> TrainedOn:
