@@ -29,7 +29,7 @@ _TIMESTEPS = {
     "edm": ("log_normal",),
 }
 _WEIGHTINGS = {
-    "rectified_flow": ("none", "min_snr", "soft_min_snr", "p2"),
+    "rectified_flow": ("none", "p2"),
     "ddpm": ("none", "min_snr", "soft_min_snr", "p2"),
     "edm": ("edm", "min_snr", "soft_min_snr", "p2"),
 }
@@ -83,6 +83,11 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> ObjectiveConfig:
+        if self.kind == "rectified_flow" and self.weighting in ("min_snr", "soft_min_snr"):
+            raise ValueError(
+                f"weighting: {self.weighting} hardly weighs the noise end of kind=rectified_flow, where sampling begins"
+                " and decides what it is to be; set none or p2, or choose times by timestep_mean"
+            )
         for field, allowed in (("prediction", _PREDICTIONS), ("timesteps", _TIMESTEPS), ("weighting", _WEIGHTINGS)):
             value, fitting = getattr(self, field), allowed[self.kind]
             if value not in fitting:

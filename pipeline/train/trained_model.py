@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline import runfile
 from pipeline.config import TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.diffusion.objective import Objective, objective_of
@@ -75,12 +77,13 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
 
     Raises:
         DataError: no complete checkpoint, or one that cannot be used.
+        ConfigError: its run file says what this Lathe refuses.
         StorageError: it cannot be read.
     """
     store, name = _find(run)
     saved = checkpoint.open_checkpoint(store, name)
     which = which or checkpoint.default_weights(saved.run())
-    config = TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
+    config = _config(saved)
     weights = checkpoint.load_weights(store, name, which)
     latents = trained_on(saved)
     manifest = latents.manifests[0]
@@ -97,6 +100,14 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
         model=model.eval(),
         tokenizer=Tokenizer(config.text.context_length),
     )
+
+
+def _config(saved: checkpoint.Checkpoint) -> TrainConfig:
+    """Raises ConfigError where it was saved by a Lathe that took what this one refuses."""
+    try:
+        return TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
+    except ValidationError as error:
+        raise runfile.explain(TrainConfig, f"{saved.store.url}/{saved.name}/{checkpoint.CONFIG}", error) from error
 
 
 def _find(run: str) -> tuple[Store, str]:

@@ -64,7 +64,7 @@ def test_another_meaning_of_the_networks_output(saved, latents, objective, said)
 
 
 def test_times_and_weights_may_change_on_the_way(saved, latents):
-    now = {"timesteps": "uniform", "stratified": True, "weighting": "min_snr", "caption_dropout": 0.2}
+    now = {"timesteps": "uniform", "stratified": True, "weighting": "p2", "caption_dropout": 0.2}
     check_resume(saved, config(objective=now), data(latents))
 
 
