@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,26 @@ from pipeline.models.autoencoder import AutoencoderKL, decode
 from pipeline.models.text import Tokenizer
 from pipeline.models.unet import TextToImage
 from pipeline.randomness import Purpose, normal
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Of which weights pictures are, and how they were made: what a figure about them is worth little without."""
+
+    weights: str  # an average by its name, or raw
+    sampler: str
+    steps: int | None  # None: the sampler chose its own
+    guidance: float
+
+    @classmethod
+    def by(cls, sampling: SamplingConfig, weights: str) -> Sampled:
+        """As the run file has it."""
+        steps = None if sampling.sampler == "ode" else sampling.steps
+        return cls(weights, sampling.sampler, steps, sampling.guidance)
+
+    def __str__(self) -> str:
+        steps = f" in {self.steps} steps" if self.steps else ""
+        return f"weights {self.weights}, {self.sampler}{steps}, guidance {self.guidance:g}"
 
 
 @torch.no_grad()

@@ -67,6 +67,12 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
 
 
+def in_line(value: Any) -> str:
+    """A field's value as an override has it: YAML on one line."""
+    lines = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
+    return lines.removesuffix("...\n").rstrip("\n")
+
+
 def bundled(name: str) -> Path:
     """A file shipped with Lathe, such as `configs/demo/train.yaml` or `launchers/accelerate.sh`.
 

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import SampleConfig
 from pipeline.data import images
-from pipeline.generate import generate
+from pipeline.generate import Sampled, generate
 from pipeline.storage import open_store
 from pipeline.train.trained_model import load_trained
 
@@ -26,9 +26,10 @@ class SampleSummary:
     pictures: int
     folder: str
     step: int
+    how: Sampled
 
     def __str__(self) -> str:
-        return f"{self.pictures} pictures from step {self.step} in {self.folder}, together in {SHEET}"
+        return f"{self.pictures} pictures from step {self.step} ({self.how}) in {self.folder}, together in {SHEET}"
 
 
 def sample(config: SampleConfig, progress: Callable[[float, int], None] | None = None) -> SampleSummary:
@@ -64,7 +65,7 @@ def sample(config: SampleConfig, progress: Callable[[float, int], None] | None =
     for number, (prompt, picture) in enumerate(zip(config.prompts, pictures, strict=True)):
         store.write(f"{number:04d}-{_slug(prompt)}.png", images.png(picture))
     store.write(SHEET, images.contact_sheet(pictures, SHEET_COLUMNS, config.prompts))
-    return SampleSummary(len(pictures), store.url, trained.step)
+    return SampleSummary(len(pictures), store.url, trained.step, Sampled.by(config, trained.weights))
 
 
 def _slug(prompt: str) -> str:

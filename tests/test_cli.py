@@ -87,7 +87,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (("encode", "configs/demo/encode.yaml", "--task", "x"), 2, "--task x"),
         (("verify", "nowhere/manifest.json"), 3, "nowhere"),
         (("inspect", "nowhere/manifest.json"), 3, "nowhere"),
-        (("ema", "nowhere", "--sigma-rel", "0.3", "--output", "out"), 2, "--sigma-rel 0.3 is not"),
+        (("ema", "nowhere", "--sigma-rel", "0.3", "--output", "out"), 2, "--sigma-rel 0.3 is above"),
         (("ema", "nowhere", "--sigma-rel", "0.05", "--output", "out"), 4, "nowhere holds no snapshots"),
         (("remove", "nowhere/manifest.json", "--keys", "no-keys.txt"), 3, "no-keys.txt"),
         (("config", "configs/demo/train.yaml", "steps=0"), 2, "steps:"),

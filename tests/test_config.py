@@ -56,8 +56,16 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
             "manifest: m\nema: {averages: [{decay: 0.9, sigma_rel: 0.1}]}",
             "ema.averages.0: main: give decay or sigma_rel, one of the two",
         ),
-        ("manifest: m\nema: {averages: [{sigma_rel: 0.3}]}", "ema.averages.0.sigma_rel: Input should be less than"),
-        ("manifest: m\nema: {averages: [{sigma_rel: 0}]}", "ema.averages.0.sigma_rel: Input should be greater than 0"),
+        (
+            "manifest: m\nema: {averages: [{sigma_rel: 0.3}]}",
+            "ema.averages.0: sigma_rel: 0.3 is above 0.2886, where all steps of the training weigh the same; set one",
+        ),
+        (
+            "manifest: m\nema: {averages: [{sigma_rel: 1.0e-200}]}",
+            "ema.averages.0: sigma_rel: 1e-200 is below 0.001: so short an average spans few steps, as one of constant",
+        ),
+        ("manifest: m\nema: {averages: [{sigma_rel: 0}]}", "ema.averages.0: sigma_rel: 0 is no share of the training;"),
+        ("manifest: m\nema: {averages: [{sigma_rel: -1}]}", "ema.averages.0: sigma_rel: -1 is no share of the"),
         ("manifest: m\nema: {averages: [{name: raw, decay: 0.9}]}", "ema.averages.0: name: raw means the weights"),
         ("manifest: m\nema: {averages: [{name: a:b, decay: 0.9}]}", "ema.averages.0.name: String should match"),
         ("manifest: m\nema: {averages: [{decay: 0.9}, {decay: 0.99}]}", "ema: averages: two have the same name"),
@@ -66,6 +74,23 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
             "ema: averages: two have the same sigma_rel",
         ),
         ("manifest: m\nema: {snapshot_every: 10}", "ema: snapshot_every: snapshots are of averages with sigma_rel"),
+        ("manifest: m\nema: {snapshot_keep: 5}", "ema: snapshot_keep: 5, but no snapshots are taken; set null, or"),
+        (
+            "manifest: m\noptimizer: {reference_steps: 100}",
+            "optimizer: reference_steps: schedule=cosine has no such scale; set null, or schedule to inverse_sqrt or",
+        ),
+        (
+            "manifest: m\noptimizer: {schedule: linear, reference_steps: 1}",
+            "optimizer: reference_steps: schedule=linear has",
+        ),
+        (
+            "manifest: m\noptimizer: {schedule: edm2, final_learning_rate_ratio: 0.1}",
+            "optimizer: final_learning_rate_ratio: schedule=edm2 has no last rate; set 0, or schedule to cosine or",
+        ),
+        (
+            "manifest: m\noptimizer: {schedule: constant, final_learning_rate_ratio: 0.1}",
+            "optimizer: final_learning_rate_ratio: schedule=constant has",
+        ),
         ("manifest: m\noptimizer: {schedule: step}", "optimizer.schedule: Input should be 'constant', 'cosine'"),
         (
             "manifest: m\noptimizer: {text_learning_rate_ratio: 0}",

@@ -30,7 +30,11 @@ def load(folder: Path, **objective: Any) -> ObjectiveConfig:
         ({"kind": "ddpm"}, {"prediction": "epsilon", "timesteps": "uniform", "schedule": "scaled_linear"}),
         ({"kind": "edm"}, {"prediction": "edm", "weighting": "edm", "timestep_mean": -0.5, "timestep_std": 1.2}),
         ({"kind": "ddpm", "weighting": "min_snr"}, {"weighting_parameter": 5, "timestep_mean": None}),
-        ({"weighting": "soft_min_snr"}, {"weighting_parameter": 4}),
+        ({"prediction": "x0"}, {"timesteps": "uniform", "timestep_mean": None, "timestep_std": None}),
+        ({"prediction": "x0", "timesteps": "logit_normal"}, {"timesteps": "logit_normal", "timestep_std": 1}),
+        ({"prediction": "x0", "timestep_mean": -0.5}, {"timesteps": "logit_normal", "timestep_mean": -0.5}),
+        ({"kind": "ddpm", "prediction": "x0"}, {"timesteps": "uniform"}),
+        ({"kind": "ddpm", "weighting": "soft_min_snr"}, {"weighting_parameter": 4}),
         ({"weighting": "p2", "weighting_parameter": 0.5}, {"weighting_parameter": 0.5}),
         (
             {"kind": "ddpm", "timesteps": "logit_normal", "timestep_mean": 0.7},
@@ -58,7 +62,15 @@ def test_a_choice_brings_along_what_belongs_to_it(given: dict, expected: dict, t
         ({"kind": "edm", "prediction": "x0"}, "prediction: x0 does not go with kind=edm; set edm"),
         ({"kind": "edm", "timesteps": "uniform"}, "timesteps: uniform does not go with kind=edm; set log_normal"),
         ({"kind": "ddpm", "timesteps": "log_normal"}, "timesteps: log_normal does not go with kind=ddpm"),
-        ({"weighting": "edm"}, "weighting: edm does not go with kind=rectified_flow; set none or min_snr"),
+        ({"weighting": "edm"}, "weighting: edm does not go with kind=rectified_flow; set none or p2"),
+        *(
+            (
+                {"weighting": name, "prediction": said},
+                f"weighting: {name} hardly weighs the noise end of kind=rectified",
+            )
+            for name in ("min_snr", "soft_min_snr")
+            for said in ("velocity", "x0")
+        ),
         ({"kind": "edm", "weighting": "none"}, "weighting: none does not go with kind=edm; set edm or"),
         ({"schedule": "linear"}, "schedule: linear is of kind=ddpm, not of rectified_flow; set null"),
         ({"kind": "edm", "zero_terminal_snr": True}, "zero_terminal_snr: kind=edm ends in noise as it is; set false"),
@@ -78,6 +90,10 @@ def test_a_choice_brings_along_what_belongs_to_it(given: dict, expected: dict, t
             "timestep_mean, timestep_std: timesteps=uniform has none; set both to",
         ),
         ({"weighting_parameter": 5}, "weighting_parameter: weighting=none has none; set null"),
+        (
+            {"prediction": "x0", "weighting": "p2", "weighting_parameter": 0.5},
+            "weighting_parameter: 0.5, but below 1 p2 weighs x0 without bound towards clean data",
+        ),
         ({"kind": "flow"}, "objective.kind: Input should be 'rectified_flow', 'ddpm' or 'edm'"),
         ({"weighting": "snr"}, "objective.weighting: Input should be"),
         ({"weighting": "[1]"}, "objective.weighting: Input should be"),
@@ -102,7 +118,7 @@ def test_every_combination_either_works_or_is_refused() -> None:
         with contextlib.suppress(ValueError):
             ObjectiveConfig(kind=kind, prediction=prediction, weighting=weighting, zero_terminal_snr=zero)
             passed += 1
-    assert passed == 2 * 4 + 3 * 4 + 4 + 2  # flow, ddpm, edm, and v and x0 with zero terminal SNR
+    assert passed == 2 * 2 + 3 * 4 + 4 + 2  # flow, ddpm, edm, and v and x0 with zero terminal SNR
 
 
 def test_the_users_page_tells_every_field_and_choice_and_its_examples_load() -> None:

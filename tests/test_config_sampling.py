@@ -48,6 +48,8 @@ def test_what_was_there_before_is_the_default(tmp_path: Path) -> None:
         (["guidance_interval=[5, 0.3]"], "guidance_interval: [5, 0.3] is empty; give two numbers, 0 <= low < high"),
         (["guidance_interval=[-1, 3]"], "guidance_interval: [-1, 3] is empty"),
         (["tolerance=0"], "tolerance: Input should be greater than 0"),
+        (["tolerance=1e-3"], "tolerance: sampler=euler makes the steps it is told; set null, or sampler to ode"),
+        (["sampler=dpm++", "tolerance=1.0e-4"], "tolerance: sampler=dpm++ makes the steps it is told"),
     ],
 )
 def test_what_cannot_be_is_told(tmp_path: Path, overrides: list[str], said: str) -> None:

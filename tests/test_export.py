@@ -326,7 +326,7 @@ def manifest_of(weights: str, attribution: str, train: int) -> Manifest:
 def trained(model: TextToImage, tokenizer: Tokenizer, *manifests: Manifest) -> TrainedModel:
     sources = tuple(DataSetConfig(manifest=str(number)) for number in range(len(manifests)))
     config = TrainConfig(datasets=sources, output="o")
-    return TrainedModel(7, config, manifests, MEAN, STD, model, tokenizer)
+    return TrainedModel(7, "main", config, manifests, MEAN, STD, model, tokenizer)
 
 
 def test_export_writes_index_last_and_only_for_the_right_autoencoder(

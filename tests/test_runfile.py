@@ -58,6 +58,7 @@ def test_overrides_win_over_the_file_and_reach_references(tmp_path: Path) -> Non
         ({"stesp": 5}, "stesp: unknown field", "did you mean 'steps'?"),
         ({"optimizer": {"learning_rat": 1}}, "optimizer.learning_rat: unknown field", "'learning_rate'"),
         ({"shuffle": 5}, "shuffle: unknown field", "did you mean 'shuffle_window'?"),
+        ({"ema_decay": 0.99}, "ema_decay: unknown field", "did you mean 'ema'?"),
         ({"optimizer": {"betas": 3}}, "optimizer.betas: Input should be a valid list (got 3)", "mend"),
         ({"optimizer": 3}, "optimizer: Input should be a section (got 3)", "write it with its fields, as {"),
         (

@@ -20,7 +20,7 @@ from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
 from pipeline.config.training import (
-    SIGMA_REL_LIMIT,
+    SIGMA_REL,
     AverageConfig,
     CheckpointConfig,
     EMAConfig,
@@ -28,11 +28,12 @@ from pipeline.config.training import (
     JointOptimizerConfig,
     MetricsConfig,
     OptimizerConfig,
+    sigma_rel_problem,
 )
 
 __all__ = [
     "JOBS",
-    "SIGMA_REL_LIMIT",
+    "SIGMA_REL",
     "AutoencoderModelConfig",
     "AverageConfig",
     "BucketsConfig",
@@ -71,4 +72,5 @@ __all__ = [
     "TrainConfig",
     "UNetConfig",
     "Widths",
+    "sigma_rel_problem",
 ]

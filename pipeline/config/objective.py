@@ -21,6 +21,7 @@ _OWN: dict[str, dict[str, Any]] = {
 """What a choice brings along where the run file says nothing, or null. EDM's P_mean of -1.2 is for data of standard
 deviation 0.5; for whitened latents, of 1, it is ln 2 more."""
 
+_SHAPES = {"timestep_mean", "timestep_std"}  # whoever gives one has chosen a distribution that has it
 _PREDICTIONS = {"rectified_flow": ("velocity", "x0"), "ddpm": ("epsilon", "v", "x0"), "edm": ("edm",)}
 _TIMESTEPS = {
     "rectified_flow": ("logit_normal", "uniform"),
@@ -28,7 +29,7 @@ _TIMESTEPS = {
     "edm": ("log_normal",),
 }
 _WEIGHTINGS = {
-    "rectified_flow": ("none", "min_snr", "soft_min_snr", "p2"),
+    "rectified_flow": ("none", "p2"),
     "ddpm": ("none", "min_snr", "soft_min_snr", "p2"),
     "edm": ("edm", "min_snr", "soft_min_snr", "p2"),
 }
@@ -46,7 +47,8 @@ class ObjectiveConfig(Section):
     )
     zero_terminal_snr: bool = Field(False, description="of ddpm: the last step is pure noise")
     timesteps: Literal["uniform", "logit_normal", "log_normal"] = Field(
-        "logit_normal", description="distribution; null = the kind's own: logit_normal, uniform, log_normal"
+        "logit_normal",
+        description="distribution; null = the kind's own: logit_normal (uniform for x0), uniform, log_normal",
     )
     timestep_mean: float | None = Field(
         None, description="of logit(t), null = 0; or of ln(sigma) in log_normal, null = -0.5"
@@ -71,13 +73,21 @@ class ObjectiveConfig(Section):
         if not isinstance(given, dict):
             return given
         fields = {name: value for name, value in given.items() if value is not None}
-        fields = _OWN.get(str(fields.get("kind", "rectified_flow")), {}) | fields
+        kind = str(fields.get("kind", "rectified_flow"))
+        if kind == "rectified_flow" and fields.get("prediction") == "x0" and not fields.keys() & _SHAPES:
+            fields = {"timesteps": "uniform"} | fields  # few logit-normal times are near clean data, where x0 counts
+        fields = _OWN.get(kind, {}) | fields
         for choice in ("timesteps", "weighting"):
             fields = _OWN.get(str(fields.get(choice)), {}) | fields
         return fields
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> ObjectiveConfig:
+        if self.kind == "rectified_flow" and self.weighting in ("min_snr", "soft_min_snr"):
+            raise ValueError(
+                f"weighting: {self.weighting} hardly weighs the noise end of kind=rectified_flow, where sampling begins"
+                " and decides what it is to be; set none or p2, or choose times by timestep_mean"
+            )
         for field, allowed in (("prediction", _PREDICTIONS), ("timesteps", _TIMESTEPS), ("weighting", _WEIGHTINGS)):
             value, fitting = getattr(self, field), allowed[self.kind]
             if value not in fitting:
@@ -100,7 +110,17 @@ class ObjectiveConfig(Section):
             raise ValueError("timestep_mean, timestep_std: timesteps=uniform has none; set both to null")
         if self.weighting in ("none", "edm") and self.weighting_parameter is not None:
             raise ValueError(f"weighting_parameter: weighting={self.weighting} has none; set null")
+        self._weights_are_bounded()
         return self
+
+    def _weights_are_bounded(self) -> None:
+        # Choi et al. 2022 weigh epsilon, by 1 / (1 + SNR)^gamma; of x0 that is t^(2 gamma - 2) near the flow's t = 0
+        gamma = self.weighting_parameter
+        if (self.kind, self.prediction, self.weighting) == ("rectified_flow", "x0", "p2") and gamma and gamma < 1:
+            raise ValueError(
+                f"weighting_parameter: {gamma:g}, but below 1 p2 weighs x0 without bound towards clean data on"
+                " kind=rectified_flow; set 1 or more, or prediction to velocity"
+            )
 
     def _only_of_ddpm(self) -> None:
         if self.kind == "ddpm":

@@ -22,7 +22,9 @@ class SamplingConfig(Section):
         " trailing for ddpm, karras for edm",
     )
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: noise that each step draws anew; 0 = none, 1 = as DDPM")
-    tolerance: Positive = Field(1e-3, description="of ode: error allowed in each of its steps")
+    tolerance: Positive | None = Field(
+        None, description="of ode: error allowed in each of its steps, relative and absolute; null = 0.001"
+    )
     guidance: float = Field(2.0, ge=1, description="classifier-free guidance scale; 1 = off")
     guidance_rescale: float = Field(
         0.0,
@@ -38,6 +40,10 @@ class SamplingConfig(Section):
     def _no_contradiction(self) -> SamplingConfig:
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta: sampler={self.sampler} draws no noise; set 0, or sampler to ddim")
+        if self.tolerance and self.sampler != "ode":
+            raise ValueError(
+                f"tolerance: sampler={self.sampler} makes the steps it is told; set null, or sampler to ode"
+            )
         if self.sampler == "ode" and self.grid:
             raise ValueError(f"grid: {self.grid}, but sampler=ode chooses its own steps; set null")
         if self.guidance == 1 and (self.guidance_rescale or self.guidance_interval):

@@ -8,8 +8,23 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Count, Fraction, Positive, Section, Threads
 
-SIGMA_REL_LIMIT = 0.2886
-"""Of power function averages: 12^-0.5, where all steps weigh the same."""
+SIGMA_REL = (0.001, 0.2886)
+"""Shortest and longest power function average. At 12^-0.5 all steps weigh the same, and no rising profile is longer. At
+a thousandth of the training the exponent is 1000, and an average spans so few steps that a constant decay serves."""
+
+
+def sigma_rel_problem(sigma_rel: float) -> str:
+    """Why there is no power function average of that length; empty where there is."""
+    shortest, longest = SIGMA_REL
+    if shortest <= sigma_rel <= longest:
+        return ""
+    if 0 < sigma_rel < shortest:
+        return (
+            f"{sigma_rel:g} is below {shortest:g}: so short an average spans few steps, as one of constant decay does"
+        )
+    if sigma_rel > longest:
+        return f"{sigma_rel:g} is above {longest:g}, where all steps of the training weigh the same"
+    return f"{sigma_rel:g} is no share of the training"
 
 
 class OptimizerConfig(Section):
@@ -31,6 +46,21 @@ class OptimizerConfig(Section):
     )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
 
+    @model_validator(mode="after")
+    def _the_schedule_uses_what_is_set(self) -> OptimizerConfig:
+        ending, scaled = ("cosine", "linear"), ("inverse_sqrt", "edm2")
+        if self.final_learning_rate_ratio and self.schedule not in ending:
+            raise ValueError(
+                f"final_learning_rate_ratio: schedule={self.schedule} has no last rate; set 0, or schedule to"
+                f" {' or '.join(ending)}"
+            )
+        if self.reference_steps and self.schedule not in scaled:
+            raise ValueError(
+                f"reference_steps: schedule={self.schedule} has no such scale; set null, or schedule to"
+                f" {' or '.join(scaled)}"
+            )
+        return self
+
 
 class JointOptimizerConfig(OptimizerConfig):
     """The diffusion model's, whose text tower may learn at a rate of its own."""
@@ -47,9 +77,8 @@ class AverageConfig(Section):
     )
     sigma_rel: float | None = Field(
         None,
-        gt=0,
-        le=SIGMA_REL_LIMIT,
-        description="length as a share of the training so far (Karras et al. 2024): 0.05 and 0.1 are usual",
+        description="length as a share of the training so far (Karras et al. 2024), 0.001 to 0.2886: 0.05 and 0.1 are"
+        " usual",
     )
 
     @model_validator(mode="after")
@@ -58,6 +87,8 @@ class AverageConfig(Section):
             raise ValueError(f"{self.name}: give decay or sigma_rel, one of the two")
         if self.name == "raw":
             raise ValueError("name: raw means the weights without an average; give another name")
+        if self.sigma_rel is not None and (problem := sigma_rel_problem(self.sigma_rel)):
+            raise ValueError(f"sigma_rel: {problem}; set one of {SIGMA_REL[0]:g} to {SIGMA_REL[1]:g}, or decay")
         return self
 
 
@@ -84,6 +115,11 @@ class EMAConfig(Section):
             raise ValueError(
                 "snapshot_every: snapshots are of averages with sigma_rel, and there is none; add to averages, for"
                 " example, {name: short, sigma_rel: 0.05} and {name: long, sigma_rel: 0.1}"
+            )
+        if self.snapshot_keep and not self.snapshot_every:
+            raise ValueError(
+                f"snapshot_keep: {self.snapshot_keep}, but no snapshots are taken; set null, or snapshot_every to the"
+                " steps between them"
             )
         return self
 

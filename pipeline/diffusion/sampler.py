@@ -21,6 +21,9 @@ from pipeline.diffusion.objective import Denoiser
 from pipeline.diffusion.ode import probability_flow
 from pipeline.diffusion.path import Path
 
+TOLERANCE = 1e-3
+"""Of the adaptive solver, where the run file says nothing."""
+
 Progress = Callable[[float], None]
 """Called with the share that is done, up to 1."""
 
@@ -49,7 +52,7 @@ def sample(
     """
     x = draw(0) * path.prior_std
     if sampling.sampler == "ode":
-        return probability_flow(path, denoiser, x, tolerance=sampling.tolerance, progress=progress)
+        return probability_flow(path, denoiser, x, tolerance=sampling.tolerance or TOLERANCE, progress=progress)
     points = levels(path, sampling.grid, sampling.steps)
     match sampling.sampler:
         case "euler":
@@ -83,9 +86,14 @@ def ddim(
         x: [b, ...] at `points[0]`.
         points: from noise to clean data.
         eta: share of the noise that is drawn anew, 0 to 1.
-        draw: needed for eta > 0; not asked in the last step, which leads to clean data.
+        draw: for eta > 0; not asked in the last step, which leads to clean data.
         progress: called after each step.
+
+    Raises:
+        ValueError: eta above 0, and nothing to draw from.
     """
+    if eta and draw is None:
+        raise ValueError(f"eta={eta:g} draws noise anew in every step, and there is no draw")
     for step, (here, there) in enumerate(pairwise(points), 1):
         x0 = denoiser(x, _times(x, here))
         anew = eta * there.sigma * math.sqrt(1 - (there.ratio / here.ratio) ** 2)

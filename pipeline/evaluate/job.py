@@ -20,7 +20,7 @@ from pipeline.data.samples import ImageSample, read_image_shard
 from pipeline.data.split_arrays import SplitArrays, read_split
 from pipeline.errors import DataError
 from pipeline.evaluate import scores
-from pipeline.generate import generate
+from pipeline.generate import Sampled, generate
 from pipeline.models.autoencoder import AutoencoderKL, decode
 from pipeline.storage import find_shards, open_store, read_file
 from pipeline.train.trained_model import TrainedModel, load_trained
@@ -54,6 +54,7 @@ class Evaluation:
     """Every score of a run; pictures lie beside it as uint8 arrays [N, H, W, 3]."""
 
     step: int
+    how: Sampled
     prompt_retrieval_top1: float
     prompt_retrieval_top5: float
     prompt_retrieval_candidates: int
@@ -68,8 +69,8 @@ class Evaluation:
             self.prompt_retrieval_top5,
             self.prompt_retrieval_candidates,
         )
-        text = f"step {self.step}, {len(self.prompts)} prompts: {top1:.1%} gave their own picture out of {candidates}"
-        text += f", {top5:.1%} had it among the nearest 5"
+        text = f"step {self.step} ({self.how}), {len(self.prompts)} prompts: {top1:.1%} gave their own picture"
+        text += f" out of {candidates}, {top5:.1%} had it among the nearest 5"
         if self.reconstruction_psnr_db is not None:
             text += f"; held-out reconstruction {self.reconstruction_psnr_db:.2f} dB PSNR"
         return text
@@ -123,6 +124,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[float, int], None] | No
     rows = _holdout_scores(holdout, arrays)
     result = Evaluation(
         step=trained.step,
+        how=Sampled.by(config, trained.weights),
         prompt_retrieval_top1=scores.share_within(ranks, 1),
         prompt_retrieval_top5=scores.share_within(ranks, 5),
         prompt_retrieval_candidates=len(train.keys),
@@ -141,7 +143,8 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, dict[str, Pixels]]:
         tree: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         prompts = tuple(PromptScore(**row) for row in tree.pop("prompts"))
         holdout = tuple(HoldoutScore(**row) for row in tree.pop("holdout"))
-        result = Evaluation(**tree, prompts=prompts, holdout=holdout)
+        how = Sampled(**tree.pop("how"))
+        result = Evaluation(**tree, how=how, prompts=prompts, holdout=holdout)
         arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(folder.glob("*.npy"))}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder} holds no evaluation that can be read", "run `lathe evaluate` again") from error

@@ -91,7 +91,12 @@ class Process:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true on at least one rank."""
-        return bool(self._reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX))
+        return self.first(flag) is not None
+
+    def first(self, flag: bool) -> int | None:
+        """The lowest rank whose flag is true, the same on all; None where it is true on none."""
+        lowest = int(self._reduce(torch.tensor(self.rank if flag else self.world_size), dist.ReduceOp.MIN))
+        return lowest if lowest < self.world_size else None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, float64 on the host. A collective, and a synchronisation with the device."""

@@ -22,7 +22,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,14 +102,15 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def find(store: Store) -> list[Checkpoint]:
+def find(store: Store, *, warn: bool = True) -> list[Checkpoint]:
     """The complete checkpoints of a run, newest first: those with a marker, and every file in its size.
 
-    One with a marker and a file missing is left out with a warning.
+    One with a marker and a file missing is left out, with a warning where `warn` says so.
     """
     sizes = {entry.name: entry.size for entry in store.list("step-")}
     names = {name.split("/")[0] for name in sizes if _NAME.match(name)}
-    found = (_read_marker(store, name, sizes) for name in sorted(names, key=_step, reverse=True))
+    log = _log.warning if warn else _log.debug
+    found = (_read_marker(store, name, sizes, log) for name in sorted(names, key=_step, reverse=True))
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
@@ -121,7 +122,7 @@ def latest(store: Store) -> str | None:
 def open_checkpoint(store: Store, name: str) -> Checkpoint:
     """A complete checkpoint by name. Raises DataError when it is not complete, or not there."""
     sizes = {entry.name: entry.size for entry in store.list(f"{name}/")}
-    checkpoint = _read_marker(store, name, sizes)
+    checkpoint = _read_marker(store, name, sizes, _log.warning)
     if checkpoint is None:
         raise DataError(
             f"{store.url}/{name} is not a complete checkpoint", "give the run's folder to take its newest one"
@@ -129,7 +130,7 @@ def open_checkpoint(store: Store, name: str) -> Checkpoint:
     return checkpoint
 
 
-def _read_marker(store: Store, name: str, sizes: Mapping[str, int]) -> Checkpoint | None:
+def _read_marker(store: Store, name: str, sizes: Mapping[str, int], log: Callable[..., None]) -> Checkpoint | None:
     """The checkpoint, if its marker and every file that the marker names are there."""
     marker = f"{name}/{COMPLETE}"
     if marker not in sizes:
@@ -142,11 +143,11 @@ def _read_marker(store: Store, name: str, sizes: Mapping[str, int]) -> Checkpoin
             raise
         return None  # retired by the run that owns it, after it was listed
     except (ValueError, KeyError, TypeError, AttributeError):
-        _log.warning("%s/%s: its completion marker cannot be read; it is passed over", store.url, name)
+        log("%s/%s: its completion marker cannot be read; it is passed over", store.url, name)
         return None
     wrong = [file for file, size in noted_sizes.items() if sizes.get(file) != size]
     if wrong:
-        _log.warning("%s/%s is missing or cut; the checkpoint is passed over", store.url, wrong[0])
+        log("%s/%s is missing or cut; the checkpoint is passed over", store.url, wrong[0])
         return None
     return Checkpoint(store, name, files)
 
@@ -164,13 +165,23 @@ def load_weights(store: Store, name: str, which: str = "") -> dict[str, Tensor]:
     """
     checkpoint = open_checkpoint(store, name)
     run = checkpoint.run()
-    there = {average_name(key) or RAW: key for key in run["keys"] if key == WEIGHT or average_name(key)}
-    which = which or next((name for name in there if name != RAW), RAW)
+    there = _named_weights(run)
+    which = which or default_weights(run)
     if which not in there:
         raise DataError(f"{store.url}/{name} has no weights named {which}", f"use one of: {', '.join(there)}")
     whole = combine([(checkpoint, {there[which]: 1.0})], run["parameters"])
     frozen = read_tensors(checkpoint.read(FROZEN))
     return {**whole, **{n: t.float() if t.is_floating_point() else t for n, t in frozen.items()}}
+
+
+def default_weights(run: Mapping[str, Any]) -> str:
+    """Which weights are meant where none are named: the first average of `run.json`, raw where there is none."""
+    return next((name for name in _named_weights(run) if name != RAW), RAW)
+
+
+def _named_weights(run: Mapping[str, Any]) -> dict[str, str]:
+    """Keys by the names that they are asked for by."""
+    return {average_name(key) or RAW: key for key in run["keys"] if key == WEIGHT or average_name(key)}
 
 
 def combine(
@@ -211,6 +222,15 @@ def keep_newest(store: Store, keep: int) -> list[str]:
     oldest = min(map(_step, kept), default=0)
     names = {entry.name.split("/")[0] for entry in store.list("step-")}
     gone = sorted(name for name in names if is_name(name) and _step(name) < oldest)
+    for name in gone:
+        clear(store, name)
+    return gone
+
+
+def clear_later(store: Store, step: int) -> list[str]:
+    """Delete checkpoints later than a step, complete or not. Returns their names."""
+    names = {entry.name.split("/")[0] for entry in store.list("step-")}
+    gone = sorted(name for name in names if is_name(name) and _step(name) > step)
     for name in gone:
         clear(store, name)
     return gone

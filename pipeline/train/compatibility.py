@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import yaml
 
-from pipeline.config import ObjectiveConfig, TrainConfig
+from pipeline import runfile
+from pipeline.config import TrainConfig
 from pipeline.data.datasets import DataSets
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import VERSION
 from pipeline.errors import ConfigError, DataError
+from pipeline.runtime.process import Process
 from pipeline.train.checkpoint import CONFIG, Checkpoint
 from pipeline.train.trained_on import TrainedOn, trained_on
 
@@ -62,6 +65,23 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
         )
 
 
+def check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None:
+    """Ranks that were told different things would wait for each other for ever, or draw samples twice and never.
+
+    Raises:
+        DataError: they have read different manifests, as when one was written while they started.
+        ConfigError: they have different run files.
+    """
+    # each machine may have a cache, a metrics port and cores of its own
+    told = config.model_dump(exclude={"loader": True, "metrics": True, "engine": {"threads_per_rank"}})
+    different = ranks.differing({"latents": (datasets.identity, datasets.mean, datasets.std), **told})
+    if different == ["latents"]:
+        raise DataError("the ranks have read different manifests", "start again once `lathe encode` has ended")
+    if different:
+        fields = ", ".join(name for name in different if name != "latents")
+        raise ConfigError(f"the ranks have different run files: {fields}", "give all of them the same one")
+
+
 def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets) -> TrainedOn:
     """What a checkpoint was trained on, if it is of this run.
 
@@ -86,17 +106,29 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
             " steps, or train into another output",
         )
     before = yaml.safe_load(checkpoint.read(CONFIG))
-    before["objective"] = ObjectiveConfig(**before["objective"]).model_dump(mode="json")  # older ones lack fields
     now = config.model_dump(mode="json")
     for field in _FIXED:
         changed = _first_difference(field, _get(before, field), _get(now, field))
         if changed:
             name, old, new = changed
+            listed = _outermost_list(name, now)
             raise ConfigError(
-                f"{name}: {new}, but the checkpoint {where} has {old}",
-                f"set {name}={old}, or train into another output",
+                f"{name}: {runfile.in_line(new)}, but the checkpoint {where} has {runfile.in_line(old)}",
+                f"set {_override(listed, _get(before, listed))}, or train into another output",
             )
     return saved
+
+
+def _override(field: str, value: Any) -> str:
+    """As it is typed into a shell."""
+    return shlex.quote(f"{field}={runfile.in_line(value)}")
+
+
+def _outermost_list(field: str, tree: Any) -> str:
+    """The field, or the list that it stands in: the run file need not have a list to override a part of."""
+    parts = field.split(".")
+    paths = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((path for path in paths if isinstance(_get(tree, path), list)), field)
 
 
 def _what_differs(saved: TrainedOn, datasets: DataSets) -> str:

@@ -109,15 +109,13 @@ def _train(training: Training, store: Store, metrics: Metrics, progress: Progres
 def _log(training: Training, metrics: Metrics, step_seconds: float) -> dict[str, float]:
     """Losses as means since the last logged step, the rest as of the last step. Raises DataError on a broken loss."""
     config, step = training.config, training.steps_done
-    steps = step - (step - 1) // config.log_every * config.log_every
-    values = {name: float(value) / steps for name, value in training.sums.items()}
+    values = training.take_means()
     values |= {name: float(training.last[name]) for name in ("psnr_db", "gradient_norm")}
     if not math.isfinite(values["loss"]):
         raise DataError(
             f"the loss is not finite at step {step}",
             "lower kernel_learning_rate and optimizer.learning_rate, or use precision=float32",
         )
-    training.sums = {}
     seen = step * config.batch_size
     values |= {
         "learning_rate": learning_rate(step - 1, config.optimizer, config.steps),

@@ -56,7 +56,8 @@ class Training:
         )
         self.steps_done = 0
         self.seconds = 0.0
-        self.sums: dict[str, Tensor] = {}  # of the metrics since the last logged step
+        self.summed = 0  # steps since the last logged one
+        self.sums: dict[str, Tensor] = {}  # of their metrics
         self.last: dict[str, Tensor] = {}
 
     def step(self) -> None:
@@ -77,7 +78,14 @@ class Training:
         self._average()
         self.last = {name: value.detach() for name, value in values.items()}
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in self.last.items()}
+        self.summed += 1
         self.seconds += time.monotonic() - started
+
+    def take_means(self) -> dict[str, float]:
+        """Of the metrics since the last call, or since the first step; what follows is summed anew."""
+        means = {name: float(value) / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return means
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything of the weights' shape, as `KIND:NAME`; what `restore` takes back."""
@@ -93,6 +101,7 @@ class Training:
         return {
             "step": self.steps_done,
             "seconds": self.seconds,
+            "summed": self.summed,
             "sums": {name: float(value) for name, value in self.sums.items()},
             "pictures": self.pictures_digest,
             "settings": settings(self.config),
@@ -102,7 +111,9 @@ class Training:
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on from a checkpoint's tensors and facts."""
         self.steps_done, self.seconds = facts["step"], facts["seconds"]
-        self.sums = {name: torch.tensor(value, device=self.device) for name, value in facts["sums"].items()}
+        self.summed = facts.get("summed", 0)  # older ones do not say of how many steps their sums are
+        kept = facts["sums"] if self.summed else {}
+        self.sums = {name: torch.tensor(value, device=self.device) for name, value in kept.items()}
         muon = {id(weight) for group in self.muon.param_groups for weight in group["params"]}
         for name, weight in self.model.named_parameters():
             here = {key: tensors[f"{key}:{name}"].to(self.device) for key in _state_keys(id(weight) in muon)}

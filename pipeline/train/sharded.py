@@ -68,8 +68,8 @@ def save(
         StorageError: on the rank that could not write; LatheError on the others.
     """
     name, kept = step_name(step), tuple(keys or state.keys(engine))
-    _together(process, lambda: clear(store, name) if process.is_main else None)
-    _together(process, lambda: _write_fragments(store, name, process, engine, notes=notes, keys=kept))
+    together(process, lambda: clear(store, name) if process.is_main else None)
+    together(process, lambda: _write_fragments(store, name, process, engine, notes=notes, keys=kept))
     files: dict[str, dict[str, Any]] = {}
 
     def conclude() -> None:
@@ -85,7 +85,7 @@ def save(
             files.update(_collect(store, name, process.world_size))
             store.write(f"{name}/{COMPLETE}", as_json({"files": files}))
 
-    _together(process, conclude)
+    together(process, conclude)
     return sum(int(file["size"]) for file in files.values())
 
 
@@ -101,8 +101,8 @@ def restore(
         check: raises where this checkpoint must not be resumed; called before anything is touched.
 
     Returns:
-        the counters that were saved; None where a file is damaged, which is logged, and the engine's state is then
-        undefined.
+        the counters that were saved; None where a file is damaged, which one rank logs, and the engine's state is
+        then undefined.
 
     Raises:
         DataError: another geometry, or averages alone.
@@ -120,18 +120,24 @@ def restore(
             _load_frozen(engine, read_tensors(checkpoint.read(FROZEN)))
             counters.update(run["counters"])
         except DamagedError as error:
-            _log.warning("%s", error.message)
             damage.append(error)
 
-    _together(process, read)
-    if process.any(bool(damage)):
+    together(process, read)
+    teller = process.first(bool(damage))
+    if teller is not None:
+        if process.rank == teller:
+            _log.warning("%s; the checkpoint is passed over", damage[0].message)
         return None
     state.restore(engine, counters["optimizer_step"])
     return counters
 
 
-def _together(process: Process, work: Callable[[], None]) -> None:
-    """Do this rank's part, then wait for the others'; a failure is raised on every rank."""
+def together(process: Process, work: Callable[[], object]) -> None:
+    """Do this rank's part, then wait for the others'.
+
+    Raises:
+        LatheError: what went wrong, on the rank where it did; that it did, on the others.
+    """
     problem: Exception | None = None
     try:
         work()

@@ -27,35 +27,74 @@ def snapshot_store(run: Store) -> Store:
 def due(config: TrainConfig, step: int) -> bool:
     """Whether a snapshot is taken after `step` steps."""
     every = config.ema.snapshot_every
-    return every is not None and (step % every == 0 or step == config.steps)
+    return every is not None and step > 0 and (step % every == 0 or step == config.steps)
 
 
-def save(
-    run: Store, process: Process, engine: Engine, config: TrainConfig, *, step: int, texts: Mapping[str, bytes]
-) -> None:
-    """Write a snapshot; all ranks call it at the same step, before a checkpoint of that step.
+def is_missing(run: Store, config: TrainConfig, step: int) -> bool:
+    """Whether there ought to be a snapshot of a step, and is none: the run ended between checkpoint and snapshot."""
+    return due(config, step) and not snapshot_store(run).exists(f"{checkpoint.step_name(step)}/{checkpoint.COMPLETE}")
 
-    Later snapshots are deleted: they are of a course that the run went back on when it was resumed.
+
+class Snapshots:
+    """A run's snapshots: taken, told apart from those of another course, and kept so many.
 
     Args:
         run: the run's output.
         process: this rank.
         engine: whose averages are saved.
         config: the run file.
-        step: steps done.
-        texts: the checkpoint's, see `sharded.save`.
-
-    Raises:
-        StorageError: on the rank that could not write; LatheError on the others.
     """
-    if state.optimizer_step(engine) == 0:
-        return  # every step so far was skipped: there is nothing to average
-    store = snapshot_store(run)
-    keys = [average_key(average.name) for average in config.ema.profiled]
-    sharded.save(store, process, engine, step=step, texts=texts, counters={}, notes={}, keys=keys)
-    if process.is_main:
-        for found in checkpoint.find(store):
-            if found.step > step:
-                checkpoint.clear(store, found.name)
-        if config.ema.snapshot_keep:
-            checkpoint.keep_newest(store, config.ema.snapshot_keep)
+
+    def __init__(self, run: Store, process: Process, engine: Engine, config: TrainConfig) -> None:
+        self._store, self._process, self._engine, self._config = snapshot_store(run), process, engine, config
+        self._taken: list[int] = []  # steps in order; rank 0 alone keeps them
+
+    def resume(self, step: int, texts: Mapping[str, bytes]) -> list[str]:
+        """Before the first step, on all ranks: what belongs to another course is deleted, what is missing is taken.
+
+        A run that goes back to a checkpoint leaves snapshots of later steps, whose averages are not of its weights.
+        One that ended right after a checkpoint has no snapshot of that step, if it was to have one.
+
+        Args:
+            step: steps done.
+            texts: the checkpoint's, see `sharded.save`.
+
+        Returns:
+            names of what was deleted, on rank 0.
+
+        Raises:
+            StorageError: on the rank that met the problem; LatheError on the others.
+        """
+        gone: list[str] = []
+
+        def look() -> None:
+            if self._process.is_main:
+                gone.extend(checkpoint.clear_later(self._store, step))
+                self._taken = sorted(found.step for found in checkpoint.find(self._store))
+
+        sharded.together(self._process, look)
+        if due(self._config, step) and self._process.any(self._process.is_main and step not in self._taken):
+            self.save(step, texts)
+        return gone
+
+    def save(self, step: int, texts: Mapping[str, bytes]) -> None:
+        """Write a snapshot, and delete those that are too old; all ranks call it at the same step.
+
+        Args:
+            step: steps done.
+            texts: the checkpoint's, see `sharded.save`.
+
+        Raises:
+            StorageError: on the rank that could not write or delete; LatheError on the others.
+        """
+        if state.optimizer_step(self._engine) == 0:
+            return  # every step so far was skipped: there is nothing to average
+        keys = [average_key(average.name) for average in self._config.ema.profiled]
+        sharded.save(self._store, self._process, self._engine, step=step, texts=texts, counters={}, notes={}, keys=keys)
+        sharded.together(self._process, lambda: self._retire(step) if self._process.is_main else None)
+
+    def _retire(self, newest: int) -> None:
+        self._taken.append(newest)
+        for step in self._taken[: -(self._config.ema.snapshot_keep or len(self._taken))]:
+            checkpoint.clear(self._store, checkpoint.step_name(step))
+            self._taken.remove(step)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline import runfile
 from pipeline.config import TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.diffusion.objective import Objective, objective_of
@@ -27,6 +29,7 @@ class TrainedModel:
 
     Args:
         step: optimizer steps behind it.
+        weights: which these are: an average by its name, or `raw`.
         config: the resolved run file of the training.
         manifests: of its latents, one for each of `config.sources`.
         mean: of the raw latents by channel, float32 [C]; with `std` it undoes the whitening.
@@ -36,6 +39,7 @@ class TrainedModel:
     """
 
     step: int
+    weights: str
     config: TrainConfig
     manifests: tuple[Manifest, ...]
     mean: Tensor
@@ -73,12 +77,13 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
 
     Raises:
         DataError: no complete checkpoint, or one that cannot be used.
+        ConfigError: its run file says what this Lathe refuses.
         StorageError: it cannot be read.
     """
     store, name = _find(run)
     saved = checkpoint.open_checkpoint(store, name)
-    saved.run()  # of another format, it says so
-    config = TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
+    which = which or checkpoint.default_weights(saved.run())
+    config = _config(saved)
     weights = checkpoint.load_weights(store, name, which)
     latents = trained_on(saved)
     manifest = latents.manifests[0]
@@ -87,6 +92,7 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
     model.load_state_dict(weights)
     return TrainedModel(
         step=saved.step,
+        weights=which,
         config=config,
         manifests=latents.manifests,
         mean=torch.tensor(latents.mean),
@@ -94,6 +100,14 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
         model=model.eval(),
         tokenizer=Tokenizer(config.text.context_length),
     )
+
+
+def _config(saved: checkpoint.Checkpoint) -> TrainConfig:
+    """Raises ConfigError where it was saved by a Lathe that took what this one refuses."""
+    try:
+        return TrainConfig.model_validate(yaml.safe_load(saved.read(checkpoint.CONFIG)))
+    except ValidationError as error:
+        raise runfile.explain(TrainConfig, f"{saved.store.url}/{saved.name}/{checkpoint.CONFIG}", error) from error
 
 
 def _find(run: str) -> tuple[Store, str]:

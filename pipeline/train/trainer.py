@@ -1,17 +1,12 @@
-"""The training loop: latents and captions to a text-to-image model.
-
-Legend: b samples of this rank in a step, C latent channels, h and w sides of the latent, L tokens of a caption.
-"""
+"""The training loop: latents and captions to a text-to-image model."""
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import psutil
 import torch
@@ -19,15 +14,14 @@ from torch import Tensor
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
-from pipeline.console import ProgressLine, table, tell
+from pipeline.console import ProgressLine, table
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets, open_datasets
 from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
-from pipeline.data.prepare import Preparation, Scale, read_empty
+from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
-from pipeline.diffusion.objective import objective_of
-from pipeline.errors import ConfigError, DataError, LatheError
+from pipeline.errors import LatheError
 from pipeline.metrics import Metrics
 from pipeline.models import unet
 from pipeline.models.text import TextTower
@@ -35,19 +29,19 @@ from pipeline.models.unet import TextToImage
 from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
-from pipeline.train import checkpoint, sharded, snapshots
-from pipeline.train.compatibility import check_data, check_resume
-from pipeline.train.draws import draw
+from pipeline.train import checkpoint, sharded
+from pipeline.train.compatibility import check_alike, check_data, check_resume
+from pipeline.train.examples import Counted, Examples
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
+from pipeline.train.snapshots import Snapshots, due, is_missing
+from pipeline.train.telling import conclusion, introduction, say
 from pipeline.train.trained_on import TrainedOn, files
 
 SKIPS_IN_A_ROW = 10
 """Steps without a finite loss or gradient after which a run is given up."""
-
-_log = logging.getLogger(__name__)
 
 
 def fit(config: TrainConfig) -> None:
@@ -69,9 +63,9 @@ def fit(config: TrainConfig) -> None:
 
 def _fit(config: TrainConfig) -> int:
     store = open_store(config.output)
-    finished = [c for c in checkpoint.find(store) if c.step >= config.steps]
-    if finished:
-        _say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
+    finished = [c for c in checkpoint.find(store, warn=False) if c.step >= config.steps]
+    if finished and not is_missing(store, config, finished[0].step):
+        say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
         return 0
     with ProgressLine("data", "receipts", visible=os.environ.get("RANK", "0") == "0") as line:
         datasets = open_datasets(
@@ -82,7 +76,7 @@ def _fit(config: TrainConfig) -> int:
     ranks = None
     try:
         ranks = process.start(config.engine)
-        _check_alike(config, datasets, ranks)
+        check_alike(config, datasets, ranks)
         return Trainer(config, ranks, datasets, store).run()
     except RuntimeError as error:
         lost = process.lost_rank(error)
@@ -92,33 +86,6 @@ def _fit(config: TrainConfig) -> int:
     finally:
         if ranks is not None:
             ranks.finish()
-
-
-def _check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None:
-    """Ranks that were told different things would wait for each other for ever, or draw samples twice and never.
-
-    Raises:
-        DataError: they have read different manifests, as when one was written while they started.
-        ConfigError: they have different run files.
-    """
-    # each machine may have a cache, a metrics port and cores of its own
-    told = config.model_dump(exclude={"loader": True, "metrics": True, "engine": {"threads_per_rank"}})
-    different = ranks.differing({"latents": (datasets.identity, datasets.mean, datasets.std), **told})
-    if different == ["latents"]:
-        raise DataError("the ranks have read different manifests", "start again once `lathe encode` has ended")
-    if different:
-        fields = ", ".join(name for name in different if name != "latents")
-        raise ConfigError(f"the ranks have different run files: {fields}", "give all of them the same one")
-
-
-class Example(NamedTuple):
-    """What the network sees of a batch, and what it should say."""
-
-    noisy: Tensor  # float32 [b, C, h, w]
-    timestep: Tensor  # float32 [b], what the timestep embedding is given
-    tokens: Tensor  # int64 [b, L]
-    target: Tensor  # float32 [b, C, h, w]
-    weight: Tensor  # float32 [b], of each sample's loss
 
 
 class Trainer:
@@ -133,15 +100,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store) -> None:
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
-        self.objective = objective_of(config.objective, ranks.device)
         self.step = 0  # optimizer steps done, skipped ones included
         self.order_origin = 0  # the step with which the samples' order began
         self.skips: list[list[int]] = []  # blocks of latents that no rank counts, as of the last restart
-        self.drawn = self.drawn_in_vain = 0  # samples of all ranks; those in vain were skipped
-        self.mean, self.std = (
-            datasets.mean,
-            datasets.std,
-        )  # latents are whitened by these to the last step
+        self.counted = Counted()
+        self.mean, self.std = datasets.mean, datasets.std  # latents are whitened by these to the last step
         self.skipped = self.skipped_in_a_row = 0
         self.saved_step = 0
         micro_batch = len(rank_positions(config.global_batch, ranks.rank, ranks.world_size))
@@ -160,20 +123,14 @@ class Trainer:
             micro_batch=micro_batch,
             gradient_clip=config.optimizer.gradient_clip,
         )
+        self.snapshots = Snapshots(store, ranks, self.engine, config)
         self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
 
     def run(self) -> int:
         """Resume, then train to the last step. Returns the signal that asked to stop, or 0."""
         config = self.config
         self._resume()
-        self.prepare = Preparation(
-            config.seed,
-            Scale("whiten", self.mean, self.std),
-            read_empty(self.datasets.stores[0], self.datasets.manifests[0]),
-            caption_dropout=config.objective.caption_dropout,
-            dropout_by_tower=config.objective.dropout_by_tower,
-            device=self.ranks.device,
-        )
+        self.examples = Examples(config, self.datasets, Scale("whiten", self.mean, self.std), self.ranks.device)
         self._introduce()
         interval, stop = Interval.start(self.ranks.device), 0
         with (
@@ -192,22 +149,20 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     line.update(self.step, config.steps, self._report(interval))
                     interval = Interval.start(self.ranks.device)
-                if snapshots.due(config, self.step):  # before the checkpoint, which a resumed run may begin at
-                    snapshots.save(
-                        self.store, self.ranks, self.engine, config, step=self.step, texts=self._checkpoint_texts()
-                    )
                 # while steps are skipped the weights may be what is broken: keep the checkpoint from before
                 if (self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row) or last:
                     self._save()
+                if due(config, self.step):  # a run that has no time left for it takes it when it is resumed
+                    self.snapshots.save(self.step, self._checkpoint_texts())
                 if stop:
                     break
         self.metrics.close()
-        self._conclude(stop)
+        say(conclusion(f"{self.store.url}/{checkpoint.step_name(self.step)}", self.step, stop))
         return stop
 
     def train_step(self, batch: Batch) -> Tensor:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
-        example = self.example(batch)
+        example = self.examples.of(batch, self._share(batch))
         prediction = self.engine(example.noisy, example.timestep, example.tokens)
         loss = weighted_loss(prediction, example.target, example.weight)
         self.engine.backward(loss)
@@ -222,44 +177,11 @@ class Trainer:
             )
         return loss.detach()
 
-    def example(self, batch: Batch) -> Example:
-        """Latents, noise, time and caption of a batch; all that is random is keyed by (seed, step, position)."""
-        share = self._counted_share(batch)
-        batch = batch.to(self.ranks.device)
-        latents = self.prepare.latents(batch.moments, batch.step, batch.positions)
-        (text,) = self.prepare.text(batch.text, batch.step, batch.positions).values()
-        noise, t = draw(
-            self.objective,
-            self.config.seed,
-            batch.step,
-            batch.positions,
-            shape=tuple(latents.shape[1:]),
-            global_batch=self.config.global_batch,
-        )
-        point = self.objective.at(latents, noise, t)
-        return Example(
-            noisy=point.input,
-            timestep=point.embedding,
-            tokens=cast(Tensor, text.tokens),  # check_data lets token ids alone pass
-            target=point.target,
-            weight=point.weight * batch.weight / share,
-        )
-
-    def _counted_share(self, batch: Batch) -> float:
-        """Share of the global batch that was not skipped: the loss is the mean of that, on any number of ranks."""
+    def _share(self, batch: Batch) -> float:
+        """Of the global batch that counts; nobody is asked where nothing may be skipped."""
         if self.config.loader.on_damage == "fail" and not self.skips:
             return 1.0
-        counted = float(self.ranks.sum(batch.weight.sum()))
-        self.drawn += self.config.global_batch
-        self.drawn_in_vain += self.config.global_batch - round(counted)
-        limit = self.config.loader.max_skip_rate
-        if self.drawn_in_vain > limit * max(self.drawn, self.datasets.samples):
-            raise DataError(
-                f"{self.drawn_in_vain} of the {self.drawn} samples drawn could not be read, more than"
-                f" loader.max_skip_rate={limit:g} allows",
-                "mend the latents (`lathe verify` tells what is damaged), or allow for more",
-            )
-        return max(counted, 1.0) / self.config.global_batch
+        return self.counted.share(batch, self.ranks, self.config, self.datasets.samples)
 
     def _open_loader(self) -> LatentLoader:
         config = self.config
@@ -277,8 +199,9 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        """Load the newest checkpoint that is whole; a damaged one is passed over, and said so."""
-        for found in checkpoint.find(self.store):
+        """Load the newest checkpoint that is whole; a damaged one is passed over, and one rank says so."""
+        there = checkpoint.find(self.store, warn=self.ranks.is_main)
+        for found in there:
             saved: list[TrainedOn] = []
             notes: list[dict[str, Any]] = []
 
@@ -286,15 +209,16 @@ class Trainer:
             if counters is not None:
                 self.step = self.saved_step = counters["step"]
                 self.skipped = counters["skipped"]
-                self.drawn, self.drawn_in_vain = counters["drawn"], counters["drawn_in_vain"]
+                self.counted = Counted(counters["drawn"], counters["drawn_in_vain"])
                 self.mean, self.std = saved[0].mean, saved[0].std
                 self._resume_order(saved[0].order, counters["order_origin"], notes)
-                self._tell(f"going on from {self.store.url}/{found.name}")
+                say(f"going on from {self.store.url}/{found.name}")
                 break
-            _log.warning("%s/%s is passed over", self.store.url, found.name)
         else:
-            if checkpoint.find(self.store):
+            if there:
                 raise LatheError(f"no checkpoint of {self.store.url} can be read", "train into another output")
+        if gone := self.snapshots.resume(self.step, self._checkpoint_texts()):
+            say(f"deleted {len(gone)} snapshots of averages later than step {self.step}: their course was left behind")
         self.metrics.resume(self.step)
 
     def _check(self, saved: list[TrainedOn], notes: list[dict[str, Any]], found: checkpoint.Checkpoint) -> None:
@@ -305,9 +229,7 @@ class Trainer:
         """Go on in the checkpoint's order, or begin that of other samples."""
         if order != self.datasets.identity:
             self.order_origin = self.step
-            self._tell(
-                f"other samples than before: their order begins with step {self.step}; latents are whitened as before"
-            )
+            say(f"other samples than before: their order begins with step {self.step}; latents are whitened as before")
             return
         self.order_origin = origin
         noted = {tuple(skip) for own in notes for skip in own["skipped_blocks"]}
@@ -317,7 +239,7 @@ class Trainer:
         if self.saved_step == self.step:
             return
         started = time.perf_counter()
-        self.metrics.flush()
+        sharded.together(self.ranks, self.metrics.flush)
         size = sharded.save(
             self.store,
             self.ranks,
@@ -327,14 +249,14 @@ class Trainer:
             counters={
                 "skipped": self.skipped,
                 "order_origin": self.order_origin,
-                "drawn": self.drawn,
-                "drawn_in_vain": self.drawn_in_vain,
+                "drawn": self.counted.drawn,
+                "drawn_in_vain": self.counted.in_vain,
             },
             notes={"skipped_blocks": self.loader.skipped},
         )
         self.saved_step = self.step
-        if self.ranks.is_main:
-            checkpoint.keep_newest(self.store, self.config.checkpoint.keep)
+        keep, main = self.config.checkpoint.keep, self.ranks.is_main
+        sharded.together(self.ranks, lambda: checkpoint.keep_newest(self.store, keep) if main else None)
         self.metrics.set("checkpoint_seconds", time.perf_counter() - started)
         self.metrics.set("checkpoint_bytes", size)
         self.metrics.set("checkpoint_step", self.step)
@@ -366,38 +288,8 @@ class Trainer:
         return f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
 
     def _introduce(self) -> None:
-        config, network, manifest = self.config, self.model, self.datasets.manifests[0]
-        channels, side = manifest.latent_channels, manifest.latent_side
-        unet_size, text_size = (sum(p.numel() for p in part.parameters()) for part in (network.unet, network.text))
         self.metrics.set("world_size", self.ranks.world_size)
-        self.metrics.set("target_steps", config.steps)
+        self.metrics.set("target_steps", self.config.steps)
         self.metrics.set("step", self.step)
-        facts = {
-            "parameters": f"UNet {unet_size / 1e6:.2f} M, text tower {text_size / 1e6:.2f} M",
-            "samples": f"{self.datasets.samples:,} of {channels}x{side}x{side}"
-            + (f", from {sets} data sets" if (sets := len(self.datasets.manifests)) > 1 else ""),
-            "steps": f"{self.step} to {config.steps} of {config.global_batch} samples, "
-            f"{config.steps * config.global_batch / self.datasets.samples:.1f} epochs",
-            "ranks": f"{self.ranks.world_size} on {self.ranks.device.type}, {torch.get_num_threads()} threads each",
-            "engine": f"{self.engine} (checked)",
-            "metrics": self.metrics.address or "not served",
-            "output": self.store.url,
-        }
-        self._tell(table(facts))
-
-    def _conclude(self, stopped_by: int) -> None:
-        where = f"{self.store.url}/{checkpoint.step_name(self.step)}"
-        if stopped_by:
-            name = signal.Signals(stopped_by).name
-            self._tell(f"stopped by {name} after step {self.step}; the same command goes on from {where}")
-        else:
-            self._tell(f"finished: {where}")
-
-    def _tell(self, text: str) -> None:
-        if self.ranks.is_main:
-            _say(text)
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        tell(text)
+        facts = introduction(self.config, self.model, self.datasets, self.ranks, self.engine, step=self.step)
+        say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))

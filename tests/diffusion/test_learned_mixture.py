@@ -6,6 +6,7 @@ truth are not at distance 0 from each other either: a network is held against th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 from typing import Any
@@ -41,14 +42,15 @@ SAMPLERS: list[dict[str, Any]] = [
 OBJECTIVES: list[dict[str, Any]] = [
     {},
     {"timesteps": "uniform", "stratified": True},
-    {"prediction": "x0", "timesteps": "uniform"},
+    {"prediction": "x0"},
     *({"kind": "ddpm", "schedule": s, "prediction": p} for s in SCHEDULES for p in ("epsilon", "v", "x0")),
     {"kind": "ddpm", "prediction": "v", "zero_terminal_snr": True},
     {"kind": "ddpm", "prediction": "x0", "zero_terminal_snr": True},
     {"kind": "ddpm", "weighting": "min_snr"},
     {"kind": "edm"},
 ]
-"""Not x0 at logit-normal times: hardly any is near clean data, where an error of x0 is an error of the result."""
+"""x0 has uniform times of its own on the flow, since few logit-normal ones are near clean data, where an error of x0
+is an error of the result."""
 
 
 class Network(nn.Module):
@@ -57,13 +59,13 @@ class Network(nn.Module):
     They see the place as waves too (random Fourier features, arXiv 2006.10739), or five modes take twice the steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: int = 2, widths: tuple[int, ...] = (128, 128), waves: int = 32) -> None:
         super().__init__()
         self.frequencies = 10_000 ** (-torch.arange(16) / 15)
-        self.waves = 2 * torch.randn(2, 32)
-        widths = (2 + 64 + 32, 128, 128)
-        hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.SiLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(128, 2))
+        self.waves = 2 * torch.randn(numbers, waves)
+        pairs = pairwise((numbers + 2 * waves + 32, *widths))
+        hidden = [layer for a, b in pairs for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], numbers))
         self.scales = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 2))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -78,11 +80,22 @@ def learned(objective: Objective, steps: int, batch: int = 256) -> Network:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = Network()
-    optimizer = torch.optim.Adam(network.parameters(), 4e-3, betas=(0.9, 0.99), fused=True)
-    data = TRUTH.draw(1_000_000, generator).float()
+    return trained(network, objective, TRUTH.draw(1_000_000, generator).float(), generator, steps, batch, 4e-3)
+
+
+def trained(
+    network: Network,
+    objective: Objective,
+    data: Tensor,
+    generator: torch.Generator,
+    steps: int,
+    batch: int,
+    rate: float,
+) -> Network:
+    optimizer = torch.optim.Adam(network.parameters(), rate, betas=(0.9, 0.99), fused=True)
     positions = torch.arange(batch)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = rate * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         x0 = data[torch.randint(len(data), (batch,), generator=generator)]
         noise = torch.randn(x0.shape, generator=generator)
         point = objective.at(x0, noise, objective.times(_numbers(objective, batch, generator), positions))
@@ -153,6 +166,46 @@ def test_a_short_training_comes_near_the_truth(config: dict[str, Any], settings:
 @pytest.mark.parametrize("config", OBJECTIVES, ids=str)
 def test_every_objective_and_sampler_comes_near_the_truth(config: dict[str, Any], own: Tensor) -> None:
     hold_against_truth(config, 16_000, SAMPLERS, own)
+
+
+PIXELS, BRIGHT = 256, 0.2
+
+
+def pictures(count: int, generator: torch.Generator) -> Tensor:
+    """Dark or bright as a whole [count, PIXELS], of mean 0 and standard deviation about 1."""
+    bright = torch.rand(count, 1, generator=generator) < BRIGHT
+    return torch.where(bright, 1.8, -0.45) + 0.3 * torch.randn(count, PIXELS, generator=generator)
+
+
+def share_of_bright(objective: Objective) -> float:
+    """Among the pictures of a network that was trained for a while."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    data = pictures(50_000, generator)
+    network = trained(Network(PIXELS, (256, 256), waves=0), objective, data, generator, 6000, 128, 2e-3)
+    noise = torch.randn(4000, PIXELS, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        made = sample(SamplingConfig(steps=100), objective.path, objective.denoiser(network), lambda _: noise)
+    share = float((made.mean(1) > 0.5).float().mean())
+    print(f"{objective.prediction}, {objective.timesteps}, {objective.weighting}: {share:.3f} bright")  # noqa: T201
+    return share
+
+
+ZERO_TERMINAL = {"kind": "ddpm", "prediction": "v", "zero_terminal_snr": True}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", [{}, {"weighting": "p2"}, {"prediction": "x0"}, ZERO_TERMINAL], ids=str)
+def test_near_pure_noise_it_is_decided_rightly_what_a_picture_is_to_be(config: dict[str, Any]) -> None:
+    assert share_of_bright(objective_of(ObjectiveConfig(**config))) == pytest.approx(BRIGHT, abs=0.035)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", [{}, ZERO_TERMINAL], ids=str)
+def test_weights_that_are_refused_hardly_learn_it(config: dict[str, Any]) -> None:
+    """Where sampling begins at pure noise, min(SNR, gamma) falls to 0; what is decided there comes out wrong."""
+    weights = {"weighting": "min_snr", "weighting_parameter": 5.0}
+    assert share_of_bright(dataclasses.replace(objective_of(ObjectiveConfig(**config)), **weights)) > BRIGHT + 0.035
 
 
 def test_the_figure_sees_what_is_wrong(own: Tensor) -> None:

@@ -13,7 +13,7 @@ from pipeline.randomness import Purpose, normal
 
 KINDS = [
     {},
-    {"prediction": "x0", "timesteps": "uniform", "weighting": "min_snr"},
+    {"prediction": "x0", "timesteps": "uniform", "weighting": "p2"},
     {"kind": "ddpm"},
     {"kind": "ddpm", "prediction": "v", "schedule": "cosine", "weighting": "soft_min_snr"},
     {"kind": "ddpm", "prediction": "x0", "timesteps": "logit_normal", "weighting": "p2"},

@@ -12,10 +12,11 @@ from gaussian_mixture import Mixture
 from torch import Tensor
 
 from pipeline.config import ObjectiveConfig, SamplingConfig
+from pipeline.diffusion.grid import levels
 from pipeline.diffusion.objective import objective_of
 from pipeline.diffusion.path import Path, RectifiedFlow, VarianceExploding, VariancePreserving
 from pipeline.diffusion.prediction import target
-from pipeline.diffusion.sampler import sample
+from pipeline.diffusion.sampler import ddim, sample
 
 MIXTURE = Mixture([0.3, 0.5, 0.2], [[-1.2, 0.4], [0.3, -0.8], [1.0, 1.1]], [0.2, 0.5, 0.1])
 SCALED_LINEAR = VariancePreserving.scaled_linear()
@@ -105,6 +106,13 @@ def test_ddim_that_draws_all_noise_anew_keeps_the_distribution(name: str) -> Non
     assert (made.mean(0) - truth.mean(0)).abs().max() < 0.05
     assert (made.T.cov() - truth.T.cov()).abs().max() < 0.05
     assert not torch.allclose(made, run(path, noise(4000), sampler="ddim", steps=200, grid="log_snr"), atol=0.1)
+
+
+def test_ddim_that_draws_noise_wants_something_to_draw_from() -> None:
+    points = levels(PATHS["flow"], None, 4)
+    with pytest.raises(ValueError, match=r"eta=0\.5 draws noise anew"):
+        ddim(MIXTURE.denoiser(PATHS["flow"]), noise(), points, eta=0.5)
+    assert ddim(MIXTURE.denoiser(PATHS["flow"]), noise(), points).isfinite().all()
 
 
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: " ".join(map(str, config.values())) or "flow")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from pipeline import runfile
 from pipeline.config import AverageConfig, EMAConfig, EngineConfig, OptimizerConfig, TrainConfig
-from pipeline.errors import DataError, LatheError, SetupError, StorageError
+from pipeline.errors import LatheError, SetupError, StorageError
 from pipeline.runtime import engine, process, state
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint, sharded, snapshots
-from pipeline.train.ema_profiles import power_decay
+from pipeline.train.ema_profiles import decay_at, power_decay
 from pipeline.train.optimizer import AdamWithEMA, average_key, parameter_groups
+from pipeline.train.snapshots import Snapshots
 
 RATE, WEIGHT_DECAY, STEPS, MANY_STEPS = 1e-2, 0.1, 6, 50
 AVERAGES = (
@@ -32,6 +33,7 @@ AVERAGES = (
     AverageConfig(name="slow", decay=0.99),
     AverageConfig(name="power", sigma_rel=0.1),
 )
+OF_THE_LAST_RANK = "rank-00001-of-00002.safetensors"
 KEYS = [average_key(average.name) for average in AVERAGES]
 
 
@@ -122,6 +124,26 @@ def against_reference(ranks: Process, stage: int, precision: str, steps: int = S
     }
 
 
+def against_own_masters(ranks: Process, precision: str) -> dict[str, Any]:
+    """Averages by hand, of the float32 masters as they were after each step: this rank's part."""
+    built = build(ranks, 2, precision, fused=False)
+    of_masters = {(f.parameter, key): f.tensors[state.WEIGHT].clone() for f in state.fragments(built) for key in KEYS}
+    of_working = {place: tensor.clone() for place, tensor in of_masters.items()}
+    for step, x in enumerate(inputs(MANY_STEPS), start=1):
+        train(built, x[None])
+        for f in state.fragments(built):
+            master = f.tensors[state.WEIGHT]
+            for key, average in zip(KEYS, AVERAGES, strict=True):
+                share = 1.0 - decay_at(average, step)
+                of_masters[f.parameter, key].lerp_(master, share)
+                of_working[f.parameter, key].lerp_(master.bfloat16().float(), share)
+    found = {(f.parameter, key): f.tensors[key] for f in state.fragments(built) for key in KEYS}
+    return {
+        "off": max(float((found[place] - of_masters[place]).abs().max()) for place in found),
+        "of_working": min(float((found[place] - of_working[place]).abs().max()) for place in found),
+    }
+
+
 def own_rate(ranks: Process, folder: Path) -> dict[str, Any]:
     """A part of the model learns at a tenth of the rate; what is saved of it fits an engine with other groups."""
     ratios = {"inner.3.": 0.1}
@@ -142,33 +164,90 @@ def own_rate(ranks: Process, folder: Path) -> dict[str, Any]:
     return {"groups": groups_of, "weight": [worst(one, expected, state.WEIGHT) for one in (built, plain)]}
 
 
+class Watched:
+    """A store that counts what is read, and on some ranks fails where it is told to."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.url, self.markers_read, self.broken = store, store.url, 0, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def write(self, name: str, data: bytes) -> bool:
+        if self.broken == "write":
+            raise StorageError("cannot write", "make room")
+        return self._store.write(name, data)
+
+    def delete(self, names: Iterable[str]) -> None:
+        if (names := list(names)) and self.broken == "delete":
+            raise StorageError("cannot delete", "mend the store")
+        self._store.delete(names)
+
+    def read(self, name: str) -> bytes:
+        self.markers_read += name.endswith(checkpoint.COMPLETE)
+        return self._store.read(name)
+
+
 def snapshotting(ranks: Process, folder: Path) -> dict[str, Any]:
-    """Snapshots of the power function average alone; a run that goes back takes them anew."""
+    """Snapshots of the power function average alone, of one course, and what becomes of a failing store."""
     ema = EMAConfig(averages=AVERAGES, snapshot_every=2, snapshot_keep=3)
     config = TrainConfig(manifest="m", output=str(folder / "snapped"), steps=9, ema=ema)
     run, built = open_store(config.output), build(ranks, 2, "float32", fused=False)
     texts = {checkpoint.CONFIG: runfile.dump(config).encode()}
+    store = Watched(snapshots.snapshot_store(run))
+    snapshots.snapshot_store = lambda _: store  # type: ignore[assignment]
 
     def taken() -> list[int]:
-        ranks.agree()  # rank 0 deletes what is too old
-        return [found.step for found in checkpoint.find(snapshots.snapshot_store(run))]
+        return [found.step for found in checkpoint.find(store)]
 
-    snapshots.save(run, ranks, built, config, step=0, texts=texts)
-    seen = [taken()]
+    def attempt(what: Callable[[], object]) -> str:
+        try:
+            what()
+        except LatheError as error:
+            return error.message
+        return ""
+
+    def resumed(step: int) -> Snapshots:
+        found = Snapshots(run, ranks, built, config)
+        gone.append(found.resume(step, texts))
+        seen.append(taken())
+        return found
+
+    gone: list[list[str]] = []
+    seen: list[list[int]] = []
+    taker = resumed(0)
+    taker.save(0, texts)
     for step, x in enumerate(inputs(9), start=1):
         train(built, x[None])
         if snapshots.due(config, step):
-            snapshots.save(run, ranks, built, config, step=step, texts=texts)
+            taker.save(step, texts)
+    if ranks.is_main:
+        markers_read = store.markers_read
     seen.append(taken())
-    try:
-        (newest, *_) = checkpoint.find(snapshots.snapshot_store(run))
-        sharded.restore(newest, ranks, built, lambda _: None)
-        refused = ""
-    except DataError as error:
-        refused = error.message
+    (newest, *_) = checkpoint.find(store)
+    refused = attempt(lambda: sharded.restore(newest, ranks, built, lambda _: None))
+    missed = [snapshots.is_missing(run, config, step) for step in (6, 7, 4, 9)]
     ranks.agree()
-    snapshots.save(run, ranks, built, config, step=7, texts=texts)
-    return {"taken": [*seen, taken()], "refused": refused}
+    resumed(8)  # back by one: that of step 9 is of an abandoned course
+    ranks.agree()
+    if ranks.is_main:
+        checkpoint.clear(store, checkpoint.step_name(8))
+    ranks.agree()
+    taker = resumed(8)  # as after a kill between checkpoint and snapshot
+    taker.save(10, texts)
+    store.broken = "delete" if ranks.is_main else ""
+    failures = [attempt(lambda: taker.save(12, texts))]  # that of step 6 is too old then
+    failures.append(attempt(lambda: Snapshots(run, ranks, built, config).resume(4, texts)))
+    store.broken = "write" if not ranks.is_main else ""
+    failures.append(attempt(lambda: taker.save(14, texts)))
+    return {
+        "taken": seen,
+        "gone": gone,
+        "markers_read": markers_read if ranks.is_main else 0,
+        "refused": refused,
+        "missed": missed,
+        "failures": failures,
+    }
 
 
 def non_finite(ranks: Process, precision: str) -> dict[str, Any]:
@@ -228,11 +307,11 @@ def failing_save(ranks: Process, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def damaged(ranks: Process, folder: Path) -> dict[str, Any]:
-    """One byte of one rank's file is changed: no rank takes the checkpoint."""
+def damaged(ranks: Process, folder: Path, name: str) -> dict[str, Any]:
+    """One byte of a file is changed: no rank takes the checkpoint."""
     store = open_store(str(folder / "run"))
     (saved,) = checkpoint.find(store)
-    file = folder / "run" / saved.name / "rank-00001-of-00002.safetensors"
+    file = folder / "run" / saved.name / name
     whole = file.read_bytes()
     ranks.agree()
     if ranks.is_main:
@@ -242,6 +321,7 @@ def damaged(ranks: Process, folder: Path) -> dict[str, Any]:
     ranks.agree()
     if ranks.is_main:
         file.write_bytes(whole)
+    ranks.agree()
     return {"restored": result is not None}
 
 
@@ -294,12 +374,13 @@ def main(folder: Path, what: str) -> None:
         for stage, precision in ((1, "float32"), (2, "float32"), (2, "bfloat16")):
             result[f"{stage} {precision}"] = against_reference(ranks, stage, precision)
         result["many steps"] = against_reference(ranks, 2, "float32", MANY_STEPS)
+        result["own masters"] = against_own_masters(ranks, "bfloat16")
         result["own_rate"] = own_rate(ranks, folder)
         result["snapshotting"] = snapshotting(ranks, folder)
         result["non_finite"] = {precision: non_finite(ranks, precision) for precision in ("float32", "bfloat16")}
         result["saving"] = saving(ranks, folder)
         result["failing_save"] = failing_save(ranks, folder)
-        result["damaged"] = damaged(ranks, folder)
+        result["damaged"] = [damaged(ranks, folder, file) for file in (checkpoint.RUN, OF_THE_LAST_RANK)]
         result["flags"] = flags(ranks)
         result["differing"] = differing(ranks)
         result["time_outs"] = time_outs(ranks)

@@ -58,8 +58,10 @@ def test_weights_of_a_name_that_is_not_there(store):
 
 
 def test_without_averages_the_weights_themselves_are_taken(store):
-    loaded = checkpoint.load_weights(store, write(store, 1, averages=()))
-    assert torch.equal(loaded["a"], WEIGHTS["a"])
+    name = write(store, 1, averages=())
+    assert torch.equal(checkpoint.load_weights(store, name)["a"], WEIGHTS["a"])
+    assert checkpoint.default_weights(checkpoint.open_checkpoint(store, name).run()) == "raw"
+    assert checkpoint.default_weights(checkpoint.open_checkpoint(store, write(store, 2)).run()) == "main"
 
 
 def test_a_sum_over_checkpoints_cut_differently(store):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import SIGMA_REL_LIMIT, AverageConfig
+from pipeline.config import SIGMA_REL, AverageConfig
 from pipeline.train.ema_profiles import (
     constant_decay,
     decay_at,
@@ -20,7 +20,7 @@ from pipeline.train.ema_profiles import (
     sigma_rel_of,
 )
 
-lengths = st.floats(0.005, SIGMA_REL_LIMIT)
+lengths = st.floats(*SIGMA_REL)
 
 
 def averages(trajectory: np.ndarray, sigma_rel: float) -> np.ndarray:

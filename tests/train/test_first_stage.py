@@ -103,6 +103,21 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tree: dict[str, Any], pr
     assert losses(tree["output"]) == losses(tree["output"] + "-whole")
 
 
+@pytest.mark.parametrize("before", [4, 1])
+def test_the_first_mean_after_a_resume_is_of_the_steps_since_the_last_one_logged(
+    tree: dict[str, Any], before: int
+) -> None:
+    """Saved after step 3, gone on with a line every third step."""
+    fit(tree, output=tree["output"] + "-whole", log_every=1)
+    with pytest.raises(Killed):
+        fit_first_stage(FirstStageConfig.model_validate({**tree, "log_every": before}), killed_at(5))
+    fit(tree, log_every=5)
+    whole = [loss for _, loss, _ in losses(tree["output"] + "-whole")]
+    first = 0 if before == 4 else 3
+    found = next(loss for step, loss, _ in losses(tree["output"]) if step == 5)
+    assert found == pytest.approx(np.mean(whole[first:5]), rel=1e-6)
+
+
 def test_on_s3_it_resumes_too_and_the_result_loads_from_there(tree: dict[str, Any], s3_url: str) -> None:
     whole = tree["output"] + "-whole"
     undisturbed = fit(tree, output=whole)

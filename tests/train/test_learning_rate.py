@@ -19,13 +19,16 @@ from pipeline.train.learning_rate import learning_rate
 
 SCHEDULES = get_args(OptimizerConfig.model_fields["schedule"].annotation)
 PEAK, WARMUP, TOTAL = 1e-2, 4, 104
-configs = st.builds(
-    OptimizerConfig,
-    learning_rate=st.floats(1e-8, 10),
-    schedule=st.sampled_from(SCHEDULES),
-    warmup_steps=st.integers(0, 10**4),
-    final_learning_rate_ratio=st.floats(0, 1),
-    reference_steps=st.none() | st.integers(1, 10**6),
+OWN = {"final_learning_rate_ratio": st.floats(0, 1)}, {"reference_steps": st.none() | st.integers(1, 10**6)}, {}
+OF = {"cosine": OWN[0], "linear": OWN[0], "inverse_sqrt": OWN[1], "edm2": OWN[1], "constant": OWN[2]}
+configs = st.sampled_from(SCHEDULES).flatmap(
+    lambda schedule: st.builds(
+        OptimizerConfig,
+        learning_rate=st.floats(1e-8, 10),
+        schedule=st.just(schedule),
+        warmup_steps=st.integers(0, 10**4),
+        **OF[schedule],
+    )
 )
 
 

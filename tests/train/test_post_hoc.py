@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from pipeline.config import EMAConfig, TrainConfig
 from pipeline.errors import ConfigError, DataError, LatheError
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint
-from pipeline.train.checkpoint import CONFIG, DamagedError
-from pipeline.train.ema_profiles import power_decay
-from pipeline.train.post_hoc import reconstruct
+from pipeline.train.checkpoint import COMPLETE, CONFIG, DamagedError
+from pipeline.train.ema_profiles import fit, power_decay
+from pipeline.train.post_hoc import MADE, reconstruct, refuse_useless
 from pipeline.train.snapshots import due, snapshot_store
 
 STEPS, EVERY = 1000, 25
@@ -110,23 +111,67 @@ def test_what_is_made_says_what_it_is_and_is_replaced_by_the_next(run, truth, tm
     (found,) = checkpoint.find(store)
     assert found.step == 750
     assert off(store, truth[0.15], 750) < 2e-4
-    made = found.run()
-    assert made["keys"] == ["ema.post_hoc"]
-    assert made["reconstruction"]["sigma_rel"] == 0.15
+    assert found.run()["keys"] == ["ema.post_hoc"]
+    assert json.loads(found.read(MADE))["sigma_rel"] == 0.15
     assert found.read(CONFIG) == checkpoint.find(snapshot_store(open_store(run)))[0].read(CONFIG)
     with pytest.raises(DataError, match="use one of: post_hoc"):
         checkpoint.load_weights(store, found.name, "raw")
 
 
 def test_a_length_that_the_snapshots_are_too_far_apart_for_is_told(run, tmp_path):
-    assert "is a poor match" in str(reconstruct(run, 0.005, str(tmp_path / "poor")))
+    assert "is a poor match" in str(reconstruct(run, 0.01, str(tmp_path / "poor")))
     assert "is a poor match" not in str(reconstruct(run, 0.05, str(tmp_path / "good")))
 
 
-@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.29, 5.0, float("nan"), float("inf")])
-def test_lengths_that_no_profile_has(run, tmp_path, sigma_rel):
-    with pytest.raises(ConfigError, match=r"--sigma-rel .* is not above 0 and at most 0\.2886"):
+@pytest.mark.parametrize(
+    ("sigma_rel", "said"),
+    [
+        (0.0, "0 is no share of the training"),
+        (-0.1, "-0.1 is no share"),
+        (float("nan"), "nan is no share"),
+        (0.29, "0.29 is above 0.2886"),
+        (float("inf"), "inf is above 0.2886"),
+        (1e-200, "1e-200 is below 0.001"),
+        (0.00099, "0.00099 is below 0.001"),
+    ],
+)
+def test_lengths_that_no_profile_has(run, tmp_path, sigma_rel, said):
+    with pytest.raises(ConfigError, match=f"--sigma-rel {said}"):
         reconstruct(run, sigma_rel, str(tmp_path))
+
+
+@pytest.mark.parametrize("at", [None, 50])
+def test_what_the_snapshots_cannot_make_is_refused_and_what_was_made_stays(run, tmp_path, at):
+    store = open_store(str(tmp_path))
+    reconstruct(run, 0.07, store.url)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    wanted = 0.002 if at is None else 0.28
+    said = (
+        rf"--sigma-rel {wanted:g} cannot be made of \d+ snapshots of length 0\.05 and 0\.1: .* matched to 0\.\d+ \(at"
+    )
+    with pytest.raises(ConfigError, match=said):
+        reconstruct(run, wanted, store.url, at)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_coefficients_that_magnify_rounding_are_refused():
+    """Of two lengths that are almost the same."""
+    steps, lengths = np.repeat(np.arange(25.0, STEPS + 1, 25.0), 2), np.tile([0.1, 0.1001], 40)
+    found = fit(steps, lengths, STEPS, 0.07)
+    assert found.error < 0.01
+    with pytest.raises(ConfigError, match=r"by coefficients of \S+ in all \(at most 300\)"):
+        refuse_useless(found, 0.07, [0.1, 0.1001], 40)
+
+
+@pytest.mark.parametrize("damage", ["run.json", COMPLETE, MADE, "rank-00000-of-00001.safetensors"])
+def test_what_was_made_before_and_is_damaged_is_replaced_too(run, truth, tmp_path, damage):
+    store = open_store(str(tmp_path))
+    reconstruct(run, 0.07, store.url)
+    (tmp_path / checkpoint.step_name(STEPS) / damage).write_bytes(b"{")
+    reconstruct(run, 0.15, store.url, 750)
+    assert [one.step for one in checkpoint.find(store)] == [750]
+    assert not list((tmp_path / checkpoint.step_name(STEPS)).glob("*"))
+    assert off(store, truth[0.15], 750) < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -174,10 +219,10 @@ def test_a_damaged_snapshot_is_named_and_nothing_is_written(run, tmp_path):
 def test_snapshots_of_another_model(run, tmp_path):
     store = snapshot_store(open_store(str(tmp_path)))
     texts = {CONFIG: runfile.dump(TrainConfig(manifest="m", output="o", ema=EMA)).encode()}
-    for step, size in ((100, 3), (200, 4)):
+    for step, size in ((180, 3), (200, 4)):
         write_checkpoint(store, step, {"ema.long": {"w": torch.ones(size)}}, texts=texts)
-    with pytest.raises(LatheError, match="step-00000100 is of another model than step-00000200"):
-        reconstruct(str(tmp_path), 0.15, str(tmp_path / "made"))
+    with pytest.raises(LatheError, match="step-00000180 is of another model than step-00000200"):
+        reconstruct(str(tmp_path), 0.11, str(tmp_path / "made"))
 
 
 def test_when_a_snapshot_is_due():

@@ -18,7 +18,7 @@ import torch
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.metrics import read_log
 from pipeline.storage import open_store
 from pipeline.train import checkpoint
@@ -236,8 +236,12 @@ def test_averages_of_any_length_are_made_of_a_run_and_used_like_one(undisturbed,
     chosen = ("ema.snapshot_every=5", "optimizer.schedule=edm2", "optimizer.text_learning_rate_ratio=0.5", averages)
     finish(run.start(*chosen, "steps=12", ranks=1))
     assert [found.step for found in checkpoint.find(snapshot_store(run.store))] == [12, 10, 5]
-    finish(run.start(*chosen, ranks=1))  # longer, from step 12 on
+    finish(run.start(*chosen, "checkpoint.keep=9", ranks=1))  # longer, from step 12 on
     assert [found.step for found in checkpoint.find(snapshot_store(run.store))] == [30, 25, 20, 15, 12, 10, 5]
+    back = copy_of(run, tmp_path / "back", 24)
+    said = finish(back.start(*chosen, "steps=26", ranks=1))
+    assert "deleted 2 snapshots of averages later than step 24: their course was left behind" in said
+    assert [found.step for found in checkpoint.find(snapshot_store(back.store))] == [26, 25, 20, 15, 12, 10, 5]
     made = reconstruct(str(run.output), 0.08, str(tmp_path / "made"))
     assert made.error < 0.03
     short, long, between = (
@@ -250,6 +254,27 @@ def test_averages_of_any_length_are_made_of_a_run_and_used_like_one(undisturbed,
     refused = finish(run.start(*chosen, f"output={made.output}", "steps=31", ranks=1), 4)
     assert "step-00000030 cannot be trained on: it has no weight, exp_avg" in refused
     assert "error: " in finish(undisturbed.start("ema.averages.0.decay=0.5", "steps=40", ranks=1), 2)
+
+
+def test_the_checkpoint_comes_before_the_snapshot_which_is_taken_later_where_it_failed(tmp_path, latents):
+    run = Run(tmp_path, latents)
+    chosen = ("ema.averages=[{name: long, sigma_rel: 0.1}]", "ema.snapshot_every=4", "steps=8")
+    snapshots = snapshot_store(run.store)
+    for step in (4, 8):
+        in_the_way = run.output / "ema" / checkpoint.step_name(step)
+        in_the_way.parent.mkdir(parents=True, exist_ok=True)
+        in_the_way.write_bytes(b"no folder")
+        started = time.monotonic()
+        said = finish(run.start(*chosen), code=StorageError.exit_code)
+        assert time.monotonic() - started < 60
+        assert "Traceback" not in said
+        assert "Not a directory" in said
+        assert run.steps()[0] == step
+        in_the_way.unlink()
+    assert [found.step for found in checkpoint.find(snapshots)] == [4]
+    assert f"going on from {run.output}/step-00000008" in finish(run.start(*chosen, ranks=1))
+    assert [found.step for found in checkpoint.find(snapshots)] == [8, 4]
+    assert "finished already" in finish(run.start(*chosen, ranks=1))
 
 
 def test_a_finished_run_says_so(undisturbed, capfd):

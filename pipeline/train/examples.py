@@ -1,0 +1,116 @@
+"""Batches of latents to what the network sees of them, and what it should say.
+
+Legend: b samples of this rank in a step, C latent channels, h and w sides of the latent, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from pipeline.config import TrainConfig
+from pipeline.data.batch import Batch
+from pipeline.data.datasets import DataSets
+from pipeline.data.prepare import Preparation, Scale, read_empty
+from pipeline.diffusion.objective import objective_of
+from pipeline.errors import DataError
+from pipeline.runtime.process import Process
+from pipeline.train.draws import draw
+
+
+class Example(NamedTuple):
+    """What the network sees of a batch, and what it should say."""
+
+    noisy: Tensor  # float32 [b, C, h, w]
+    timestep: Tensor  # float32 [b], what the timestep embedding is given
+    tokens: Tensor  # int64 [b, L]
+    target: Tensor  # float32 [b, C, h, w]
+    weight: Tensor  # float32 [b], of each sample's loss
+
+
+class Examples:
+    """Latents, noise, time and caption of a batch; all that is random is keyed by (seed, step, position).
+
+    Args:
+        config: the run file.
+        datasets: the latents; the first one's empty prompt is taken.
+        scale: how they are whitened.
+        device: where the network is.
+
+    Raises:
+        StorageError: the empty prompt cannot be read.
+    """
+
+    def __init__(self, config: TrainConfig, datasets: DataSets, scale: Scale, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._objective = objective_of(config.objective, device)
+        self._prepare = Preparation(
+            config.seed,
+            scale,
+            read_empty(datasets.stores[0], datasets.manifests[0]),
+            caption_dropout=config.objective.caption_dropout,
+            dropout_by_tower=config.objective.dropout_by_tower,
+            device=device,
+        )
+
+    def of(self, batch: Batch, share: float) -> Example:
+        """One step's.
+
+        Args:
+            batch: this rank's part.
+            share: of the global batch that counts, see `Counted.share`.
+        """
+        config, batch = self._config, batch.to(self._device)
+        latents = self._prepare.latents(batch.moments, batch.step, batch.positions)
+        (text,) = self._prepare.text(batch.text, batch.step, batch.positions).values()
+        noise, t = draw(
+            self._objective,
+            config.seed,
+            batch.step,
+            batch.positions,
+            shape=tuple(latents.shape[1:]),
+            global_batch=config.global_batch,
+        )
+        point = self._objective.at(latents, noise, t)
+        return Example(
+            noisy=point.input,
+            timestep=point.embedding,
+            tokens=cast(Tensor, text.tokens),  # check_data lets token ids alone pass
+            target=point.target,
+            weight=point.weight * batch.weight / share,
+        )
+
+
+@dataclass
+class Counted:
+    """Samples of all ranks that were drawn, and those of them that were skipped, over all restarts."""
+
+    drawn: int = 0
+    in_vain: int = 0
+
+    def share(self, batch: Batch, ranks: Process, config: TrainConfig, samples: int) -> float:
+        """Share of the global batch that was not skipped: the loss is the mean of that, on any number of ranks.
+
+        Args:
+            batch: this rank's part.
+            ranks: all of them call it.
+            config: the run file.
+            samples: of the data sets.
+
+        Raises:
+            DataError: more were skipped than `loader.max_skip_rate` allows.
+        """
+        counted = float(ranks.sum(batch.weight.sum()))
+        self.drawn += config.global_batch
+        self.in_vain += config.global_batch - round(counted)
+        limit = config.loader.max_skip_rate
+        if self.in_vain > limit * max(self.drawn, samples):
+            raise DataError(
+                f"{self.in_vain} of the {self.drawn} samples drawn could not be read, more than"
+                f" loader.max_skip_rate={limit:g} allows",
+                "mend the latents (`lathe verify` tells what is damaged), or allow for more",
+            )
+        return max(counted, 1.0) / config.global_batch
