@@ -56,18 +56,17 @@ class Process:
         """Whether this is rank 0, which prints, serves metrics and writes what there is once."""
         return self.rank == 0
 
-    def exchange(self, flag: int) -> int:
-        """Post a flag to all ranks and return the largest one of the *previous* call, the same on every rank.
-
-        It travels on a group of its own while the step computes, so nobody waits for it. 0 at the first call.
-        """
-        earlier = 0
-        if self._pending is not None and self._flag is not None:
-            self._pending.wait()
-            earlier = int(self._flag)
+    def post(self, flag: int) -> None:
+        """Send a flag to all ranks. It travels on a group of its own while a step computes, so nobody waits for it."""
         self._flag = torch.tensor(flag)
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.side_group, async_op=True)
-        return earlier
+
+    def posted(self) -> int:
+        """The largest flag that a rank has posted, the same on all of them; once for each `post`."""
+        assert self._pending is not None and self._flag is not None, "nothing was posted"  # noqa: S101, PT018
+        self._pending.wait()
+        self._pending = None
+        return int(self._flag)
 
     def agree(self, problem: Exception | None = None) -> None:
         """Wait for all ranks, and raise if one has a problem: its own there, OtherRankError on the others."""

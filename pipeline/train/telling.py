@@ -52,4 +52,5 @@ def conclusion(where: str, step: int, stopped_by: int) -> str:
     """How a run ended, after `step` steps, with its last checkpoint at `where`; by a signal, or by none (0)."""
     if not stopped_by:
         return f"finished: {where}"
-    return f"stopped by {signal.Signals(stopped_by).name} after step {step}; the same command goes on from {where}"
+    how = f"stopped by {signal.Signals(stopped_by).name}"
+    return f"{how} after step {step}; the same command goes on from {where}" if step else f"{how} before the first step"

@@ -32,6 +32,7 @@ from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_alike, check_data, check_resume
 from pipeline.train.examples import Counted, Examples
+from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
@@ -132,33 +133,47 @@ class Trainer:
         self._resume()
         self.examples = Examples(config, self.datasets, Scale("whiten", self.mean, self.std), self.ranks.device)
         self._introduce()
-        interval, stop = Interval.start(self.ranks.device), 0
         with (
             StopRequest() as request,
             ProgressLine("train", "steps", visible=self.ranks.is_main) as line,
             self._open_loader() as self.loader,
         ):
-            while self.step < config.steps:
-                started = time.perf_counter()
-                batch = next(self.loader)
-                waited = time.perf_counter() - started
-                loss = self.train_step(batch)
-                interval.add(loss, waited, time.perf_counter() - started)
-                stop = self.ranks.exchange(request.signal)
-                last = stop != 0 or self.step == config.steps
-                if self.step % config.log_every == 0 or last:
-                    line.update(self.step, config.steps, self._report(interval))
-                    interval = Interval.start(self.ranks.device)
-                # while steps are skipped the weights may be what is broken: keep the checkpoint from before
-                if (self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row) or last:
-                    self._save()
-                if due(config, self.step):  # a run that has no time left for it takes it when it is resumed
-                    self.snapshots.save(self.step, self._checkpoint_texts())
-                if stop:
-                    break
+            feed = Feed(self.loader, self.ranks, request, config.steps - self.step)
+            self._train(feed, line)
+            if feed.failed:
+                self._save_what_was_done()
+                feed.raise_failure()
         self.metrics.close()
+        stop = feed.stopped_by if self.step < config.steps else 0
         say(conclusion(f"{self.store.url}/{checkpoint.step_name(self.step)}", self.step, stop))
         return stop
+
+    def _train(self, feed: Feed, line: ProgressLine) -> None:
+        """Steps for as long as there are batches; the last one is saved, unless there are no more for a failure."""
+        config, interval = self.config, Interval.start(self.ranks.device)
+        batch = feed.next()
+        while batch is not None:
+            started = time.perf_counter()
+            loss = self.train_step(batch)
+            batch = feed.next()
+            interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
+            if self.step % config.log_every == 0 or batch is None:
+                line.update(self.step, config.steps, self._report(interval))
+                interval = Interval.start(self.ranks.device)
+            # while steps are skipped the weights may be what is broken: keep the checkpoint from before
+            if (self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row) or feed.is_over:
+                self._save()
+            if due(config, self.step):  # a run that has no time left for it takes it when it is resumed
+                self.snapshots.save(self.step, self._checkpoint_texts())
+
+    def _save_what_was_done(self) -> None:
+        """Before a failure is told: the steps since the last checkpoint are not at fault, if they can be saved."""
+        try:
+            self._save()
+        except LatheError as error:
+            say(f"step {self.step} could not be saved: {error.message}")
+        else:
+            say(f"saved step {self.step}, the last one with whole data")
 
     def train_step(self, batch: Batch) -> Tensor:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""

@@ -150,8 +150,8 @@ def test_a_damaged_file_is_noticed_by_all_ranks_and_told_by_one(results, folder)
         assert said.count(f"{file} is damaged: its SHA-256 is not the one noted; the checkpoint is passed over") == 1
 
 
-def test_a_stop_flag_reaches_all_ranks_one_step_later(results):
-    assert [result["flags"] for result in results] == [[0, 0, 15, 0]] * 2
+def test_a_stop_flag_reaches_all_ranks(results):
+    assert [result["flags"] for result in results] == [[0, 15, 0]] * 2
 
 
 def test_what_differs_between_ranks_is_named_on_all(results):

@@ -326,8 +326,12 @@ def damaged(ranks: Process, folder: Path, name: str) -> dict[str, Any]:
 
 
 def flags(ranks: Process) -> list[int]:
-    """Rank 1 asks to stop in the second step; all hear of it in the third."""
-    return [ranks.exchange(15 if ranks.rank == 1 and step == 1 else 0) for step in range(4)]
+    """Rank 1 asks to stop in the second step: all hear of it there."""
+    found = []
+    for step in range(3):
+        ranks.post(15 if ranks.rank == 1 and step == 1 else 0)
+        found.append(ranks.posted())
+    return found
 
 
 def differing(ranks: Process) -> list[list[str]]:

@@ -1,0 +1,83 @@
+"""Batches, one in hand ahead, so that all ranks know before a step whether each of them has its part of it.
+
+A rank that waited for its batch beside others that compute would keep them in a collective, deaf to signals. So a step
+is begun only where all have said that they hold its batch. They said so before the step that came before it, and that
+travelled while it was computed.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.data.batch import Batch
+from pipeline.data.loader import LatentLoader
+from pipeline.errors import LatheError
+from pipeline.runtime.process import Process
+from pipeline.train.preemption import StopRequest
+
+_FAILED = 1 << 16  # beyond any signal's number
+
+
+class Feed:
+    """Gives the same steps to all ranks.
+
+    Args:
+        loader: of this rank's batches.
+        ranks: this rank among the others.
+        request: whether this process was asked to stop.
+        steps: how many batches are wanted.
+    """
+
+    def __init__(self, loader: LatentLoader, ranks: Process, request: StopRequest, steps: int) -> None:
+        self._loader, self._ranks, self._request, self._left = loader, ranks, request, steps
+        self._problem: LatheError | None = None
+        self._held: Batch | None = None
+        self._flag, self._over = 0, False
+        self.waited_seconds = 0.0
+        """What the last `next` waited for data, in seconds."""
+        self._hold()
+
+    @property
+    def stopped_by(self) -> int:
+        """The signal that one of the ranks was asked to stop by; 0 = none."""
+        return 0 if self._flag == _FAILED else self._flag
+
+    @property
+    def failed(self) -> bool:
+        """Whether a rank could not get its batch."""
+        return self._flag == _FAILED
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there are no more batches, and no failure is the reason."""
+        return self._over and not self.failed
+
+    def next(self) -> Batch | None:
+        """The next step's batch; the one after it is waited for.
+
+        None, on all ranks at the same step, where there are no more, one was asked to stop, or one failed.
+        """
+        self._flag, self.waited_seconds = self._ranks.posted(), 0.0
+        batch = self._held
+        self._over = batch is None or self._flag != 0
+        if self._over:
+            return None
+        started = time.perf_counter()
+        self._hold()
+        self.waited_seconds = time.perf_counter() - started
+        return batch
+
+    def raise_failure(self) -> None:
+        """Raise what kept this rank from its batch; OtherRankError on the others."""
+        self._ranks.agree(self._problem)
+
+    def _hold(self) -> None:
+        """Take the batch after this, unless asked to stop while waiting for it, and tell the others."""
+        self._held = None
+        try:
+            if self._left:
+                self._held = self._loader.take(lambda: self._request.signal != 0)
+                self._left -= 1
+        except LatheError as error:
+            self._problem = error
+        self._ranks.post(_FAILED if self._problem else self._request.signal)

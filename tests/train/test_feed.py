@@ -1,0 +1,121 @@
+"""Ranks begin a step only where all hold its batch: they stop and fail together, and nobody waits for data deafly."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.errors import DataError, LatheError
+from pipeline.runtime.launch import OtherRankError
+from pipeline.train.feed import Feed
+
+TERM = 15
+
+
+class Ranks:
+    """Two ranks in threads, which post to each other as processes do."""
+
+    def __init__(self) -> None:
+        self.barrier, self.flags, self.problems = threading.Barrier(2, timeout=20), [0, 0], [None, None]
+
+    def rank(self, rank: int) -> Any:
+        def post(flag: int) -> None:
+            self.flags[rank] = flag
+
+        def posted() -> int:
+            self.barrier.wait()
+            found = max(self.flags)
+            self.barrier.wait()
+            return found
+
+        def agree(problem: LatheError | None) -> None:
+            if problem is not None:
+                raise problem
+            raise OtherRankError("the other rank failed", "")
+
+        return SimpleNamespace(post=post, posted=posted, agree=agree)
+
+
+class Loader:
+    """Gives numbers; before some of them something happens."""
+
+    def __init__(self, **before: Callable[[Callable[[], bool]], bool | None]) -> None:
+        self.before, self.number = before, 0
+
+    def take(self, gives_up: Callable[[], bool]) -> Any:
+        event = self.before.get(f"n{self.number}")
+        if event is not None and event(gives_up):
+            return None
+        self.number += 1
+        return self.number - 1
+
+
+def run(*loaders: Loader, requests: list[SimpleNamespace] | None = None, steps: int = 5) -> list[dict[str, Any]]:
+    ranks, results = Ranks(), [{}, {}]
+    requests = requests or [SimpleNamespace(signal=0), SimpleNamespace(signal=0)]
+
+    def one(rank: int) -> None:
+        feed = Feed(loaders[rank], ranks.rank(rank), requests[rank], steps)
+        seen = []
+        while (batch := feed.next()) is not None:
+            seen.append(batch)
+        results[rank] = {"seen": seen, "stop": feed.stopped_by, "over": feed.is_over, "failed": feed.failed}
+        if feed.failed:
+            with pytest.raises(LatheError) as told:
+                feed.raise_failure()
+            results[rank]["told"] = told.value.message
+
+    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def test_all_batches_are_given_and_none_beyond_is_asked_for() -> None:
+    loaders = [Loader(), Loader()]
+    assert run(*loaders) == [{"seen": [0, 1, 2, 3, 4], "stop": 0, "over": True, "failed": False}] * 2
+    assert [loader.number for loader in loaders] == [5, 5]
+
+
+def test_without_a_step_left_nothing_is_read() -> None:
+    def never(_: Callable[[], bool]) -> None:
+        raise DataError("damaged")
+
+    assert run(Loader(n0=never), Loader(n0=never), steps=0)[0]["over"]
+
+
+def test_both_leave_at_one_step_when_one_is_asked_to_stop() -> None:
+    requests = [SimpleNamespace(signal=0), SimpleNamespace(signal=0)]
+    asks = Loader(n3=lambda _: setattr(requests[1], "signal", TERM))
+    results = run(Loader(), asks, requests=requests)
+    assert results == [{"seen": [0, 1, 2], "stop": TERM, "over": True, "failed": False}] * 2
+
+
+def test_who_waits_for_data_hears_the_signal_and_the_other_is_not_left_in_a_step() -> None:
+    requests = [SimpleNamespace(signal=0), SimpleNamespace(signal=0)]
+
+    def outage(gives_up: Callable[[], bool]) -> bool:
+        assert not gives_up()
+        requests[0].signal = TERM
+        return gives_up()
+
+    results = run(Loader(n2=outage), Loader(), requests=requests)
+    assert results == [{"seen": [0, 1], "stop": TERM, "over": True, "failed": False}] * 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_batch_that_cannot_be_had_ends_both_after_the_same_step(number: int) -> None:
+    def damaged(_: Callable[[], bool]) -> None:
+        raise DataError("block 7 is damaged")
+
+    results = run(Loader(), Loader(**{f"n{number}": damaged}))
+    seen = list(range(number))
+    common = {"seen": seen, "stop": 0, "over": False, "failed": True}
+    assert results == [{**common, "told": "the other rank failed"}, {**common, "told": "block 7 is damaged"}]
