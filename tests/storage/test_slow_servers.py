@@ -94,7 +94,8 @@ def test_a_trickle_is_asked_for_again(server: Server, store: Store, way: str, ca
 
 
 @WAYS
-def test_a_server_that_only_trickles_is_told(server: Server, store: Store, way: str) -> None:
+def test_a_server_that_only_trickles_is_told(server: Server, environment: dict[str, str], way: str) -> None:
+    store = open_store("s3://bucket", environment | {RETRY: "0.3"})
     prepare(store, server, way, *[0.05] * 9)
     with pytest.raises(StorageError, match=r"too slow with s3://bucket/x\.tar .* bytes came within \d s") as told:
         read(store, way)
@@ -107,21 +108,13 @@ def test_who_is_slow_and_steady_has_its_time(
     server: Server, environment: dict[str, str], way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store("s3://bucket", environment | {RATE: "20"})
-    prepare(store, server, way, 0.1)
+    prepare(store, server, way, 0.08)
     server.piece_bytes = len(DATA) // 9
     began = time.monotonic()
     assert read(store, way) == DATA
-    assert time.monotonic() - began > 0.8
+    assert time.monotonic() - began > 0.6
     assert server.seen == 1
     assert not caplog.messages
-
-
-def test_the_rate_may_be_any(server: Server, environment: dict[str, str]) -> None:
-    store = open_store("s3://bucket", environment | {RATE: "0"})
-    prepare(store, server, "usual", 0.1)
-    server.piece_bytes = len(DATA) // 9
-    assert read(store, "usual") == DATA
-    assert server.seen == 1
 
 
 def test_waiting_for_a_connection_is_not_the_servers_time(
@@ -130,10 +123,10 @@ def test_waiting_for_a_connection_is_not_the_servers_time(
     monkeypatch.setattr(s3_client, "_MAX_CONNECTIONS", 1)
     store = open_store("s3://bucket", environment | {RATE: "100"})
     prepare(store, server, "direct", *[0.1] * 9)
-    server.piece_bytes = len(DATA) // 2
-    with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(lambda _: read(store, "direct"), range(6))) == [DATA] * 6
-    assert server.seen == 6
+    server.piece_bytes = len(DATA) // 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: read(store, "direct"), range(4))) == [DATA] * 4
+    assert server.seen == 4
     assert not caplog.messages
 
 
@@ -153,7 +146,7 @@ def test_several_connections_that_were_dropped_are_passed_over(
     server: Server, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, way: str, piece_bytes: int
 ) -> None:
     monkeypatch.setattr(s3_pace, "_MOST_SILENCE_SECONDS", 0.2)
-    store = open_store("s3://bucket", environment | {RETRY: "8"})
+    store = open_store("s3://bucket", environment | {RETRY: "8", RATE: "0"})
     prepare(store, server, way, 9, 9)
     server.piece_bytes = piece_bytes
     began = time.monotonic()
