@@ -270,7 +270,7 @@ def test_a_large_global_batch_costs_a_rank_no_more_than_its_part() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [place.sample.shape for place in places] == [(2,)] * 3
-    assert peak < 1 << 20
+    assert peak < 1 << 26, "the whole batch has 16 GB of positions"
     with pytest.raises(ConfigError, match="more than 1048576"):
         rank_positions(batch, 0, 2)
 
