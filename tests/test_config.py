@@ -97,6 +97,21 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
             "optimizer.text_learning_rate_ratio: Input should be",
         ),
         ("manifest: m\nloader: {mixing: both}", "loader.mixing: Input should be 'steps' or 'batches'"),
+        ("manifest: m\nloader: {cache: ''}", "loader.cache: String should have at least 1 character"),
+        ("manifest: m\nloader: {cache_gib: 1.0e+300}", "loader.cache_gib: Input should be less than"),
+        *(
+            (f"manifest: m\n{text}", f"{field}: Input should be a number, not true or false (got ")
+            for text, field in (
+                ("global_batch: true", "global_batch"),
+                ("seed: off", "seed"),
+                ("loader: {workers: yes}", "loader.workers"),
+                ("loader: {requests: true}", "loader.requests"),
+                ("optimizer: {learning_rate: true}", "optimizer.learning_rate"),
+                ("optimizer: {betas: [0.9, false]}", "optimizer.betas"),
+                ("engine: {zero_stage: true}", "engine.zero_stage"),
+            )
+        ),
+        ("datasets: [{manifest: a, weight: yes}]", "datasets.0.weight: Input should be a number, not true or false"),
     ],
 )
 def test_data_sets_that_cannot_be_are_told(tmp_path_factory: pytest.TempPathFactory, text: str, said: str) -> None:

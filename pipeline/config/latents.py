@@ -63,6 +63,7 @@ class LoaderConfig(Section):
     max_skip_rate: Fraction = Field(0.01, description="share of skipped samples past which the run fails all the same")
     cache: str | None = Field(
         None,
+        min_length=1,
         description="local folder that keeps blocks for later epochs, shared by the ranks of a machine; null = none",
     )
-    cache_gib: Positive = Field(100.0, description="size that the cache may grow to")
+    cache_gib: float = Field(100.0, gt=0, le=2**30, description="size that the cache may grow to")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from pipeline import runfile
 from pipeline.config import DataSetConfig, LoaderConfig
@@ -20,7 +21,7 @@ from pipeline.errors import ConfigError
 
 Source = str | os.PathLike[str] | DataSetConfig | Mapping[str, Any]
 _Values = TypeVar("_Values", bound=Section)
-_Number = Annotated[int, Field(ge=0)]
+_Step = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Options(LoaderConfig):
@@ -31,7 +32,7 @@ class Options(LoaderConfig):
     window: Count
     rank: int | None
     world_size: int | None
-    start_step: _Number
+    start_step: _Step
     split: Split
     normalisation: Normalisation
     posterior: Posterior
@@ -39,13 +40,25 @@ class Options(LoaderConfig):
     dropout_by_tower: bool
 
 
+def _whole(value: Any) -> int:
+    """Integers of any kind, numpy's and torch's too; nothing that only looks like one."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError("Input should be a whole number")
+    return operator.index(value)
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]
+_Place = Annotated[_Whole, Field(ge=0)]
+_Skipped = tuple[_Place, _Place, Annotated[_Whole, Field(ge=WHOLE_SHARD)], _Place]
+
+
 class State(Section):
     """Where to go on, and what is skipped."""
 
-    step: _Number
-    order: int | None = None
-    skipped: list[tuple[_Number, _Number, Annotated[int, Field(ge=WHOLE_SHARD)], _Number]] = Field(default_factory=list)
-    workers: int | None = None
+    step: Annotated[_Step, BeforeValidator(_whole)]
+    order: _Whole | None = None
+    skipped: list[_Skipped] = Field(default_factory=list)
+    workers: Annotated[_Whole, Field(ge=1)] | None = None
 
 
 def checked(kind: type[_Values], values: Mapping[str, Any]) -> _Values:
@@ -67,7 +80,7 @@ def given_device(device: torch.device | str) -> torch.device:
     """A device that can be used. Raises ConfigError."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(1, device=found).item()  # which a device without memory cannot
     except (RuntimeError, TypeError, AssertionError) as error:
         said = f": {str(error).splitlines()[0]}" if isinstance(device, str) else ""
         raise ConfigError(
@@ -77,14 +90,20 @@ def given_device(device: torch.device | str) -> torch.device:
 
 
 def check_skipped(state: State, datasets: DataSets) -> None:
-    """Raises ConfigError where what is skipped is in no shard of the data sets."""
-    for place, (dataset, shard, _, _) in enumerate(state.skipped):
-        shards = len(datasets.manifests[dataset].shards) if dataset < len(datasets.manifests) else None
-        if shards is None or shard >= shards:
-            said = f"there is no data set {dataset}" if shards is None else f"data set {dataset} has no shard {shard}"
-            raise ConfigError(
-                f"LatentDataset: skipped.{place}: {said}", "leave the entry out, or give the state as it was saved"
-            )
+    """Raises ConfigError where what is skipped cannot be in the data sets, by what their manifests tell."""
+    for place, (dataset, shard, block, samples) in enumerate(state.skipped):
+        shards = datasets.manifests[dataset].shards if dataset < len(datasets.manifests) else None
+        if shards is None:
+            said = f"there is no data set {dataset}"
+        elif shard >= len(shards):
+            said = f"data set {dataset} has no shard {shard}"
+        elif max(block + 1, samples) > (there := sum(shards[shard].samples(split) for split in get_args(Split))):
+            said = f"{samples} samples of block {block}: shard {shard} of data set {dataset} has {there} samples"
+        else:
+            continue
+        raise ConfigError(
+            f"LatentDataset: skipped.{place}: {said}", "leave the entry out, or give the state as it was saved"
+        )
 
 
 def _source(source: Source) -> DataSetConfig:

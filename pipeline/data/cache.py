@@ -61,8 +61,8 @@ class BlockCache:
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
-        if "://" in str(folder):
-            raise ConfigError(f"loader.cache={folder} is no local folder", "name a folder on a disk of this machine")
+        if "://" in str(folder) or "\0" in str(folder):
+            raise ConfigError(f"loader.cache={folder!r} is no local folder", "name a folder on a disk of this machine")
         try:
             self._folder = CacheFolder(Path(folder))
         except OSError as error:

@@ -35,6 +35,7 @@ _EPOCHS_CACHED = 2
 _SHARDS, _WINDOWS = 1, 2  # what a hash is for
 _GOLDEN = 2_654_435_769  # 2**32 over the golden ratio
 _LAST = np.uint64(2**64 - 1)
+_MOST_OF_A_RANK = 2**20  # samples at once: plans alone would take gigabytes
 AT_BORDER = -1
 VERSION = 2
 """Of the order: equal inputs of another version give other batches."""
@@ -269,8 +270,9 @@ class Order:
 
     def batch(self, step: int, positions: Integers | None = None) -> Places:
         """What `positions` [b] of the global batch read at `step`; all positions by default."""
-        everyone = np.arange(self.global_batch, dtype=np.int64)
-        positions = everyone if positions is None else np.ascontiguousarray(positions, np.int64)
+        if positions is None:
+            positions = np.arange(self.global_batch, dtype=np.int64)
+        positions = np.ascontiguousarray(positions, np.int64)
         number, batch = self._schedule.at(step)
         group = self.groups[number]
         stream, *found = (np.empty_like(positions) for _ in range(5))
@@ -289,8 +291,8 @@ def rank_positions(global_batch: int, rank: int, world_size: int) -> Integers:
     """The places in the global batch that belong to `rank`: int64 [global_batch / world_size], in order.
 
     Raises:
-        ConfigError: the rank is not one of the world's; or the world size does not divide the global batch, when the
-            nearest that do are named.
+        ConfigError: the rank is not one of the world's; or its part is more than memory holds; or the world size does
+            not divide the global batch, when the nearest that do are named.
     """
     if world_size < 1:
         raise ConfigError(f"world_size: {world_size} ranks read nothing", "start 1 rank or more")
@@ -299,7 +301,8 @@ def rank_positions(global_batch: int, rank: int, world_size: int) -> Integers:
             f"rank: {rank} is none of {world_size} ranks", f"ranks count from 0: give one of 0 to {world_size - 1}"
         )
     if global_batch % world_size:
-        divisors = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
+        small = [d for d in range(1, math.isqrt(global_batch) + 1) if global_batch % d == 0]
+        divisors = [*small, *(global_batch // d for d in reversed(small))]
         below, above = max(d for d in divisors if d < world_size), [d for d in divisors if d > world_size][:1]
         nearest = " or ".join(str(d) for d in [below, *above])
         raise ConfigError(
@@ -307,4 +310,10 @@ def rank_positions(global_batch: int, rank: int, world_size: int) -> Integers:
             f"start {nearest} ranks, or set global_batch to a multiple of {world_size}",
         )
     share = global_batch // world_size
+    if share > _MOST_OF_A_RANK:
+        raise ConfigError(
+            f"global_batch: {global_batch} samples are {share} in each batch of {world_size} ranks, more than"
+            f" {_MOST_OF_A_RANK}",
+            "lower global_batch, or start more ranks",
+        )
     return np.arange(rank * share, (rank + 1) * share, dtype=np.int64)

@@ -1,7 +1,8 @@
 """Local folders and `s3://` prefixes behind one small protocol: whole-or-nothing writes, ranges, retries.
 
-Two variables are read: LATHE_STORAGE_RETRY_SECONDS, how long a silent or busy S3 server is waited for (60), and
-LATHE_S3_PART_MIB, the size of the parts that larger files travel in (32, at least 5).
+Three variables are read: LATHE_STORAGE_RETRY_SECONDS, how long a silent or busy S3 server is waited for (60; a quarter
+of it is how long an object may be silent); LATHE_STORAGE_MIN_KIB_PER_SECOND, the rate below which a request is made
+again (16; 0 = any); and LATHE_S3_PART_MIB, the size of the parts that larger files travel in (32, at least 5).
 """
 
 from pipeline.storage.base import Entry, OpenFile, Store

@@ -34,7 +34,7 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         with translated(path):
-            self._file = path.open("rb", buffering=0)
+            self._file = _opened(path)
         self.size, self.version = self._state()
 
     def read(self, start: int, end: int) -> bytes:
@@ -68,7 +68,7 @@ class LocalStore:
         path = self._path(name)
         first, end = checked_range(start, end)
         ranged = start is not None or end is not None
-        with translated(path), _opened(path) if ranged else path.open("rb", buffering=0) as file:
+        with translated(path), _opened(path) as file:
             there = os.fstat(file.fileno()).st_size - first
             data = file.read() if not ranged else _pread(file, first, there if end is None else min(end - first, there))
         traffic.count(requests=1, bytes_read=len(data))
@@ -215,7 +215,7 @@ def _take_name(partial: Path, path: Path, replace: bool) -> bool:
 def _copy(source: Path, target: Path) -> int:
     """Copy a local file, whole or not at all; its size. Raises StorageError."""
     with translated(source):
-        reader = source.open("rb")
+        reader = _opened(source)
 
     def fill(writer: BinaryIO) -> None:
         reader.seek(0)
@@ -312,4 +312,4 @@ def _opened(path: Path) -> FileIO:
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise StorageError(f"{path} is no file that can be read in parts", "put a plain file there")
+    raise StorageError(f"{path} is no file, but a pipe or a device", "put a plain file there")

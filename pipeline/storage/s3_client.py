@@ -14,15 +14,15 @@ from typing import Any
 
 import s3fs
 
-from pipeline.errors import ConfigError
 from pipeline.storage import traffic
-from pipeline.storage.s3_errors import Kind, S3Error, explain, fault_of, without_secrets
+from pipeline.storage.s3_errors import PASSING, Kind, S3Error, explain, fault_of, without_secrets
+from pipeline.storage.s3_pace import Deadline, Pace, pace
 from pipeline.storage.s3_ranges import RangeReader
 
 log = logging.getLogger("lathe.storage")
-_RETRY_VARIABLE = "LATHE_STORAGE_RETRY_SECONDS"
 _MAX_CONNECTIONS = 32
 _MAX_DELAY_SECONDS = 5.0
+_SLOW_TRIES = 3  # each may take longer than all retries together
 # A server that has just come back may refuse keys and buckets until it has read its own tables.
 _WARM_UP_SECONDS = 5.0
 # Answers that callers look into; every other fault is told to the user.
@@ -36,11 +36,12 @@ class S3Client:
     connection after 6 s. It works on an event loop in a thread of its own.
     """
 
-    def __init__(self, retry_seconds: float, given: Mapping[str, str]) -> None:
+    def __init__(self, pace: Pace, given: Mapping[str, str]) -> None:
         """`given`: AWS_* variables that stand in for the process's own; empty = the standard chain."""
         for name in ("botocore", "aiobotocore"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they announce where they found keys and endpoint
-        self._retry_seconds = retry_seconds
+        self._pace = pace
+        self._connections = asyncio.Semaphore(_MAX_CONNECTIONS)  # who waits for one has asked for nothing yet
         self._outage = _Outage()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lathe-s3", daemon=True)
@@ -56,7 +57,7 @@ class S3Client:
             config_kwargs={
                 **({"proxies": {}} if given else {}),
                 "connect_timeout": 5,
-                "read_timeout": min(60.0, max(2.0, retry_seconds)),
+                "read_timeout": pace.silence_seconds,
                 "max_pool_connections": _MAX_CONNECTIONS,
                 "retries": {"total_max_attempts": 1, "mode": "standard"},
             },
@@ -75,7 +76,7 @@ class S3Client:
             StorageError: anything else.
         """
         request = {"Bucket": bucket, **({"Key": key} if key else {}), **arguments}
-        trial = _Trial(self._retry_seconds)
+        trial = _Trial(self._pace.retry_seconds)
         while True:
             try:
                 answer = self._run(method, request)
@@ -93,7 +94,9 @@ class S3Client:
                     raise fault from cause
                 raise explain(fault, self.endpoint, bucket, key, trial.waited()) from cause
             traffic.count(requests=1, retries=1)
-            if trial.attempts > 1:
+            if fault.kind is Kind.SLOW:
+                log.warning("s3://%s/%s: %s; asking again", bucket, key, fault.said)
+            elif trial.attempts > 1:
                 self._outage.begin(self.endpoint, fault, trial.left())
             trial.pause()
 
@@ -129,12 +132,14 @@ class S3Client:
 
     def _run(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         async def ask() -> dict[str, Any]:
-            if method == "get_object" and request.keys() == {"Bucket", "Key", "Range"}:
-                return {"Body": await self._read_range(request)}
-            answer: dict[str, Any] = await self._fs._call_s3(method, **request)
-            if "Body" in answer:
-                answer = {**answer, "Body": await (await self._reader()).content(answer, request.get("Range"))}
-            return answer
+            ranges = await self._reader()
+            async with self._connections, Deadline(self._pace, method, request) as deadline:
+                if method == "get_object" and request.keys() == {"Bucket", "Key", "Range"}:
+                    return {"Body": await self._read_range(ranges, request, deadline)}
+                answer: dict[str, Any] = await self._fs._call_s3(method, **request)
+                if "Body" in answer:
+                    answer = {**answer, "Body": await ranges.content(answer, request.get("Range"), deadline)}
+                return answer
 
         future = asyncio.run_coroutine_threadsafe(ask(), self._loop)
         try:
@@ -143,24 +148,27 @@ class S3Client:
             future.cancel()
             raise
 
-    async def _read_range(self, request: dict[str, Any]) -> bytes:
+    async def _read_range(self, ranges: RangeReader, request: dict[str, Any], deadline: Deadline) -> bytes:
         """The bytes of a range: directly, or as any other answer where its object is not known or that is refused."""
-        place, ranges = (request["Bucket"], request["Key"]), await self._reader()
+        place = (request["Bucket"], request["Key"])
         refused = ranges.knows(*place)
         if refused:
-            data = await ranges.read(*place, request["Range"])
+            data = await ranges.read(*place, request["Range"], deadline)
             if data is not None:
                 return data
             traffic.count(requests=1)
         ranges.watch()
-        data = await ranges.content(await self._fs._call_s3("get_object", **request), request["Range"])
+        answer = await self._fs._call_s3("get_object", **request)
+        data = await ranges.content(answer, request["Range"], deadline)
         ranges.learn(*place, refused=refused)
         return data
 
     async def _reader(self) -> RangeReader:
         if self._ranges is None:
             client = await self._fs.set_session()
-            self._ranges = self._ranges or RangeReader(client)  # another task may have been faster
+            if self._ranges is None:  # another task may have been faster
+                client.meta.events.register("provide-client-params.s3", self._pace.allow_work)
+                self._ranges = RangeReader(client)
         return self._ranges
 
 
@@ -182,9 +190,9 @@ class _Trial:
         now = time.monotonic()
         if self._first_fault is None:
             self._first_fault = now
-        if fault.kind is Kind.TRANSIENT:
+        if fault.kind in PASSING:
             self._last_silence = now
-            return self.left() > 0
+            return self.left() > 0 or (fault.kind is Kind.SLOW and self.attempts < _SLOW_TRIES)
         warming_up = self._last_silence is not None and now - self._last_silence < _WARM_UP_SECONDS
         return warming_up and fault.kind in (Kind.FORBIDDEN, Kind.NO_BUCKET, Kind.NO_OBJECT) and self.left() > 0
 
@@ -233,25 +241,15 @@ def client(given: Mapping[str, str]) -> S3Client:
     """This process's client for the present AWS_* variables, or for those `given`; made on first use.
 
     Raises:
-        ConfigError: LATHE_STORAGE_RETRY_SECONDS is no number.
+        ConfigError: a LATHE_STORAGE_* variable is no number.
     """
-    said = given.get(_RETRY_VARIABLE) or os.environ.get(_RETRY_VARIABLE, "60")
+    wanted = pace(given)
     settings = tuple(sorted((k, v) for k, v in {**os.environ, **given}.items() if k.startswith("AWS_")))
     with _lock:
-        found = _clients.get((said, *settings))
+        found = _clients.get((wanted, *settings))
         if found is None:
-            found = _clients[(said, *settings)] = S3Client(_seconds(said), given)
+            found = _clients[(wanted, *settings)] = S3Client(wanted, given)
         return found
-
-
-def _seconds(said: str) -> float:
-    try:
-        seconds = float(said)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ConfigError(f"{_RETRY_VARIABLE}={said!r} is not a number of seconds", f"write {_RETRY_VARIABLE}=60")
-    return seconds
 
 
 def _after_fork() -> None:

@@ -14,11 +14,15 @@ from botocore.parsers import ResponseParserError
 
 from pipeline.errors import StorageError
 
+RATE_VARIABLE = "LATHE_STORAGE_MIN_KIB_PER_SECOND"
+
 
 class Kind(enum.Enum):
     """What can be done about a fault."""
 
     TRANSIENT = "try again"
+    GARBLED = "it came cut or changed"
+    SLOW = "it came too slowly"
     NO_BUCKET = "the bucket is not there"
     NO_OBJECT = "the object is not there"
     NO_UPLOAD = "the unfinished upload is not there"
@@ -27,6 +31,10 @@ class Kind(enum.Enum):
     CONDITION = "a condition of the request does not hold"
     RANGE = "the range begins beyond the end"
     OTHER = "refused"
+
+
+PASSING = (Kind.TRANSIENT, Kind.GARBLED, Kind.SLOW)
+"""Faults after which a request is made again."""
 
 
 class S3Error(Exception):
@@ -96,7 +104,7 @@ def fault_of(error: BaseException) -> S3Error:
     if isinstance(error, _KEYS):
         return S3Error(Kind.NO_KEYS, said, answered=False)
     if isinstance(error, _GARBLED):
-        return S3Error(Kind.TRANSIENT, said, answered=True)
+        return S3Error(Kind.GARBLED, said, answered=True)
     if isinstance(error, _PASSING):
         return S3Error(Kind.TRANSIENT, said, answered=False)
     if isinstance(error, boto.BotoCoreError | ValueError | OSError):
@@ -151,6 +159,12 @@ def explain(fault: S3Error, endpoint: str, bucket: str, key: str, waited: float)
         case Kind.NO_KEYS:
             message = f"no S3 keys found for {place} ({fault.said})"
             remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        case Kind.GARBLED:
+            message = f"{server} kept failing on {place} for {waited:.0f} s: it came cut or changed ({fault.said})"
+            remedy = "look at the proxies in between and the server's log, then run the same command again"
+        case Kind.SLOW:
+            message = f"{server} kept being too slow with {place} for {waited:.0f} s ({fault.said})"
+            remedy = f"look at the server and the network; where they are as slow as that, set a lower {RATE_VARIABLE}"
         case Kind.TRANSIENT if fault.answered:
             message = f"{server} kept failing on {place} for {waited:.0f} s ({fault.said})"
             remedy = "look at the server's log and its free disk space, then run the same command again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +22,12 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
 from pipeline.storage.s3_errors import Kind, S3Error, passes, without_secrets
+from pipeline.storage.s3_pace import Deadline
 
 _log = logging.getLogger("lathe.storage")
 _ADDRESSES_KEPT = 65_536
 _REFUSALS = 3  # in a row, of what the usual way was granted: then nothing is asked for directly any more
-_PIECE_BYTES = 1 << 20  # of objects that come whole, at a time
+_PIECE_BYTES = 1 << 20  # at a time, of what comes the usual way
 _NO_END = 1 << 63  # beyond any object's
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.ASCII)
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d+/([^/]+)/s3/aws4_request\b")
@@ -62,14 +64,14 @@ class RangeReader:
         """Whether ranges of this object can be read directly."""
         return (bucket, key) in self._addresses and self._refusals < _REFUSALS
 
-    async def read(self, bucket: str, key: str, byte_range: str) -> bytes | None:
+    async def read(self, bucket: str, key: str, byte_range: str, deadline: Deadline) -> bytes | None:
         """The bytes of a range of an object that is known.
 
         Returns:
             None where the server refuses: the usual way tells why, and may be granted it.
 
         Raises:
-            S3Error: Kind.TRANSIENT where the server is busy, or sends another range or less of it.
+            S3Error: Kind.TRANSIENT where the server is busy; Kind.GARBLED where it sends another range, or less of it.
             HTTPClientError, aiohttp.ClientError: of the network. The next attempt after an answer that cannot be used
                 goes the usual way.
         """
@@ -82,7 +84,7 @@ class RangeReader:
         data = None
         try:
             async with answer:
-                data = await self._received(answer, byte_range)
+                data = await self._received(answer, byte_range, deadline)
         finally:
             if data is None:
                 self._addresses.pop((bucket, key), None)
@@ -90,20 +92,20 @@ class RangeReader:
                 self._refusals = 0
         return data
 
-    async def content(self, answer: dict[str, Any], byte_range: str | None) -> bytes:
+    async def content(self, answer: dict[str, Any], byte_range: str | None, deadline: Deadline) -> bytes:
         """What botocore's answer brings: the range, where one was asked for.
 
         Raises:
-            S3Error: Kind.TRANSIENT where it is another range, or less of it.
+            S3Error: Kind.GARBLED where it is another range, or less of it.
             BotoCoreError, aiohttp.ClientError: of the network.
         """
         body, told = answer["Body"], answer.get("ContentRange", "")
         async with body:
             if byte_range is None:
-                return bytes(await body.read())
+                return b"".join([piece async for piece in _pieces(body, deadline)])
             if answer["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.OK and not told:
-                return await self._cut(body, byte_range)
-            return _checked(await body.read(), told, byte_range)
+                return await self._cut(body, byte_range, deadline)
+            return _checked(b"".join([piece async for piece in _pieces(body, deadline)]), told, byte_range)
 
     def watch(self) -> None:
         """Note what this task sends from now on, for `learn`."""
@@ -125,7 +127,7 @@ class RangeReader:
                 del self._addresses[next(iter(self._addresses))]
             self._addresses[bucket, key] = _Address(url, scope.group(1) if scope else None)
 
-    async def _received(self, answer: aiohttp.ClientResponse, byte_range: str) -> bytes | None:
+    async def _received(self, answer: aiohttp.ClientResponse, byte_range: str, deadline: Deadline) -> bytes | None:
         """The range in an answer to `read`; None where it is refused."""
         if passes(answer.status):
             raise S3Error(Kind.TRANSIENT, without_secrets(f"{answer.status} {answer.reason}"), answered=True)
@@ -133,11 +135,12 @@ class RangeReader:
             return None
         told = answer.headers.get("Content-Range", "")
         if answer.status == HTTPStatus.OK and not told:
-            return await self._cut(answer.content, byte_range)
+            return await self._cut(answer.content, byte_range, deadline)
         # One joint: aiohttp's own read() copies the pieces twice.
-        return _checked(b"".join([piece async for piece, _ in answer.content.iter_chunks()]), told, byte_range)
+        data = b"".join([deadline.came(piece) async for piece, _ in answer.content.iter_chunks()])
+        return _checked(data, told, byte_range)
 
-    async def _cut(self, body: Any, byte_range: str) -> bytes:
+    async def _cut(self, body: Any, byte_range: str, deadline: Deadline) -> bytes:
         """A range out of a whole object, which is read no further than that; warns once."""
         if not self._cuts:
             self._cuts = True
@@ -145,10 +148,18 @@ class RangeReader:
             _log.warning("S3 at %s sends whole objects where ranges are asked for: that is slow", server)
         first, last = _bounds(byte_range)
         at, kept = 0, []
-        while at <= last and (piece := await body.read(_PIECE_BYTES)):
+        async for piece in _pieces(body, deadline):
             kept.append(piece[max(0, first - at) : last + 1 - at])
             at += len(piece)
+            if at > last:
+                break
         return b"".join(kept)
+
+
+async def _pieces(body: Any, deadline: Deadline) -> AsyncIterator[bytes]:
+    """A body as it comes; one that is longer than was asked for has its time."""
+    while piece := await body.read(_PIECE_BYTES):
+        yield deadline.came(piece)
 
 
 def _bounds(byte_range: str) -> tuple[int, int]:
@@ -161,7 +172,7 @@ def _checked(data: bytes, told: str, byte_range: str) -> bytes:
     """The data of an answer whose Content-Range is `told`, as far as this is what was asked for.
 
     Raises:
-        S3Error: Kind.TRANSIENT: it is another range, or ends before this one and the object do.
+        S3Error: Kind.GARBLED: it is another range, or ends before this one and the object do.
     """
     (first, last), found = _bounds(byte_range), _CONTENT_RANGE.fullmatch(told)
     if found is not None:
@@ -170,7 +181,7 @@ def _checked(data: bytes, told: str, byte_range: str) -> bytes:
         if whole and begin == first and len(data) == end + 1 - begin:
             return data
     said = f"{len(data)} bytes with Content-Range {told or 'missing'!r} in answer to {byte_range!r}"
-    raise S3Error(Kind.TRANSIENT, without_secrets(said), answered=True)
+    raise S3Error(Kind.GARBLED, without_secrets(said), answered=True)
 
 
 def _note_sent(request: Any, **_: Any) -> None:

@@ -186,6 +186,8 @@ class TestOpening:
             BlockCache(tmp_path / "file" / "cache", KIB)
         with pytest.raises(ConfigError, match="no local folder"):
             BlockCache("s3://bucket/cache", KIB)
+        with pytest.raises(ConfigError, match=r"'a\\x00b' is no local folder"):
+            BlockCache("a\0b", KIB)
 
     def test_it_waits_for_nothing(self, tmp_path: Path) -> None:
         """The scan is held up by the ledger's lock, as a million entries would; the first batch does not notice."""

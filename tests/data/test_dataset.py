@@ -215,12 +215,25 @@ def test_a_state_is_not_for_another_order(latents: str, changes: dict[str, Any])
         {"step": -1},
         {"epoch": 1, "step": 1},
         *({"step": 1, "skipped": [skip]} for skip in ([1], [0, 0, 1], [0, 0, -2, 8], [1, 0, 0, 8], [0, 5, 0, 8])),
+        *({"step": 1, "skipped": [skip]} for skip in ([0, 0, 999, 8], [0, 0, 0, 999], [0, 0, 0, True], [0, 0, 0.0, 8])),
+        *({"step": step} for step in (True, "3", 3.0, 2**31, 10**30, None)),
+        *({"step": 1, "order": order} for order in (True, 1.0, "1")),
+        *({"step": 1, "workers": workers} for workers in (0, -1, True, "1")),
     ],
 )
 def test_what_is_no_state_is_refused(latents: str, state: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="LatentDataset: ") as error:
         dataset(latents).load_state_dict(state)
     assert "command" not in error.value.remedy
+    assert "\n" not in error.value.message
+
+
+def test_a_states_numbers_may_be_numpys_and_torchs(latents: str, expected: list[str]) -> None:
+    stream = dataset(latents)
+    stream.load_state_dict({"step": torch.tensor(2), "skipped": [(np.int32(0), torch.tensor(3), 0, np.uint8(8))]})
+    assert stream.state_dict()["skipped"] == [[0, 3, 0, 8]]
+    stream.load_state_dict({"step": np.int64(2)})
+    assert digests(take(stream, 2)) == expected[2:4]
 
 
 def test_what_is_skipped_stays_so(latents: str) -> None:
@@ -428,6 +441,15 @@ def test_damage_by_option_costs_weight(tmp_path: Path) -> None:
         ({"chache": "/nvme"}, "chache: unknown field"),
         ({"batch_size": 3}, "batch_size: unknown field"),
         ({"rank": "x", "world_size": 2}, "rank: "),
+        ({"rank": True, "world_size": 2}, "rank: Input should be a number, not true or false .got True"),
+        ({"seed": True}, "seed: "),
+        ({"window": True}, "window: "),
+        ({"requests": True}, "requests: "),
+        ({"caption_dropout": True}, "caption_dropout: "),
+        ({"start_step": 10**30}, "start_step: "),
+        ({"cache": ""}, "cache: "),
+        ({"cache_gib": 1e300}, "cache_gib: "),
+        ({"device": "meta"}, "device: 'meta' cannot be used: "),
         ({"device": "cud"}, "device: 'cud' cannot be used: "),
         ({"device": None}, "device: None cannot be used"),
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used: "),

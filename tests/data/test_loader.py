@@ -638,11 +638,13 @@ def test_a_start_before_the_order_begins_is_refused(latents: str) -> None:
         loader(latents, start_step=4, origin=5)
 
 
-def test_a_pipe_in_place_of_a_shard_is_refused(latents: str) -> None:
-    shard = Path(latents).parent / "00005.tar"
-    shard.unlink()
-    os.mkfifo(shard)
-    with pytest.raises(StorageError, match=r"00005\.tar is no file"):
+@pytest.mark.parametrize("name", ["00005.tar", "00005.tar.receipt.json", "manifest.json"])
+def test_a_pipe_in_place_of_a_file_is_refused(latents: str, name: str) -> None:
+    """Who opens one waits for its other end."""
+    file = Path(latents).parent / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(StorageError, match=rf"{name} is no file"):
         load(latents, 10)
 
 

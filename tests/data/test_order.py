@@ -1,5 +1,6 @@
 """The data order: each epoch holds each sample once, at any world size and from any step."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -255,6 +256,23 @@ def test_other_world_sizes_are_refused_with_the_nearest(batch: int, world: int, 
         rank_positions(batch, 0, world)
     assert f"{world} ranks" in error.value.message
     assert f"start {nearest} ranks" in error.value.remedy
+
+
+def test_a_large_global_batch_costs_a_rank_no_more_than_its_part() -> None:
+    batch = 2**31 - 2
+    with pytest.raises(ConfigError) as error:
+        rank_positions(batch, 0, 5)
+    assert "start 3 or 6 ranks" in error.value.remedy
+    positions = rank_positions(batch, 7, batch // 2)
+    order = Order([[40, 33]], global_batch=batch, seed=0, window=4)
+    tracemalloc.start()
+    places = [order.batch(step, positions) for step in range(3)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [place.sample.shape for place in places] == [(2,)] * 3
+    assert peak < 1 << 26, "the whole batch has 16 GB of positions"
+    with pytest.raises(ConfigError, match="more than 1048576"):
+        rank_positions(batch, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,20 @@ class TestFolder:
         os.mkfifo(tmp_path / "pipe.tar")
         assert [entry.name for entry in open_store(str(tmp_path)).list()] == ["file"]
 
+    @pytest.mark.parametrize("name", ["pipe", "zero"])
+    def test_only_files_are_read(self, tmp_path: Path, name: str) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "zero").symlink_to("/dev/zero")
+        store = open_store(str(tmp_path))
+        for read in (
+            lambda: store.read(name),
+            lambda: store.read(name, 0, 5),
+            lambda: store.open(name),
+            lambda: store.download(name, tmp_path / "copy"),
+        ):
+            with pytest.raises(StorageError, match=f"{name} is no file, but a pipe or a device"):
+                read()
+
     def test_a_full_disk_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
         store = open_store(str(tmp_path))
         store.write("f", b"old")
