@@ -32,6 +32,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Under continuous integration nothing may be left out: a skipped test fails the run."""
+    gc.unfreeze()  # what a library says of what it finds at the end would be about frozen objects
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
         reporter.write_line("tests were skipped, which continuous integration does not allow", red=True)
