@@ -74,6 +74,14 @@ def test_a_loss_scale_finds_its_size(results, engine):
 
 
 @pytest.mark.ranks
+def test_float16_is_refused_where_deepspeed_does_not_run_it(alone):
+    assert alone["refused"] == (
+        "engine.precision: DeepSpeed does not run float16 on this cpu\n"
+        "  set engine.precision to bfloat16 or float32, or engine.zero_stage to 0"
+    )
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_ddp_does_not_wait_for_the_device(results, precision):
     for result in results:

@@ -73,6 +73,7 @@ def by_two(ranks: Process, folder: Path) -> dict[str, Any]:
 
 def by_one(ranks: Process, folder: Path) -> dict[str, Any]:
     return {
+        "refused": skipping.refused(ranks),
         "elsewhere": saving.elsewhere(ranks, folder),
         "averages": averages.checks(ranks),
         "elastic": elastic.read(ranks, folder, 2, elastic.ONE_EACH) | elastic.read(ranks, folder, 1, elastic.ONE_EACH),

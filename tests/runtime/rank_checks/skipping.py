@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.errors import SetupError
 from pipeline.runtime import state
 from pipeline.runtime.engine import LossScale
 from pipeline.runtime.process import Process
@@ -82,6 +83,20 @@ def control(ranks: Process) -> int:
     with _Waits() as counted:
         built.gradient_norm()
     return counted.count
+
+
+def refused(ranks: Process) -> str:
+    """float16 where DeepSpeed does not run it, as on most CPUs."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: False
+    try:
+        build(ranks, 2, "float16")
+    except SetupError as error:
+        return str(error)
+    finally:
+        get_accelerator().is_fp16_supported = lambda: True
+    return ""
 
 
 def checks(ranks: Process) -> dict[str, Any]:
