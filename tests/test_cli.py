@@ -296,3 +296,15 @@ def test_inspect_prints_what_is_described(monkeypatch: pytest.MonkeyPatch, capsy
     assert run(monkeypatch, "inspect", "a.tar") == 0
     assert run(monkeypatch, "inspect", "a.tar", "--samples", "2", "--json") == 0
     assert capsys.readouterr().out == "a.tar 6 False\na.tar 2 True\n"
+
+
+def test_the_engine_of_a_run_is_printed_for_any_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("job: train\nmanifest: nowhere\noutput: nowhere\nglobal_batch: 256\nengine: {zero_stage: 3}\n")
+    assert run(monkeypatch, "train", str(file), "engine.accumulation=2", "--print-engine", "64") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert (whole["train_micro_batch_size_per_gpu"], whole["zero_optimization"]["stage"]) == (2, 3)
+    assert run(monkeypatch, "train", str(file), "--print-engine", "7") == 2
+    assert "global_batch: 256 samples cannot be shared equally by 7 ranks" in capsys.readouterr().err

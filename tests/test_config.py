@@ -50,6 +50,24 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
         ("manifest: m\nloader: {requests: 0}", "loader.requests: Input should be greater than or equal to 1"),
         ("manifest: m\nloader: {cache_gib: 0}", "loader.cache_gib: Input should be greater than 0"),
         ("manifest: m\nema_decay: 0.99", "ema_decay: unknown field"),
+        (
+            "manifest: m\nengine: {zero_stage: 0, offload_optimizer: true}",
+            "engine: offload_optimizer: true, but DDP keeps its optimizer on the device; set zero_stage to 1, 2 or 3",
+        ),
+        (
+            "manifest: m\nengine: {offload_parameters: true}",
+            "engine: offload_parameters: true, but zero_stage 2 keeps whole weights; set zero_stage to 3",
+        ),
+        (
+            "manifest: m\nengine: {zero_stage: 3, compile: true}",
+            "engine: compile: true, but in ZeRO-3 torch compiles the hooks of every layer anew until it gives up; set",
+        ),
+        (
+            "manifest: m\nengine: {precision: bfloat16, loss_scale: {initial_power: 8}}",
+            "engine: loss_scale: set, but precision bfloat16 has none; set precision to float16, or leave it out",
+        ),
+        ("manifest: m\nengine: {zero_stage: 4}", "engine.zero_stage: Input should be 0, 1, 2 or 3"),
+        ("manifest: m\nengine: {accumulation: 0}", "engine.accumulation: Input should be greater than or equal to 1"),
         ("manifest: m\nema: {averages: [{decay: 1}]}", "ema.averages.0.decay: Input should be less than 1"),
         ("manifest: m\nema: {averages: [{}]}", "ema.averages.0: main: give decay or sigma_rel, one of the two"),
         (

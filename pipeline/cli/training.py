@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -29,19 +30,35 @@ def train_vae(config: Config, overrides: Overrides = None) -> None:
     say(result)
 
 
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    print_engine: Annotated[
+        int | None,
+        typer.Option(
+            "--print-engine",
+            metavar="RANKS",
+            min=1,
+            help="Print the engine's whole configuration for so many ranks, DeepSpeed's own, and do nothing else.",
+        ),
+    ] = None,
+) -> None:
     """Train the text-to-image model on latent shards.
 
     Stopped or killed, the same command goes on from the last checkpoint.
 
     ```
     lathe train configs/demo/train.yaml root=my-run
+    lathe train configs/demo/train.yaml --print-engine 64  # is it what I meant?
     launchers/accelerate.sh configs/demo/train.yaml root=my-run  # several ranks
     ```
     """
     settings = runfile.load(TrainConfig, config, overrides)
-    from pipeline.train.trainer import fit
+    from pipeline.train.trainer import engine_configuration, fit
 
+    if print_engine:
+        say(json.dumps(engine_configuration(settings, print_engine), indent=1))
+        return
     fit(settings)
 
 

@@ -129,16 +129,67 @@ class EMAConfig(Section):
         return tuple(average for average in self.averages if average.sigma_rel is not None)
 
 
-class EngineConfig(Section):
-    """How the optimizer's state is cut over the ranks, and in which precision the network runs."""
+class LossScaleConfig(Section):
+    """float16: the loss is multiplied by this, so that small gradients do not become 0; halved when they overflow."""
 
-    zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage")
-    precision: Literal["float32", "bfloat16"] = "float32"
+    initial_power: int = Field(16, ge=0, le=24, description="the first scale is 2 to this; it finds its size by itself")
+    growth_interval: Count = Field(1000, description="steps without an overflow after which the scale is doubled")
+
+
+class EngineConfig(Section):
+    """How state is cut over the ranks, in which precision the network runs, and what saves memory or time."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="DeepSpeed ZeRO: 1 cuts the optimizer's state over the ranks, 2 gradients too, 3 weights too;"
+        " 0 = plain DDP without DeepSpeed, every rank holding all: for one machine",
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the working weights and the network; optimizer and averages are float32 in all"
+    )
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    accumulation: Count = Field(
+        1, description="micro batches that a rank takes one after the other in each step, to save memory"
+    )
+    offload_optimizer: bool = Field(
+        False, description="ZeRO: float32 weights, optimizer and averages in the host's memory, updated by its cores"
+    )
+    offload_parameters: bool = Field(
+        False, description="ZeRO-3: working weights too in the host's memory, fetched layer by layer"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass rather than keep them; a third more compute"
+    )
+    channels_last: bool = Field(
+        False, description="memory format of activations; often faster on GPUs, in low precision"
+    )
+    compile: bool = Field(False, description="torch.compile the network, but not in ZeRO-3; minutes at start, on GPUs")
     world_size: Count | None = Field(None, description="ranks that must be there at start; null = any")
     threads_per_rank: Threads | None = Field(
         None, description="CPU threads of each rank; null = OMP_NUM_THREADS, or cores / local ranks"
     )
     timeout_seconds: float = Field(600.0, gt=0, le=1e7, description="a rank that is silent this long ends the others")
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> EngineConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer: true, but DDP keeps its optimizer on the device; set zero_stage to 1, 2 or 3"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters: true, but zero_stage {self.zero_stage} keeps whole weights; set zero_stage to 3"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile: true, but in ZeRO-3 torch compiles the hooks of every layer anew until it gives up; set"
+                " zero_stage to 0, 1 or 2, or compile to false"
+            )
+        if self.loss_scale != LossScaleConfig() and self.precision != "float16":
+            raise ValueError(
+                f"loss_scale: set, but precision {self.precision} has none; set precision to float16, or leave it out"
+            )
+        return self
 
 
 class MetricsConfig(Section):

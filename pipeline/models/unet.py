@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -50,6 +51,20 @@ class TextToImage(nn.Module):
         self.unet = unet
         self.text = text
 
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass rather than keep them."""
+        self.unet.enable_gradient_checkpointing()
+        self.text.transformer.set_grad_checkpointing(True)
+
+    def use_channels_last(self) -> None:
+        """Give every convolution channels-last activations, which diffusers' attention would undo again and again.
+
+        Weights stay as they are: DeepSpeed's broadcast takes no others.
+        """
+        for layer in self.unet.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_pre_hook(_channels_last)
+
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
         """Say what the objective has it learn: velocity, noise, data.
 
@@ -63,3 +78,7 @@ class TextToImage(nn.Module):
         """
         output: Tensor = self.unet(noisy.to(self.unet.dtype), timestep, self.text(tokens)).sample
         return output
+
+
+def _channels_last(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(memory_format=torch.channels_last),)

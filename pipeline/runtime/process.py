@@ -1,6 +1,7 @@
 """One training process among its ranks: how it starts, what it checks at once, and how it leaves.
 
-accelerate brings up the process group (NCCL with GPUs, gloo without). Two traps are dealt with here. Without a GPU,
+For ZeRO accelerate brings up the process group (NCCL with GPUs, gloo without), for plain DDP torch alone, and neither
+accelerate nor DeepSpeed is imported. Two traps are dealt with here. Without a GPU,
 `Accelerator(cpu=True)` drops DeepSpeed without a word and lets every rank believe that it is alone; `PartialState`
 first, then an `Accelerator` with a plugin, gives real ranks and a real engine. And DeepSpeed compiles a shared-memory
 operator (80 s, needs a C++ compiler) as soon as it starts on a CPU, though only its inference kernels ever call it:
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
+from pipeline.runtime.deepspeed_config import choose_accelerator
 from pipeline.runtime.launch import OtherRankError, end_with_launcher
 
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
@@ -123,28 +125,20 @@ def start(config: EngineConfig) -> Process:
     """
     end_with_launcher()
     on_gpu = torch.cuda.is_available()
-    _prepare_environment(on_gpu)
+    _prepare_environment()
     threads = config.threads_per_rank or _threads()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     if not on_gpu:
         torch.backends.cuda.enable_flash_sdp(False)  # on a CPU too: its bfloat16 backward is ten times the plain one's
     announced = int(os.environ["WORLD_SIZE"])
-
-    import deepspeed.ops
-    import deepspeed.utils.groups
-    from accelerate import PartialState
-
-    _be_quiet()
-    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OPERATOR] = False
     timeout = timedelta(seconds=config.timeout_seconds)
-    state = PartialState(cpu=not on_gpu, timeout=timeout)
-    deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=timeout)  # its own would wait for half an hour
-    world = state.num_processes
+    device = (_join_for_deepspeed if config.zero_stage else _join)(on_gpu, timeout)
+    world = dist.get_world_size()
     process = Process(
-        rank=state.process_index,
+        rank=dist.get_rank(),
         world_size=world,
-        device=state.device,
+        device=device,
         side_group=dist.new_group(backend="gloo", timeout=timeout),
     )
     problem = _wrong_world(world, announced, config.world_size)
@@ -152,6 +146,30 @@ def start(config: EngineConfig) -> Process:
         process.finish()
         raise problem
     return process
+
+
+def _join_for_deepspeed(on_gpu: bool, timeout: timedelta) -> torch.device:
+    """The process group as DeepSpeed wants it; returns where this rank computes."""
+    choose_accelerator()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    import deepspeed.ops
+    import deepspeed.utils.groups
+    from accelerate import PartialState
+
+    _be_quiet()
+    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OPERATOR] = False
+    device: torch.device = PartialState(cpu=not on_gpu, timeout=timeout).device
+    deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=timeout)  # its own would wait for half an hour
+    return device
+
+
+def _join(on_gpu: bool, timeout: timedelta) -> torch.device:
+    """The process group with torch alone."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    return device
 
 
 def lost_rank(error: RuntimeError) -> OtherRankError | None:
@@ -178,11 +196,8 @@ def _wrong_world(world: int, announced: int, wanted: int | None) -> SetupError |
     return None
 
 
-def _prepare_environment(on_gpu: bool) -> None:
-    """What a launcher sets, where there is none; and what DeepSpeed must find before it is imported."""
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+def _prepare_environment() -> None:
+    """What a launcher sets, where there is none."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))

@@ -1,18 +1,19 @@
-"""The engine's sharded state, by parameter name: what of each parameter this rank owns, and the tensors themselves.
+"""An engine's state by parameter name: what of each parameter this rank keeps, and the tensors themselves.
 
-ZeRO 1 and 2 lay the parameters of a group end to end in one flat float32 tensor, pad it, and give each rank one run
-of it. A parameter on the border of two runs is in two fragments. Addressed by (parameter, offset, length), state moves
-between world sizes and stages.
+Every engine lays parameters end to end in flat float32 tensors and gives each rank a part: ZeRO 1 and 2 cut the whole
+flat tensor, ZeRO-3 each parameter by itself, and of DDP's, which every rank holds, each rank answers for an equal part.
+Addressed by (parameter, offset, length), state moves between engines and world sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from pipeline.runtime.engine import Engine
+from pipeline.runtime.base import Engine
 
 WEIGHT = "weight"
 """Key of the float32 master weights among a fragment's tensors; the others are the optimizer's."""
@@ -30,35 +31,69 @@ class Fragment:
 
 def keys(engine: Engine) -> tuple[str, ...]:
     """Names of a fragment's tensors: the master weight, and the optimizer's, such as "exp_avg"."""
-    return (WEIGHT, *engine.zero_optimizer.optimizer.state_keys)
+    return (WEIGHT, *engine.optimizer.state_keys)
 
 
 def fragments(engine: Engine) -> list[Fragment]:
-    """This rank's fragments, in the order of the parameters; writing to their tensors changes the engine's state."""
-    return list(_fragments(engine))
+    """This rank's fragments, one of a parameter at most; over all ranks they hold each element once.
 
-
-def _fragments(engine: Engine) -> Iterator[Fragment]:
-    zero = engine.zero_optimizer
-    zero.optimizer.create_state()
-    for name, parameter in engine.module.named_parameters():
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:  # frozen, or wholly on other ranks
-            continue
-        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        state = zero.optimizer.state[flat]
-        tensors = {WEIGHT: flat.detach(), **{key: state[key] for key in zero.optimizer.state_keys}}
-        views = {key: tensor.narrow(0, here.start, here.numel) for key, tensor in tensors.items()}
-        yield Fragment(name, there.start, there.numel, views)
+    Writing to their tensors changes the engine's state; `restore` tells the other ranks.
+    """
+    found = []
+    for parameter, offset, length, flat, start in engine.pieces():
+        engine.optimizer.create_state([flat])
+        state = engine.optimizer.state[flat]
+        tensors = {WEIGHT: flat.detach(), **{key: state[key] for key in engine.optimizer.state_keys}}
+        views = {key: tensor.narrow(0, start, length) for key, tensor in tensors.items()}
+        found.append(Fragment(parameter, offset, length, views))
+    return found
 
 
 def optimizer_step(engine: Engine) -> int:
-    """Updates that the optimizer has made; skipped steps do not count."""
-    return int(engine.zero_optimizer.optimizer.updates)
+    """Updates that the optimizer has made; skipped steps do not count once `Engine.outcomes` told of them."""
+    return engine.optimizer.updates
 
 
 def restore(engine: Engine, step: int) -> None:
-    """After fragments were written to: set the optimizer's counter, and refresh the working weights on all ranks."""
-    engine.zero_optimizer.optimizer.updates = step
-    engine.zero_optimizer.update_lp_params()
+    """After fragments were written to: set the optimizer's counter, and refresh all ranks. A collective."""
+    engine.optimizer.create_state([piece.flat for piece in engine.pieces()])
+    engine.optimizer.updates = step
+    engine.refresh()
+
+
+def shapes(engine: Engine) -> dict[str, list[int]]:
+    """Whole shapes of the parameters that are trained, by name."""
+    return {name: list(_shape(p)) for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def frozen(engine: Engine, *, keep: bool = True) -> dict[str, Tensor]:
+    """Whole copies of what the optimizer does not know: frozen parameters and persistent buffers. A collective.
+
+    Args:
+        engine: whose.
+        keep: False on ranks that only take part, since in ZeRO-3 all must; they get nothing.
+    """
+    found = {}
+    for name, tensor in _frozen(engine).items():
+        with engine.whole(tensor):
+            if keep:
+                found[name] = tensor.detach().to("cpu", copy=True)
+    return found
+
+
+def set_frozen(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
+    """Give frozen parameters and buffers the values that `frozen` told of. A collective."""
+    for name, tensor in _frozen(engine).items():
+        with torch.no_grad(), engine.whole(tensor, write=True):
+            tensor.copy_(tensors[name])
+
+
+def _frozen(engine: Engine) -> dict[str, Tensor]:
+    trained = shapes(engine)
+    state: dict[str, Tensor] = engine.module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in trained}
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # in ZeRO-3 the tensor itself may be empty
+    return whole

@@ -2,6 +2,7 @@
 
     step-00001000/
       config.yaml                          the resolved run file
+      engine.json                          the engine's whole configuration: DeepSpeed's own
       latents.json                         what the order depends on, latent mean and std, names of the manifests
       manifest.json                        of the latents, more as manifest-1.json: fingerprint, shards, autoencoder
       run.json                             step, counters, shape of every parameter, the KEYs
@@ -36,7 +37,7 @@ from pipeline.train.optimizer import average_name
 
 FORMAT_VERSION = 3
 COMPLETE, RUN, FROZEN = "complete.json", "run.json", "frozen.safetensors"
-CONFIG = "config.yaml"
+CONFIG, ENGINE = "config.yaml", "engine.json"
 DONE = ".done.json"
 WEIGHT, RAW = "weight", "raw"
 """The key of the weights themselves, and what they are called where averages have names."""

@@ -29,6 +29,11 @@ class AdamWithEMA(torch.optim.AdamW):
         fused: one pass over the state instead of a dozen; where the shards of a tensor begin may change a last bit.
     """
 
+    found_inf: Tensor | None = None
+    """1 where the next step must change nothing, which may be known to the device alone; None = it is not."""
+    grad_scale: Tensor | None = None
+    """What gradients are divided by first; None = nothing."""
+
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
@@ -41,52 +46,67 @@ class AdamWithEMA(torch.optim.AdamW):
         super().__init__(
             groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=0.0, fused=fused
         )
-        for group in self.param_groups:
-            group["updates"] = 0  # on the host: the state's own counter is on the device
 
     @property
     def state_keys(self) -> tuple[str, ...]:
         """The state's tensors of the weights' own shape, by name."""
         return (*_MOMENTS, *self.averages)
 
-    def create_state(self) -> None:
-        """Make the state that `step` would make: zero moments, and the weights themselves as their averages."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if not self.state[weight]:
-                    self.state[weight].update(
-                        step=torch.zeros((), dtype=torch.float32, device=weight.device),
-                        **{key: torch.zeros_like(weight, memory_format=torch.preserve_format) for key in _MOMENTS},
-                        **{key: weight.detach().clone() for key in self.averages},
-                    )
+    def create_state(self, weights: Iterable[Tensor] | None = None) -> None:
+        """Make the state that `step` would make: zero moments, and the weights themselves as their averages.
+
+        Args:
+            weights: of which; None = those of the groups, which ZeRO-3 empties between its steps.
+        """
+        for weight in self._weights() if weights is None else weights:
+            if not self.state[weight]:
+                self.state[weight].update(
+                    step=torch.zeros((), dtype=torch.float32, device=weight.device),
+                    updates=0,  # the same on the host; by weight, since ZeRO-3 steps once for each part of a group
+                    **{key: torch.zeros_like(weight, memory_format=torch.preserve_format) for key in _MOMENTS},
+                    **{key: weight.detach().clone() for key in self.averages},
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update of the weights that have a gradient, then of their averages."""
+        """One update of the weights that have a gradient, then of their averages.
+
+        Where `found_inf` is 1, nothing but the count on the host changes: call `take_back` once that is known.
+        """
         self.create_state()
         loss = super().step(closure)  # type: ignore[arg-type]
-        for group in self.param_groups:
-            group["updates"] += 1
-            moved = [weight for weight in group["params"] if weight.grad is not None]
-            if not moved:
-                continue
+        moved = [weight for weight in self._weights() if weight.grad is not None]
+        for weight in moved:
+            self.state[weight]["updates"] += 1
+        for updates in {self.state[weight]["updates"] for weight in moved}:
+            together = [weight for weight in moved if self.state[weight]["updates"] == updates]
             for key, average in self.averages.items():
-                share = 1.0 - decay_at(average, group["updates"])
-                torch._foreach_lerp_([self.state[weight][key] for weight in moved], moved, share)
+                share = 1.0 - decay_at(average, updates)
+                averages = [self.state[weight][key] for weight in together]
+                if self.found_inf is None:
+                    torch._foreach_lerp_(averages, together, share)
+                else:
+                    torch._foreach_lerp_(averages, together, [share * (1.0 - self.found_inf)] * len(together))
         return loss
+
+    def take_back(self) -> None:
+        """The last step was one that `found_inf` held back."""
+        for state in self.state.values():
+            state["updates"] -= 1
 
     @property
     def updates(self) -> int:
         """Steps made."""
-        return int(self.param_groups[0]["updates"])
+        return max((int(state["updates"]) for state in self.state.values()), default=0)
 
     @updates.setter
     def updates(self, count: int) -> None:
-        self.create_state()
-        for group in self.param_groups:
-            group["updates"] = count
-            for weight in group["params"]:
-                self.state[weight]["step"].fill_(count)
+        for state in self.state.values():
+            state["updates"] = count
+            state["step"].fill_(count)
+
+    def _weights(self) -> list[Tensor]:
+        return [weight for group in self.param_groups for weight in group["params"]]
 
 
 def average_key(name: str) -> str:

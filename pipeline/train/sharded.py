@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
@@ -70,6 +69,7 @@ def save(
     name, kept = step_name(step), tuple(keys or state.keys(engine))
     together(process, lambda: clear(store, name) if process.is_main else None)
     together(process, lambda: _write_fragments(store, name, process, engine, notes=notes, keys=kept))
+    frozen = state.frozen(engine, keep=process.is_main)
     files: dict[str, dict[str, Any]] = {}
 
     def conclude() -> None:
@@ -78,10 +78,10 @@ def save(
             run = {
                 "format_version": FORMAT_VERSION,
                 "counters": everything,
-                "parameters": _parameters(engine),
+                "parameters": state.shapes(engine),
                 "keys": kept,
             }
-            files.update(_write_once(store, name, {**texts, RUN: as_json(run), FROZEN: tensor_bytes(_frozen(engine))}))
+            files.update(_write_once(store, name, {**texts, RUN: as_json(run), FROZEN: tensor_bytes(frozen)}))
             files.update(_collect(store, name, process.world_size))
             store.write(f"{name}/{COMPLETE}", as_json({"files": files}))
 
@@ -92,7 +92,7 @@ def save(
 def restore(
     checkpoint: Checkpoint, process: Process, engine: Engine, check: Callable[[Checkpoint], None]
 ) -> dict[str, int] | None:
-    """Put a checkpoint's state into the engine, at any world size and ZeRO stage; all ranks call it.
+    """Put a checkpoint's state into the engine, at any world size and from any engine; all ranks call it.
 
     Args:
         checkpoint: what is read.
@@ -108,6 +108,7 @@ def restore(
         DataError: another geometry, or averages alone.
     """
     counters: dict[str, int] = {}
+    frozen: dict[str, Tensor] = {}
     damage: list[DamagedError] = []
 
     def read() -> None:
@@ -115,9 +116,9 @@ def restore(
             check(checkpoint)
             run = checkpoint.run()
             _check_keys(checkpoint, run["keys"], state.keys(engine))
-            _check_geometry(checkpoint, run["parameters"], _parameters(engine))
+            _check_geometry(checkpoint, run["parameters"], state.shapes(engine))
             _fill(checkpoint, engine)
-            _load_frozen(engine, read_tensors(checkpoint.read(FROZEN)))
+            frozen.update(read_tensors(checkpoint.read(FROZEN)))
             counters.update(run["counters"])
         except DamagedError as error:
             damage.append(error)
@@ -128,6 +129,7 @@ def restore(
         if process.rank == teller:
             _log.warning("%s; the checkpoint is passed over", damage[0].message)
         return None
+    state.set_frozen(engine, frozen)
     state.restore(engine, counters["optimizer_step"])
     return counters
 
@@ -218,19 +220,3 @@ def _check_geometry(checkpoint: Checkpoint, saved: dict[str, list[int]], ours: d
                 f"{saved.get(name, 'none')} there and {ours.get(name, 'none')} here",
                 "train into another output, or restore the model's geometry in the run file",
             )
-
-
-def _parameters(engine: Engine) -> dict[str, list[int]]:
-    return {name: list(p.shape) for name, p in engine.module.named_parameters() if p.requires_grad}
-
-
-def _frozen(engine: Engine) -> dict[str, Tensor]:
-    """Views of what the optimizer does not know: frozen parameters and persistent buffers."""
-    trained = _parameters(engine)
-    return {name: tensor for name, tensor in engine.module.state_dict().items() if name not in trained}
-
-
-def _load_frozen(engine: Engine, saved: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in _frozen(engine).items():
-            tensor.copy_(saved[name])

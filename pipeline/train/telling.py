@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 
 import torch
 
 from pipeline.config import TrainConfig
 from pipeline.console import tell
 from pipeline.data.datasets import DataSets
-from pipeline.models.unet import TextToImage
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
 
@@ -22,29 +22,28 @@ def say(text: str) -> None:
 
 
 def introduction(
-    config: TrainConfig, model: TextToImage, datasets: DataSets, ranks: Process, engine: Engine, *, step: int
+    config: TrainConfig, sizes: Mapping[str, int], datasets: DataSets, ranks: Process, engine: Engine, *, step: int
 ) -> dict[str, str]:
     """What is trained on what, by what: lines for a table.
 
     Args:
         config: the run file.
-        model: the network.
+        sizes: parameters of the parts "unet" and "text".
         datasets: the latents.
         ranks: this rank among the others.
         engine: that trains.
         step: steps done.
     """
-    unet_size, text_size = (sum(p.numel() for p in part.parameters()) for part in (model.unet, model.text))
     manifest, sets = datasets.manifests[0], len(datasets.manifests)
     channels, side = manifest.latent_channels, manifest.latent_side
     epochs = config.steps * config.global_batch / datasets.samples
     return {
-        "parameters": f"UNet {unet_size / 1e6:.2f} M, text tower {text_size / 1e6:.2f} M",
+        "parameters": f"UNet {sizes['unet'] / 1e6:.2f} M, text tower {sizes['text'] / 1e6:.2f} M",
         "samples": f"{datasets.samples:,} of {channels}x{side}x{side}"
         + (f", from {sets} data sets" if sets > 1 else ""),
         "steps": f"{step} to {config.steps} of {config.global_batch} samples, {epochs:.1f} epochs",
         "ranks": f"{ranks.world_size} on {ranks.device.type}, {torch.get_num_threads()} threads each",
-        "engine": f"{engine} (checked)",
+        "engine": f"{engine} (checked)" + (f", {engine.accumulation} micro batches a step" * (engine.accumulation > 1)),
     }
 
 

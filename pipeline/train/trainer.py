@@ -27,22 +27,21 @@ from pipeline.models import unet
 from pipeline.models.text import TextTower
 from pipeline.models.unet import TextToImage
 from pipeline.runtime import engine, process
+from pipeline.runtime.engine import LossScale
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_alike, check_data, check_resume
-from pipeline.train.examples import Counted, Examples
+from pipeline.train.examples import Counted, Example, Examples
 from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
+from pipeline.train.skipped_steps import SkippedSteps
 from pipeline.train.snapshots import Snapshots, due, is_missing
 from pipeline.train.telling import conclusion, introduction, say
 from pipeline.train.trained_on import TrainedOn, files
-
-SKIPS_IN_A_ROW = 10
-"""Steps without a finite loss or gradient after which a run is given up."""
 
 
 def fit(config: TrainConfig) -> None:
@@ -89,6 +88,16 @@ def _fit(config: TrainConfig) -> int:
             ranks.finish()
 
 
+def engine_configuration(config: TrainConfig, ranks: int) -> dict[str, Any]:
+    """The engine's whole configuration, DeepSpeed's own for ZeRO; checked, on any machine.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    clip = config.optimizer.gradient_clip
+    return engine.describe(config.engine, global_batch=config.global_batch, gradient_clip=clip, world_size=ranks)
+
+
 class Trainer:
     """One rank's part of a run: all of its state, and one step.
 
@@ -106,13 +115,20 @@ class Trainer:
         self.skips: list[list[int]] = []  # blocks of latents that no rank counts, as of the last restart
         self.counted = Counted()
         self.mean, self.std = datasets.mean, datasets.std  # latents are whitened by these to the last step
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped = SkippedSteps()
         self.saved_step = 0
-        micro_batch = len(rank_positions(config.global_batch, ranks.rank, ranks.world_size))
+        rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
+        self.engine_config = engine_configuration(config, ranks.world_size)
         manifest = datasets.manifests[0]
         torch.manual_seed(config.seed)
         network = unet.build(config.unet, manifest.latent_channels, manifest.latent_side, config.text.width)
         self.model = TextToImage(network, TextTower(config.text))
+        if config.engine.channels_last:
+            self.model.use_channels_last()
+        if config.engine.activation_checkpointing:
+            self.model.checkpoint_activations()
+        # now, since ZeRO-3 leaves each rank a part of them
+        self.sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.named_children()}
         chosen = config.optimizer
         groups = parameter_groups(self.model, chosen.weight_decay, {"text.": chosen.text_learning_rate_ratio})
         optimizer = AdamWithEMA(groups, chosen, config.ema.averages)
@@ -121,8 +137,8 @@ class Trainer:
             self.model,
             optimizer,
             config.engine,
-            micro_batch=micro_batch,
-            gradient_clip=config.optimizer.gradient_clip,
+            micro_batch=self.engine_config["train_micro_batch_size_per_gpu"],
+            gradient_clip=chosen.gradient_clip,
         )
         self.snapshots = Snapshots(store, ranks, self.engine, config)
         self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
@@ -157,11 +173,13 @@ class Trainer:
             loss = self.train_step(batch)
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
+            told = self.engine.outcomes(wait=batch is None or self._is_told_or_saved())
+            self.skipped.count(told, self.step)
             if self.step % config.log_every == 0 or batch is None:
                 line.update(self.step, config.steps, self._report(interval))
                 interval = Interval.start(self.ranks.device)
             # while steps are skipped the weights may be what is broken: keep the checkpoint from before
-            if (self.step % config.checkpoint.every == 0 and not self.skipped_in_a_row) or feed.is_over:
+            if (self.step % config.checkpoint.every == 0 and not self.skipped.in_a_row) or feed.is_over:
                 self._save()
             if due(config, self.step):  # a run that has no time left for it takes it when it is resumed
                 self.snapshots.save(self.step, self._checkpoint_texts())
@@ -178,19 +196,19 @@ class Trainer:
     def train_step(self, batch: Batch) -> Tensor:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
         example = self.examples.of(batch, self._share(batch))
-        prediction = self.engine(example.noisy, example.timestep, example.tokens)
-        loss = weighted_loss(prediction, example.target, example.weight)
-        self.engine.backward(loss)
+        losses = []
+        for parts in zip(*(part.chunk(self.engine.accumulation) for part in example), strict=True):
+            micro = Example(*parts)
+            prediction = self.engine(micro.noisy, micro.timestep, micro.tokens)
+            losses.append(weighted_loss(prediction, micro.target, micro.weight))
+            self.engine.backward(losses[-1])
         self.engine.step(learning_rate(self.step, self.config.optimizer, self.config.steps))
         self.step += 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.engine.skipped else 0
-        self.skipped += int(self.engine.skipped)
-        if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
-            raise LatheError(
-                f"loss or gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, the last one step {self.step}",
-                "resume with a smaller optimizer.learning_rate; the last checkpoint is from before",
-            )
-        return loss.detach()
+        return torch.stack(losses).detach().mean()
+
+    def _is_told_or_saved(self) -> bool:
+        config = self.config
+        return self.step % config.log_every == 0 or self.step % config.checkpoint.every == 0 or due(config, self.step)
 
     def _share(self, batch: Batch) -> float:
         """Of the global batch that counts; nobody is asked where nothing may be skipped."""
@@ -223,7 +241,9 @@ class Trainer:
             counters = sharded.restore(found, self.ranks, self.engine, partial(self._check, saved, notes))
             if counters is not None:
                 self.step = self.saved_step = counters["step"]
-                self.skipped = counters["skipped"]
+                self.skipped = SkippedSteps(counters["skipped"])
+                if "loss_scale" in counters:
+                    self.engine.loss_scale = LossScale(counters["loss_scale"], counters["loss_scale_good_steps"])
                 self.counted = Counted(counters["drawn"], counters["drawn_in_vain"])
                 self.mean, self.std = saved[0].mean, saved[0].std
                 self._resume_order(saved[0].order, counters["order_origin"], notes)
@@ -255,6 +275,7 @@ class Trainer:
             return
         started = time.perf_counter()
         sharded.together(self.ranks, self.metrics.flush)
+        scale = self.engine.loss_scale
         size = sharded.save(
             self.store,
             self.ranks,
@@ -262,10 +283,11 @@ class Trainer:
             step=self.step,
             texts=self._checkpoint_texts(),
             counters={
-                "skipped": self.skipped,
+                "skipped": self.skipped.total,
                 "order_origin": self.order_origin,
                 "drawn": self.counted.drawn,
                 "drawn_in_vain": self.counted.in_vain,
+                **({"loss_scale": scale.scale, "loss_scale_good_steps": scale.good_steps} if scale else {}),
             },
             notes={"skipped_blocks": self.loader.skipped},
         )
@@ -278,7 +300,11 @@ class Trainer:
         self.metrics.set("checkpoint_timestamp_seconds", time.time())
 
     def _checkpoint_texts(self) -> dict[str, bytes]:
-        return {checkpoint.CONFIG: runfile.dump(self.config).encode(), **files(self.datasets, self.mean, self.std)}
+        return {
+            checkpoint.CONFIG: runfile.dump(self.config).encode(),
+            checkpoint.ENGINE: checkpoint.as_json(self.engine_config),
+            **files(self.datasets, self.mean, self.std),
+        }
 
     def _report(self, interval: Interval) -> str:
         """Log the interval on rank 0, after a reduction over all; returns a few words for the progress line."""
@@ -293,7 +319,7 @@ class Trainer:
             "data_wait_seconds": interval.wait_seconds / interval.steps,
             "epoch": (self.step - self.order_origin) * self.config.global_batch / self.datasets.samples,
             "samples_seen": samples,
-            "skipped_steps": self.skipped,
+            "skipped_steps": self.skipped.total,
             "skipped_blocks": len(self.loader.skipped),
             "resident_memory_bytes": psutil.Process().memory_info().rss,
         }
@@ -306,5 +332,5 @@ class Trainer:
         self.metrics.set("world_size", self.ranks.world_size)
         self.metrics.set("target_steps", self.config.steps)
         self.metrics.set("step", self.step)
-        facts = introduction(self.config, self.model, self.datasets, self.ranks, self.engine, step=self.step)
+        facts = introduction(self.config, self.sizes, self.datasets, self.ranks, self.engine, step=self.step)
         say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))

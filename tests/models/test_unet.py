@@ -56,3 +56,23 @@ def test_a_block_that_diffusers_does_not_have_is_told() -> None:
     config = UNET.model_copy(update={"down_block_types": ("CrossAttnDown", "CrossAttnDownBlock2D")})
     with pytest.raises(ConfigError, match="CrossAttnDown"):
         unet.build(config, latent_channels=8, latent_side=4, text_width=16)
+
+
+@pytest.mark.parametrize("how", ["checkpoint_activations", "use_channels_last"])
+def test_what_saves_memory_or_time_changes_no_gradient(how: str) -> None:
+    plain, other = model(), model()
+    getattr(other, how)()
+    computed, formats = [], []
+    last_block = other.unet.up_blocks[-1].resnets[-1]
+    last_block.conv1.register_forward_hook(
+        lambda _, inputs, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
+    )
+    other.text.transformer.transformer.resblocks[0].register_forward_pre_hook(lambda *_: computed.append("text"))
+    last_block.register_forward_pre_hook(lambda *_: computed.append("unet"))
+    noisy, tokens, timestep = torch.randn(2, 8, 4, 4), torch.randint(0, 49408, (2, 8)), torch.tensor([100.0, 900.0])
+    for net in (plain, other):
+        net(noisy, timestep, tokens).square().mean().backward()
+    assert computed == (["text", "unet", "unet", "text"] if how == "checkpoint_activations" else ["text", "unet"])
+    assert formats[0] == (how == "use_channels_last")
+    for ours, theirs in zip(other.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)

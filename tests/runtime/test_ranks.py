@@ -3,70 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("two_ranks.py")
-LAUNCH = ["-m", "pipeline.runtime.launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 pytestmark = pytest.mark.ranks
 
 
-def run(*arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "output.txt").write_text(run(*LAUNCH, str(SCRIPT), str(folder), "write"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(folder) -> list[dict]:
-    return [json.loads((folder / f"write-{rank}.json").read_text()) for rank in (0, 1)]
-
-
 def test_the_ranks_are_real(results):
     assert [result["world_size"] for result in results] == [2, 2]
-    assert results[0]["2 float32"]["engine"] == "DeepSpeedEngine, ZeRO stage 2, float32"
-    assert results[0]["2 bfloat16"]["engine"] == "DeepSpeedEngine, ZeRO stage 2, bfloat16"
+    assert {name: found["engine"] for name, found in results[0]["averages"]["float32"].items()} == {
+        "ddp": "DistributedDataParallel, float32",
+        "zero1": "DeepSpeedEngine, ZeRO stage 1, float32",
+        "zero2": "DeepSpeedEngine, ZeRO stage 2, float32",
+        "zero3": "DeepSpeedEngine, ZeRO stage 3, float32",
+    }
 
 
 def test_nothing_a_newcomer_would_stumble_over_is_printed(folder):
     said = (folder / "output.txt").read_text().splitlines()
     assert [line for line in said if "SHA-256" not in line] == []
-
-
-EXACT = {"ema.main": 0.0, "ema.slow": 0.0, "ema.power": 0.0}
-
-
-@pytest.mark.parametrize("case", ["1 float32", "2 float32", "many steps"])
-def test_averages_and_weights_equal_a_float32_reference(results, case):
-    for result in results:
-        assert result[case]["averages"] == EXACT
-        assert result[case]["weight"] == 0.0
-
-
-def test_averages_are_float32_and_made_of_the_masters_where_the_working_weights_are_not(results):
-    for result in results:
-        assert result["2 bfloat16"]["dtypes"] == ["torch.float32"]
-        assert result["own masters"]["off"] == 0.0
-        assert result["own masters"]["of_working"] > 0.0
 
 
 def test_a_part_of_the_model_learns_at_its_own_rate(results):
@@ -98,12 +54,14 @@ def test_a_snapshot_that_fails_on_one_rank_fails_on_all(results):
     assert results[1]["snapshotting"]["failures"] == ["rank 0 failed", "rank 0 failed", "cannot write"]
 
 
-def test_fragments_cover_each_trained_parameter_once(results):
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_fragments_cover_each_trained_parameter_once(results, engine):
     covered = defaultdict(list)
     for result in results:
-        for name, offset, length in result["2 float32"]["fragments"]:
+        own = result["averages"]["float32"][engine]["fragments"]
+        assert len({name for name, _, _ in own}) == len(own)
+        for name, offset, length in own:
             covered[name] += range(offset, offset + length)
-    assert "table.weight" not in covered
     assert {name: len(elements) for name, elements in covered.items()} == {
         "inner.0.weight": 231,
         "inner.0.bias": 33,
@@ -113,18 +71,7 @@ def test_fragments_cover_each_trained_parameter_once(results):
         "inner.3.bias": 7,
     }
     assert all(sorted(elements) == list(range(len(elements))) for elements in covered.values())
-    assert any(offset for _, offset, _ in results[1]["2 float32"]["fragments"]), "no parameter crosses the border"
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(results, precision):
-    for result in results:
-        found = result["non_finite"][precision]
-        assert found["skipped"]
-        assert found["norm"] == float("inf")
-        assert found["kept"], "the skipped step changed the state"
-        assert not found["then"]
-        assert found["steps"] == 3
+    assert any(offset for _, offset, _ in results[1]["averages"]["float32"][engine]["fragments"])
 
 
 def test_restored_state_is_bit_equal_in_another_stage_and_goes_on_so(results):
@@ -162,22 +109,11 @@ def test_no_group_waits_longer_for_a_rank_than_it_was_told(results):
     assert [result["time_outs"] for result in results] == [[60.0, 60.0]] * 2
 
 
-@pytest.fixture(scope="module")
-def alone(folder, results) -> dict:
-    run(str(SCRIPT), str(folder), "read")
-    return json.loads((folder / "read-0.json").read_text())
-
-
 def test_one_rank_without_a_launcher_takes_over_from_two(alone, results, folder):
     assert alone["world_size"] == 1
     assert alone["elsewhere"]["counters"] == results[0]["saving"]["counters"]
     assert alone["elsewhere"]["ema"] == [0.0, 0.0, 0.0]
     assert alone["elsewhere"]["losses"] == pytest.approx(json.loads((folder / "losses.json").read_text()), rel=1e-5)
-
-
-def test_averages_of_fifty_steps_on_one_rank_equal_a_float32_reference(alone):
-    assert alone["many steps"]["averages"] == EXACT
-    assert alone["many steps"]["weight"] == 0.0
 
 
 def test_another_world_size_than_the_run_file_asks_for_is_refused(alone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -73,7 +74,7 @@ def test_no_average_costs_no_state():
     optimizer = AdamWithEMA(parameter_groups(module, 0.1), CONFIG, [])
     steps(module, optimizer)
     assert optimizer.state_keys == ("exp_avg", "exp_avg_sq")
-    assert optimizer.state[module[1].weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert optimizer.state[module[1].weight].keys() == {"step", "updates", "exp_avg", "exp_avg_sq"}
 
 
 def test_the_names_of_states_tell_averages():
@@ -122,3 +123,21 @@ def test_a_ratio_of_one_changes_no_group():
     assert len(plain) == 2
     for one, other in zip(plain, same, strict=True):
         assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
+
+
+@pytest.mark.parametrize("held_back", [2, 5])
+def test_what_found_inf_holds_back_leaves_no_trace(held_back):
+    undisturbed, disturbed = net(), net()
+    plain, flagged = (AdamWithEMA(parameter_groups(n, 0.1), CONFIG, [MAIN, POWER]) for n in (undisturbed, disturbed))
+    steps(undisturbed, plain)
+    for step in range(6):
+        flagged.found_inf = torch.tensor(float(step == held_back))
+        steps(disturbed, flagged, 1)
+        if step == held_back:
+            flagged.take_back()
+    assert plain.updates == flagged.updates == 5
+    for ours, theirs in zip(disturbed.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert flagged.state[ours]["step"] == 5
+        for key in flagged.state_keys:
+            assert torch.equal(flagged.state[ours][key], plain.state[theirs][key])

@@ -3,117 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from training_run import STEPS, Run, copy_of, finish, ranks_of, same_in_the_end
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError, StorageError
 from pipeline.metrics import read_log
-from pipeline.storage import open_store
 from pipeline.train import checkpoint
 from pipeline.train.post_hoc import reconstruct
 from pipeline.train.snapshots import snapshot_store
 from pipeline.train.trained_model import load_trained
 from pipeline.train.trainer import fit
 
-ROOT = Path(__file__).parents[2]
-STEPS = 30
-SMALL = {
-    "unet": {
-        "block_out_channels": [32],
-        "down_block_types": ["CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D"],
-        "norm_num_groups": 8,
-    },
-    "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 8, "train_token_embedding": False},
-    "engine": {"threads_per_rank": 1, "timeout_seconds": 60},
-    "optimizer": {"warmup_steps": 3},
-    "steps": STEPS,
-    "global_batch": 8,
-    "shuffle_window": 4,
-    "checkpoint": {"every": 4, "keep": 2},
-    "log_every": 1,
-}
-
 pytestmark = pytest.mark.ranks
-
-
-class Run:
-    """One output folder, and the commands started on it."""
-
-    def __init__(self, folder: Path, latents: str) -> None:
-        self.latents, self.output = latents, folder / "run"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "train.yaml"
-        config = TrainConfig.model_validate({"manifest": latents, "output": str(self.output), **SMALL})
-        self.file.write_text(runfile.dump(config))
-        self.store = open_store(str(self.output))
-
-    def start(self, *overrides: str, ranks: int = 2) -> subprocess.Popen[str]:
-        launcher = ["bash", str(ROOT / "launchers/accelerate.sh")]
-        command = launcher if ranks > 1 else [sys.executable, "-m", "pipeline", "train"]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
-        environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": str(ranks)}
-        return subprocess.Popen(
-            [*command, str(self.file), *overrides],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.file.parent,
-        )
-
-    def wait_for_step(self, step: int, child: subprocess.Popen[str]) -> None:
-        started = psutil.Process(child.pid).create_time()
-        deadline = time.monotonic() + 120
-        while not any(line["step"] >= step and line["time"] > started for line in read_log(self.store)):
-            assert child.poll() is None, child.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def losses(self) -> list[float]:
-        lines = read_log(self.store)
-        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-        return [line["loss"] for line in lines]
-
-    def steps(self) -> list[int]:
-        return [found.step for found in checkpoint.find(self.store)]
-
-    def state(self, step: int) -> dict[str, bytes]:
-        """Everything that is trained, as the ranks wrote it at a step: bytes by file."""
-        folder = self.output / checkpoint.step_name(step)
-        return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-
-
-def ranks_of(child: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(child.pid).children(recursive=True) if "RANK" in p.environ()]
-
-
-def finish(child: subprocess.Popen[str], code: int = 0) -> str:
-    said = child.communicate(timeout=180)[0]
-    assert child.returncode == code, said
-    return said
-
-
-def copy_of(run: Run, folder: Path, step: int) -> Run:
-    """A run as it was after a step."""
-    copy = Run(folder, run.latents)
-    shutil.copytree(run.output, copy.output)
-    for later in copy.steps():
-        if later > step:
-            checkpoint.clear(copy.store, checkpoint.step_name(later))
-    return copy
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +87,29 @@ def test_one_rank_goes_on_where_two_were(undisturbed, tmp_path, latents):
     assert "going on from" in finish(run.start("engine.zero_stage=1", ranks=1))
     assert run.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)
     assert run.losses()[: STEPS - 2] == undisturbed.losses()[: STEPS - 2]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (["engine.zero_stage=3"], "DeepSpeedEngine, ZeRO stage 3, float32 (checked)"),
+        (
+            ["engine.zero_stage=1", "engine.accumulation=2", "engine.activation_checkpointing=true"],
+            "DeepSpeedEngine, ZeRO stage 1, float32 (checked), 2 micro batches a step",
+        ),
+        (["engine.zero_stage=0", "engine.channels_last=true"], "DistributedDataParallel, float32 (checked)"),
+    ],
+)
+def test_other_engines_go_on_where_zero_2_was(undisturbed, tmp_path, how, said):
+    run = copy_of(undisturbed, tmp_path, STEPS - 20)
+    told = finish(run.start(*how))
+    assert f"engine      {said}\n" in told
+    assert "Warning" not in told
+    parameters = re.compile("  parameters  .*\n")
+    assert parameters.search(told)[0] == parameters.search(undisturbed.said)[0]
+    assert run.losses()[: STEPS - 20] == undisturbed.losses()[: STEPS - 20]
+    assert run.losses() == pytest.approx(undisturbed.losses(), rel=1e-4)
+    same_in_the_end(run, undisturbed)
 
 
 def test_a_damaged_block_ends_all_ranks_with_one_message(undisturbed, tmp_path, make_latents):

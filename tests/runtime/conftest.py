@@ -1,0 +1,62 @@
+"""One rank, then a pair, then one rank again: each started once, for all tests beside this file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+LAUNCH = ["-m", "pipeline.runtime.launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def run(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., str]:
+    """Run Python with these arguments, as one rank without a launcher; returns what it said."""
+    return run
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where ranks leave what they found; one rank and a pair have run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run(str(SCRIPT), str(folder), "first")
+    (folder / "output.txt").write_text(run(*LAUNCH, str(SCRIPT), str(folder), "write"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(folder) -> list[dict]:
+    return [json.loads((folder / f"write-2-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="session")
+def alone(folder) -> dict:
+    run(str(SCRIPT), str(folder), "read")
+    return json.loads((folder / "read-1-0.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def matrix(folder) -> dict[str, dict]:
+    """Every engine at one and at two ranks, from every engine at one and at two."""
+    run(str(SCRIPT), str(folder), "matrix")
+    run(*LAUNCH, str(SCRIPT), str(folder), "matrix")
+    found = [json.loads((folder / f"matrix-{size}-0.json").read_text())["elastic"] for size in (1, 2)]
+    return found[0] | found[1]

@@ -1,0 +1,233 @@
+"""Every engine, on a small network: averages, skipped steps, micro batches, and state that moves between them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.config import EngineConfig
+from pipeline.errors import ConfigError
+from pipeline.runtime import deepspeed_config
+from pipeline.runtime.engine import describe, micro_batch
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fifty_steps_equal_a_float32_reference_to_the_bit(results, alone, engine):
+    for result in (*results, alone):
+        found = result["averages"]["float32"][engine]
+        assert found["averages"] == {"ema.main": 0.0, "ema.slow": 0.0, "ema.power": 0.0}
+        assert found["weight"] == 0.0
+        assert found["dtypes"] == ["torch.float32"]
+        assert found["updates"] == 50
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+def test_averages_are_of_the_masters_and_not_of_the_working_weights(results, alone, engine):
+    for result in (*results, alone):
+        found = result["averages"]["bfloat16"][engine]
+        assert found["masters"] == 0.0
+        assert found["working_weights"] > 1e-4
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "parameters"])
+def test_what_is_offloaded_learns_alike(results, engine):
+    for result in results:
+        found = result["averages"]["offloaded"][engine]
+        assert found["averages"] == {"ema.main": 0.0, "ema.slow": 0.0, "ema.power": 0.0}
+        assert found["engine"].endswith("optimizer on the host (torch's fused AdamW)")
+        assert ("weights on the host" in found["engine"]) == (engine == "parameters")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "float16", "accumulation", "offloaded"])
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(results, engine, how):
+    if (engine, how) == ("ddp", "offloaded"):
+        return
+    for result in results:
+        assert result["skipping"]["non_finite"][f"{engine} {how}"] == {
+            "told": ["APPLIED", "APPLIED", "NOT_FINITE", "APPLIED"],
+            "norm": float("inf"),
+            "kept": True,
+            "steps": 3,
+        }
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_scale_finds_its_size(results, engine):
+    for result in results:
+        found = result["skipping"]["loss_scale"][engine]
+        overflows = found["told"].count("OVERFLOWED")
+        assert overflows > 0
+        assert found["told"] == ["OVERFLOWED"] * overflows + ["APPLIED"] * 10
+        assert found["settled"] == [2 ** (20 - overflows), 1]
+        first = found["settled"][0]
+        assert found["seen"][:4] == [[first, 2], [first, 3], [2 * first, 0], [2 * first, 1]]
+        assert found["set"]
+
+
+@pytest.mark.ranks
+def test_float16_is_refused_where_deepspeed_does_not_run_it(alone):
+    assert alone["refused"] == (
+        "engine.precision: DeepSpeed does not run float16 on this cpu\n"
+        "  set engine.precision to bfloat16 or float32, or engine.zero_stage to 0"
+    )
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_ddp_does_not_wait_for_the_device(results, precision):
+    for result in results:
+        assert result["skipping"]["waits"][precision] == 0
+        assert result["skipping"]["waits"]["control"] > 0
+
+
+@pytest.mark.ranks
+def test_micro_batches_change_nothing_but_rounding(results):
+    for result in results:
+        assert len(result["accumulated"]) == 8
+        assert max(result["accumulated"].values()) < 1e-6
+
+
+def check_elastic(found):
+    for name, one in found.items():
+        assert one["equal"], f"{name}: other state than was saved"
+        assert (one["steps"], one["after"]) == (6, 26), name
+        assert max(one["off"]) < 1e-4, name
+        source, target = name.split(" to ")
+        assert source != target or max(one["off"]) == 0.0, f"{name}: the same engine, but not to the bit"
+
+
+@pytest.mark.ranks
+def test_every_engine_takes_over_from_every_other(results):
+    assert len(results[0]["elastic"]) == 16 + 4
+    for result in results:
+        check_elastic(result["elastic"])
+
+
+@pytest.mark.ranks
+def test_one_rank_takes_over_from_two(alone):
+    assert len(alone["elastic"]) == 8
+    check_elastic(alone["elastic"])
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_every_engine_at_each_world_size_takes_over_from_every_other(matrix):
+    assert len(matrix) == 64
+    check_elastic(matrix)
+
+
+@pytest.mark.ranks
+def test_float16_goes_on_with_its_loss_scale(results):
+    for result in results:
+        assert all(found["same"] for found in result["scaled"].values())
+        assert {found["scale"] for found in result["scaled"].values()} == {256}
+        assert max(found["off_elsewhere"] for found in result["scaled"].values()) < 1e-3
+
+
+THEORY = {  # bytes per parameter on each of two ranks: weights, gradients, masters, moments, one average
+    "ddp float32": (4, 4, 0, 8, 4),
+    "zero1 float32": (4, 4, 2, 4, 2),
+    "zero2 float32": (4, 2, 2, 4, 2),
+    "zero3 float32": (2, 2, 2, 4, 2),
+    "ddp bfloat16": (2, 6, 4, 8, 4),
+    "zero1 bfloat16": (2, 2, 2, 4, 2),
+    "zero2 bfloat16": (2, 1, 2, 4, 2),
+    "zero3 bfloat16": (1, 1, 2, 4, 2),
+}
+
+
+@pytest.mark.ranks
+def test_memory_of_a_rank_is_what_the_page_says(results):
+    for result in results:
+        for name, expected in THEORY.items():
+            assert tuple(result["memory"][name].values()) == pytest.approx(expected, abs=0.05), name
+
+
+@pytest.mark.ranks
+def test_one_rank_without_deepspeed_never_imports_it(python):
+    code = """
+import sys, torch
+from pipeline.config import AverageConfig, EngineConfig, OptimizerConfig
+from pipeline.runtime import engine, process
+from pipeline.train.optimizer import AdamWithEMA, parameter_groups
+config, net = EngineConfig(zero_stage=0), torch.nn.Linear(2, 2)
+ranks = process.start(config)
+optimizer = AdamWithEMA(parameter_groups(net, 0.0), OptimizerConfig(), [AverageConfig(decay=0.9)])
+built = engine.build(ranks, net, optimizer, config, micro_batch=1)
+built.backward(built(torch.ones(1, 2)).sum())
+built.step(0.1)
+print(built, built.outcomes(wait=True), [m for m in ("deepspeed", "accelerate") if m in sys.modules])
+ranks.finish()
+"""
+    assert python("-c", code) == "one rank, no DDP, float32 [<Outcome.APPLIED: 0>] []\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "ranks", "message", "remedy"),
+    [
+        (
+            {"accumulation": 3},
+            64,
+            2,
+            "engine.accumulation: 3 micro batches cannot share the 32 samples of each of 2 ranks equally",
+            "set engine.accumulation to 2 or 4, or global_batch to 60 or 66",
+        ),
+        (
+            {"accumulation": 9},
+            8,
+            2,
+            "engine.accumulation: 9 micro batches cannot share the 4 samples of each of 2 ranks equally",
+            "set engine.accumulation to 2 or 4, or global_batch to 18",
+        ),
+        (
+            {"accumulation": 2},
+            8,
+            3,
+            "global_batch: 8 samples cannot be shared equally by 3 ranks of 2 micro batches each",
+            "set global_batch to 6 or 12, or start another number of ranks",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_the_nearest(settings, batch, ranks, message, remedy):
+    with pytest.raises(ConfigError) as error:
+        micro_batch(EngineConfig(**settings), batch, ranks)
+    assert (error.value.message, error.value.remedy) == (message, remedy)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_whole_configuration_is_told_and_read_by_deepspeed(stage, precision, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    offload = {"offload_optimizer": stage > 0, "offload_parameters": stage == 3}
+    config = EngineConfig.model_validate({"zero_stage": stage, "precision": precision, "accumulation": 2, **offload})
+    whole = describe(config, global_batch=64, gradient_clip=1.0, world_size=8)
+    assert whole["train_micro_batch_size_per_gpu"] == 4
+    assert "auto" not in json.dumps(whole)
+    if stage:
+        assert (whole["train_batch_size"], whole["zero_optimization"]["stage"]) == (64, stage)
+
+
+def test_what_deepspeed_refuses_is_one_line(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(deepspeed_config, "PERSISTENT_ELEMENTS", -1)
+    with pytest.raises(ConfigError, match="engine: DeepSpeed refuses it") as error:
+        describe(EngineConfig(zero_stage=3), global_batch=8, gradient_clip=0.0, world_size=2)
+    assert "param_persistence_threshold" in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_compiled_networks_learn_alike(matrix, folder):
+    found = json.loads((folder / "matrix-1-0.json").read_text())["compiled"]
+    assert found.keys() == {"ddp", "zero1", "zero2"}
+    assert max(found.values()) < 1e-5
