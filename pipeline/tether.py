@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def end_with_parent(signum: signal.Signals) -> None:
@@ -38,18 +39,25 @@ def signals_deferred() -> Iterator[None]:
         yield
         return
     noted: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if callable(handler):  # what is ignored has to stay so in the child
-            signal.signal(number, lambda number, _frame: noted.append(number))
+    before = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    # what is ignored has to stay so in the child
     try:
+        _swap(dict.fromkeys(before, lambda number, _frame: noted.append(number)))
         yield
     finally:
-        for number, handler in before.items():
-            if callable(handler):
-                signal.signal(number, handler)
-        for late in noted:
-            signal.raise_signal(late)
+        _swap(before)
+        if noted:
+            signal.raise_signal(max(noted))  # one is enough to end it, and SIGTERM says more than SIGINT
+
+
+def _swap(handlers: Mapping[signal.Signals, Any]) -> None:
+    """All of them or none: nothing is delivered in between."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _before_exec() -> Callable[[], None] | None:

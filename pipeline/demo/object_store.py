@@ -21,7 +21,7 @@ from pipeline.demo import ports
 from pipeline.demo.lock import only_one
 from pipeline.errors import SetupError, StorageError
 from pipeline.storage import open_store
-from pipeline.tether import start_tethered
+from pipeline.tether import signals_deferred, start_tethered
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0  # then kill -9, which it survives with its data whole
@@ -159,7 +159,7 @@ class EmbeddedObjectStore:
     def _launch(self, port: int) -> subprocess.Popen[bytes]:
         self._port = port
         (self._data / "mini.options").unlink(missing_ok=True)  # what the server remembers; ours are complete
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, signals_deferred():  # or nobody would know of the server
             self._server = start_tethered(
                 [find_server(), "-logtostderr=true", "mini", f"-dir={self._data}", *self._options()],
                 cwd=self.folder,
@@ -169,7 +169,7 @@ class EmbeddedObjectStore:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us: what we still save needs the server
             )
-        self._pid_file.write_text(json.dumps({"pid": self._server.pid, "port": port}), encoding="utf-8")
+            self._pid_file.write_text(json.dumps({"pid": self._server.pid, "port": port}), encoding="utf-8")
         return self._server
 
     def _options(self) -> list[str]:

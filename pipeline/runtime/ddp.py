@@ -50,7 +50,6 @@ class _Group:
         self.master = torch.zeros(self.part * ranks, dtype=torch.float32, device=parameters[0].device)
         self.gradient = torch.zeros_like(self.master)
         self.offsets: dict[Tensor, int] = {}
-        self._reduced = [torch.empty(0)] * len(parameters)  # where `collect` finds the parameters' gradients
         offset = 0
         for parameter in parameters:
             self.offsets[parameter] = offset
@@ -165,8 +164,9 @@ class DataParallelEngine(Engine):
         self._learn_of_flag()
         for group in self._groups:
             group.collect()
-        norms = torch.stack([group.gradient.norm() for group in self._groups])
-        self._norm = norms.norm() / self._scale
+        # by parameter: over tens of millions of elements a CPU's float32 sum is off by percents
+        norms = [norm for group in self._groups for norm in torch._foreach_norm(group.gradients)]
+        self._norm = torch.stack(norms).norm() / self._scale
         broken = (~self._norm.isfinite()).float()
         self._update(learning_rate, broken)
         self._flag = _Flag(broken * (1 + (self._scale <= 1)))
@@ -219,7 +219,7 @@ class DataParallelEngine(Engine):
     def loss_scale(self, scale: LossScale) -> None:
         if self._config.precision == "float16":
             self._scale.fill_(scale.scale)
-            self._good_steps.fill_(scale.good_steps)
+            self._good_steps.fill_(min(scale.good_steps, self._config.loss_scale.growth_interval - 1))
 
     def pieces(self) -> Iterator[Piece]:
         """See Engine.pieces."""

@@ -56,6 +56,7 @@ def optimizer_step(engine: Engine) -> int:
 
 def restore(engine: Engine, step: int) -> None:
     """After fragments were written to: set the optimizer's counter, and refresh all ranks. A collective."""
+    engine.optimizer.create_state()  # of all: a rank may have no piece of a small group
     engine.optimizer.create_state([piece.flat for piece in engine.pieces()])
     engine.optimizer.updates = step
     engine.refresh()

@@ -51,7 +51,7 @@ class _LossScaling:
 
     @state.setter
     def state(self, state: LossScale) -> None:
-        self._scaler.cur_scale, self._good_steps = float(state.scale), state.good_steps
+        self._scaler.cur_scale, self._good_steps = float(state.scale), min(state.good_steps, self._interval - 1)
 
     def update(self, *, skipped: bool) -> None:
         scale, good_steps = self.state
@@ -202,7 +202,7 @@ def build(
         )
         wrapped, _ = accelerator.prepare(module.to(process.device), optimizer)
     except ValueError as error:
-        if "not supported on your device" not in str(error) and "fp16" not in str(error):
+        if config.precision == "float32" or "not supported" not in str(error):
             raise
         raise SetupError(
             f"engine.precision: DeepSpeed does not run {config.precision} on this {process.device.type}",

@@ -22,7 +22,7 @@ from pipeline.storage.s3_ranges import RangeReader
 log = logging.getLogger("lathe.storage")
 _MAX_CONNECTIONS = 32
 _MAX_DELAY_SECONDS = 5.0
-_SLOW_TRIES = 3  # each may take longer than all retries together
+_SLOW_TRIES = 2  # each may take longer than all retries together
 # A server that has just come back may refuse keys and buckets until it has read its own tables.
 _WARM_UP_SECONDS = 5.0
 # Answers that callers look into; every other fault is told to the user.

@@ -33,6 +33,12 @@ _FIXED = (
 """Fields that a run keeps from its first step to its last: geometry, meaning of the output, the order of samples, and
 the averages, which are of all steps."""
 
+_OF_EACH_MACHINE: Any = {  # its disk, network and cores
+    "loader": {"cache", "cache_gib", "workers", "requests", "steps_ahead"},
+    "metrics": True,
+    "engine": {"threads_per_rank"},
+}
+
 
 def check_data(config: TrainConfig, manifest: Manifest) -> None:
     """Whether the run file fits the latents.
@@ -72,8 +78,7 @@ def check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None
         DataError: they have read different manifests, as when one was written while they started.
         ConfigError: they have different run files.
     """
-    # each machine may have a cache, a metrics port and cores of its own
-    told = config.model_dump(exclude={"loader": True, "metrics": True, "engine": {"threads_per_rank"}})
+    told = config.model_dump(exclude=_OF_EACH_MACHINE)
     different = ranks.differing({"latents": (datasets.identity, datasets.mean, datasets.std), **told})
     if different == ["latents"]:
         raise DataError("the ranks have read different manifests", "start again once `lathe encode` has ended")

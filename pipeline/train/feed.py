@@ -1,8 +1,9 @@
 """Batches, one in hand ahead, so that all ranks know before a step whether each of them has its part of it.
 
-A rank that waited for its batch beside others that compute would keep them in a collective, deaf to signals. So a step
-is begun only where all have said that they hold its batch. They said so before the step that came before it, and that
-travelled while it was computed.
+A step is begun only where all have said that they hold its batch; they said so before the step that came before it,
+and that travelled while it was computed. So a rank that was asked to stop while it waits for data, or cannot get them,
+still takes part in the step that it holds, and all leave after it. Ranks that wait for that one are in a collective
+meanwhile, and deaf to signals of their own.
 """
 
 from __future__ import annotations
@@ -75,9 +76,14 @@ class Feed:
         """Take the batch after this, unless asked to stop while waiting for it, and tell the others."""
         self._held = None
         try:
-            if self._left:
+            if self._left > 0:
                 self._held = self._loader.take(lambda: self._request.signal != 0)
-                self._left -= 1
+                self._left -= self._held is not None
         except LatheError as error:
             self._problem = error
-        self._ranks.post(_FAILED if self._problem else self._request.signal)
+        try:
+            self._ranks.post(_FAILED if self._problem else self._request.signal)
+        except RuntimeError:
+            if self._problem is None:
+                raise
+            raise self._problem from None  # the others did not wait so long: this is why

@@ -34,6 +34,8 @@ from pipeline.train.checkpoint import (
     step_name,
 )
 
+FAULTS = (LatheError, OSError, SafetensorError, LookupError, ValueError)
+"""What may go wrong where state is written or read."""
 _log = logging.getLogger(__name__)
 
 
@@ -143,7 +145,7 @@ def together(process: Process, work: Callable[[], object]) -> None:
     problem: Exception | None = None
     try:
         work()
-    except (LatheError, OSError, SafetensorError, LookupError, ValueError) as error:
+    except FAULTS as error:
         problem = error
     process.agree(problem)
 

@@ -178,6 +178,8 @@ class Trainer:
             if self.step % config.log_every == 0 or batch is None:
                 line.update(self.step, config.steps, self._report(interval))
                 interval = Interval.start(self.ranks.device)
+            if feed.failed:
+                break
             # while steps are skipped the weights may be what is broken: keep the checkpoint from before
             if (self.step % config.checkpoint.every == 0 and not self.skipped.in_a_row) or feed.is_over:
                 self._save()
@@ -186,10 +188,12 @@ class Trainer:
 
     def _save_what_was_done(self) -> None:
         """Before a failure is told: the steps since the last checkpoint are not at fault, if they can be saved."""
+        if self.saved_step == self.step:
+            return
         try:
             self._save()
-        except LatheError as error:
-            say(f"step {self.step} could not be saved: {error.message}")
+        except sharded.FAULTS as error:
+            say(f"step {self.step} could not be saved: {error}")
         else:
             say(f"saved step {self.step}, the last one with whole data")
 
