@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.errors import SetupError
 from pipeline.runtime.deepspeed_config import choose_accelerator
 from pipeline.runtime.launch import OtherRankError, end_with_launcher
 
+_PATIENCE_SECONDS = 1.0
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "torch.distributed")
@@ -50,7 +51,7 @@ class Process:
     world_size: int
     device: torch.device
     side_group: Any = field(repr=False)
-    _flag: torch.Tensor | None = field(default=None, repr=False)
+    _flags: torch.Tensor | None = field(default=None, repr=False)
     _pending: Any = field(default=None, repr=False)
 
     @property
@@ -58,17 +59,26 @@ class Process:
         """Whether this is rank 0, which prints, serves metrics and writes what there is once."""
         return self.rank == 0
 
-    def post(self, flag: int) -> None:
-        """Send a flag to all ranks. It travels on a group of its own while a step computes, so nobody waits for it."""
-        self._flag = torch.tensor(flag)
-        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.side_group, async_op=True)
+    def post(self, *flags: int) -> None:
+        """Send flags to all ranks. They travel on a group of their own while a step computes, so nobody waits."""
+        self._flags = torch.tensor(flags)
+        self._pending = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self.side_group, async_op=True)
 
-    def posted(self) -> int:
-        """The largest flag that a rank has posted, the same on all of them; once for each `post`."""
-        assert self._pending is not None and self._flag is not None, "nothing was posted"  # noqa: S101, PT018
+    def posted(self) -> tuple[int, ...]:
+        """The largest that a rank has posted of each flag, the same on all of them; once for each `post`."""
+        assert self._pending is not None and self._flags is not None, "nothing was posted"  # noqa: S101, PT018
         self._pending.wait()
         self._pending = None
-        return int(self._flag)
+        return tuple(self._flags.tolist())
+
+    def wait_for_all(self, ready: Callable[[float], bool]) -> None:
+        """Wait until all ranks are ready. None of them sits in a collective meanwhile, deaf to signals.
+
+        Args:
+            ready: whether this rank is; it may take the given seconds to find out.
+        """
+        while self.any(not ready(_PATIENCE_SECONDS)):
+            pass
 
     def agree(self, problem: Exception | None = None) -> None:
         """Wait for all ranks, and raise if one has a problem: its own there, OtherRankError on the others."""

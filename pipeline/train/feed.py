@@ -58,7 +58,7 @@ class Feed:
 
         None, on all ranks at the same step, where there are no more, one was asked to stop, or one failed.
         """
-        self._flag, self.waited_seconds = self._ranks.posted(), 0.0
+        (self._flag,), self.waited_seconds = self._ranks.posted(), 0.0
         batch = self._held
         self._over = batch is None or self._flag != 0
         if self._over:

@@ -14,12 +14,13 @@ from pipeline.config import TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.diffusion.objective import Objective, objective_of
 from pipeline.errors import DataError
-from pipeline.models import autoencoder, unet
+from pipeline.models import autoencoder
 from pipeline.models.autoencoder import AutoencoderKL
-from pipeline.models.text import TextTower, Tokenizer
+from pipeline.models.text import Tokenizer
 from pipeline.models.unet import TextToImage
 from pipeline.storage import Store, open_store, split
 from pipeline.train import checkpoint
+from pipeline.train.network import build_network
 from pipeline.train.trained_on import trained_on
 
 
@@ -86,9 +87,7 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
     config = _config(saved)
     weights = checkpoint.load_weights(store, name, which)
     latents = trained_on(saved)
-    manifest = latents.manifests[0]
-    network = unet.build(config.unet, manifest.latent_channels, manifest.latent_side, config.text.width)
-    model = TextToImage(network, TextTower(config.text))
+    model = build_network(config, latents.manifests[0])
     model.load_state_dict(weights)
     return TrainedModel(
         step=saved.step,

@@ -24,7 +24,7 @@ def flags(ranks: Process) -> list[int]:
     found = []
     for step in range(3):
         ranks.post(15 if ranks.rank == 1 and step == 1 else 0)
-        found.append(ranks.posted())
+        found.extend(ranks.posted())
     return found
 
 

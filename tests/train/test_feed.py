@@ -26,11 +26,11 @@ class Ranks:
         def post(flag: int) -> None:
             self.flags[rank] = flag
 
-        def posted() -> int:
+        def posted() -> tuple[int]:
             self.barrier.wait()
             found = max(self.flags)
             self.barrier.wait()
-            return found
+            return (found,)
 
         def agree(problem: LatheError | None) -> None:
             if problem is not None:

@@ -1,0 +1,61 @@
+"""What is told of each interval of steps: metrics, their log, and a few words for the progress line."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+from pipeline.config import TrainConfig
+from pipeline.data.loader import LatentLoader
+from pipeline.metrics import Metrics
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.process import Process
+from pipeline.train.interval import Interval
+from pipeline.train.learning_rate import learning_rate
+from pipeline.train.progress import Progress
+
+
+class Reporter:
+    """Reports of one run.
+
+    Args:
+        config: the run file.
+        ranks: this rank among the others.
+        engine: that trains.
+        metrics: where numbers go.
+        samples: of the data sets.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Process, engine: Engine, metrics: Metrics, *, samples: int) -> None:
+        self._config, self._ranks, self._engine, self._metrics = config, ranks, engine, metrics
+        self._samples = samples
+
+    def start(self, step: int) -> None:
+        """Before the first step of this start; `step` were done before."""
+        self._metrics.resume(step)
+        self._metrics.set("world_size", self._ranks.world_size)
+        self._metrics.set("target_steps", self._config.steps)
+        self._metrics.set("step", step)
+
+    def report(self, progress: Progress, interval: Interval, loader: LatentLoader) -> str:
+        """Log the interval on rank 0, after a reduction over all; returns a few words for the progress line."""
+        config, step = self._config, progress.step
+        total, count = self._ranks.sum(interval.loss).tolist()
+        values = {
+            "loss": total / count if count else float("nan"),
+            "learning_rate": learning_rate(step - 1, config.optimizer, config.steps),
+            "gradient_norm": self._engine.gradient_norm(),
+            "images_per_second": interval.steps * config.global_batch / interval.seconds,
+            "step_seconds": interval.seconds / interval.steps,
+            "data_wait_seconds": interval.wait_seconds / interval.steps,
+            "epoch": (step - progress.order_origin) * config.global_batch / self._samples,
+            "samples_seen": step * config.global_batch,
+            "skipped_steps": progress.skipped.total,
+            "skipped_blocks": len(loader.skipped),
+            "resident_memory_bytes": psutil.Process().memory_info().rss,
+        }
+        self._metrics.log(step, values)
+        self._metrics.set("step", step)
+        self._metrics.set("last_step_timestamp_seconds", time.time())
+        return f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
