@@ -84,7 +84,7 @@ class Engine(ABC):
     """Micro batches of a step."""
 
     @abstractmethod
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
         """The module's forward pass."""
 
     @abstractmethod

@@ -141,7 +141,7 @@ class DataParallelEngine(Engine):
         for group in self._groups:
             group.clear()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
         """See Engine.__call__."""
         last = self._micro_batches == self.accumulation - 1
         wrapped = self._wrapped
@@ -256,7 +256,7 @@ class _Module(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Tensor:
         if inputs:
             output: Tensor = self.module(*inputs)
             return output

@@ -82,7 +82,7 @@ class ZeroEngine(Engine):
         """The ZeRO stage that really runs."""
         return int(self._engine.zero_optimization_stage())
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
         """See Engine.__call__."""
         output: Tensor = self._engine(*inputs)
         return output

@@ -5,6 +5,7 @@ Legend: b samples of this rank in a step, C latent channels, h and w sides of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -26,9 +27,19 @@ class Example(NamedTuple):
 
     noisy: Tensor  # float32 [b, C, h, w]
     timestep: Tensor  # float32 [b], what the timestep embedding is given
-    tokens: Tensor  # int64 [b, L]
+    text: Tensor  # int64 [b, L], token ids for the network's own tower
     target: Tensor  # float32 [b, C, h, w]
     weight: Tensor  # float32 [b], of each sample's loss
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What the network is called with, in its order."""
+        return self.noisy, self.timestep, self.text
+
+    def chunks(self, count: int) -> Iterator[Example]:
+        """The example in `count` equal micro batches; what there is not, is in none of them."""
+        parts = [[None] * count if part is None else part.chunk(count) for part in self]
+        return (Example(*micro) for micro in zip(*parts, strict=True))
 
 
 class Examples:
@@ -78,7 +89,7 @@ class Examples:
         return Example(
             noisy=point.input,
             timestep=point.embedding,
-            tokens=cast(Tensor, text.tokens),  # check_data lets token ids alone pass
+            text=cast(Tensor, text.tokens),  # check_data lets token ids alone pass
             target=point.target,
             weight=point.weight * batch.weight / share,
         )

@@ -23,7 +23,7 @@ from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint
 from pipeline.train.compatibility import check_alike, check_data
-from pipeline.train.examples import Example, Examples
+from pipeline.train.examples import Examples
 from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
@@ -186,9 +186,8 @@ class Trainer:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
         example = self.examples.of(batch, self._share(batch))
         losses = []
-        for parts in zip(*(part.chunk(self.engine.accumulation) for part in example), strict=True):
-            micro = Example(*parts)
-            prediction = self.engine(micro.noisy, micro.timestep, micro.tokens)
+        for micro in example.chunks(self.engine.accumulation):
+            prediction = self.engine(*micro.inputs)
             losses.append(weighted_loss(prediction, micro.target, micro.weight))
             self.engine.backward(losses[-1])
         self.engine.step(learning_rate(self.progress.step, self.config.optimizer, self.config.steps))
