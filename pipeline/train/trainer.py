@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store) -> None:
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.progress = Progress(datasets.mean, datasets.std)
+        self.stopped_by = 0
         rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
         engine_config = engine_configuration(config, ranks.world_size)
         torch.manual_seed(config.seed)
@@ -138,6 +140,12 @@ class Trainer:
 
     def run(self) -> int:
         """Resume, then train to the last step. Returns the signal that asked to stop, or 0."""
+        for _ in self.steps():
+            pass
+        return self.stopped_by
+
+    def steps(self) -> Iterator[int]:
+        """`run`, giving the number of every step once it is done. Closing it leaves no checkpoint behind."""
         config, progress = self.config, self.progress
         self.saves.resume(progress)
         self.reporter.start(progress.step)
@@ -150,16 +158,15 @@ class Trainer:
             self._open_loader() as self.loader,
         ):
             feed = Feed(self.loader, self.ranks, request, config.steps - progress.step)
-            self._train(feed, line)
+            yield from self._train(feed, line)
             if feed.failed:
                 self.saves.save_before_failing(progress, self.loader.skipped)
                 feed.raise_failure()
         self.metrics.close()
-        stop = feed.stopped_by if progress.step < config.steps else 0
-        say(conclusion(f"{self.store.url}/{checkpoint.step_name(progress.step)}", progress.step, stop))
-        return stop
+        self.stopped_by = feed.stopped_by if progress.step < config.steps else 0
+        say(conclusion(f"{self.store.url}/{checkpoint.step_name(progress.step)}", progress.step, self.stopped_by))
 
-    def _train(self, feed: Feed, line: ProgressLine) -> None:
+    def _train(self, feed: Feed, line: ProgressLine) -> Iterator[int]:
         """Steps for as long as there are batches; the last one is saved, unless there are no more for a failure."""
         config, progress, interval = self.config, self.progress, Interval.start(self.ranks.device)
         batch = feed.next()
@@ -181,6 +188,7 @@ class Trainer:
                 self.saves.save(progress, self.loader.skipped)
             if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
                 self.saves.snapshot(progress)
+            yield progress.step
 
     def train_step(self, batch: Batch) -> Tensor:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
