@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -82,6 +82,10 @@ class Engine(ABC):
     optimizer: AveragingOptimizer
     accumulation: int
     """Micro batches of a step."""
+    configuration: Mapping[str, Any]
+    """The whole of it, as `pipeline.runtime.engine.describe` tells it: DeepSpeed's own for ZeRO."""
+    given: Mapping[str, Tensor]
+    """Frozen parameters before they were rounded to the engine's precision, by name, on rank 0's host."""
 
     @abstractmethod
     def __call__(self, *inputs: Tensor | None) -> Tensor:

@@ -2,17 +2,17 @@
 
 Parameters of a group lie end to end in one flat float32 tensor, the master weights, and so do their gradients and the
 optimizer's state: few large tensors, that few kernels go through. In float32 the parameters are views of it; in lower
-precision they are views of a flat copy. Nothing waits for the device: a gradient that is not finite is found there, and
-held back there by `found_inf` of torch's fused AdamW; the host reads the flag one step later.
+precision they are views of a flat copy. A gradient that is not finite is found on the device, and held back there by
+`found_inf` of torch's fused AdamW. The host learns of it one step later: before it hands the device an update, it waits
+for the gradient norm of the step before. By then the device has a whole forward and backward pass in hand, which it
+computes meanwhile and while the host prepares the next one.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,16 @@ from pipeline.runtime.base import (
     finite_or_nan,
     set_learning_rate,
 )
+from pipeline.runtime.ddp_module import FirstStep, settle_buckets, wrap
 from pipeline.runtime.process import Process
 
 _CLIP_EPSILON = 1e-6  # DeepSpeed's and torch's
+_ALIGNMENT = 8  # elements: parameters begin at 16 bytes in every precision, as vectorised kernels want them
+_ROW = 1024  # elements that are summed in float32
 
 
 class _Group:
-    """The parameters of one group of the optimizer, end to end, padded to a multiple of the ranks.
+    """The parameters of one group of the optimizer, end to end, each at an aligned place, and zeros between and behind.
 
     Args:
         parameters: of which dtype ever; they become views.
@@ -45,37 +48,53 @@ class _Group:
     """
 
     def __init__(self, parameters: list[Tensor], dtype: torch.dtype, ranks: int) -> None:
-        count = sum(parameter.numel() for parameter in parameters)
-        self.part = -(-count // ranks)
-        self.master = torch.zeros(self.part * ranks, dtype=torch.float32, device=parameters[0].device)
-        self.gradient = torch.zeros_like(self.master)
         self.offsets: dict[Tensor, int] = {}
-        offset = 0
+        count = 0
         for parameter in parameters:
-            self.offsets[parameter] = offset
-            offset += parameter.numel()
+            self.offsets[parameter] = count
+            count += _up(parameter.numel(), _ALIGNMENT)
+        self.part = _up(-(-count // ranks), _ALIGNMENT)
+        self.master = torch.zeros(_up(self.part * ranks, _ROW), dtype=torch.float32, device=parameters[0].device)
+        self.gradient = torch.zeros_like(self.master)
+        for parameter in parameters:
             self.view(self.master, parameter).copy_(parameter.detach())
         self.working = self.master if dtype == torch.float32 else self.master.to(dtype)
         for parameter in parameters:
             parameter.data = self.view(self.working, parameter)
         self.gradients = [self.view(self.gradient, parameter) for parameter in parameters]
         self.master.grad = self.gradient
+        self._in_buckets = ranks > 1
 
     def view(self, flat: Tensor, parameter: Tensor) -> Tensor:
         """A parameter's elements of a flat tensor, in its shape."""
         return flat.narrow(0, self.offsets[parameter], parameter.numel()).view(parameter.shape)
 
     def clear(self) -> None:
-        """No gradient; in float32 autograd then adds to the flat one itself."""
+        """No gradient; in float32 autograd then adds to the flat one itself, else to DDP's buckets."""
         self.gradient.zero_()
-        for parameter, view in zip(self.offsets, self.gradients, strict=True):
-            parameter.grad = view if self.working is self.master else None
+        if self.working is self.master:
+            for parameter, view in zip(self.offsets, self.gradients, strict=True):
+                parameter.grad = view
+        elif self._in_buckets:
+            for parameter in self.offsets:  # one kernel each, but in place: DDP reads them where they are
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        else:
+            for parameter in self.offsets:
+                parameter.grad = None
 
     def collect(self) -> None:
         """The parameters' gradients into the flat one."""
         if self.working is not self.master:
-            found = [parameter.grad for parameter in self.offsets]
-            torch._foreach_copy_(self.gradients, found)  # type: ignore[arg-type]
+            pairs = zip(self.gradients, self.offsets, strict=True)
+            found = [(view, parameter.grad) for view, parameter in pairs if parameter.grad is not None]
+            torch._foreach_copy_([view for view, _ in found], [gradient for _, gradient in found])
+
+    def norm(self) -> Tensor:
+        """L2 norm of the flat gradient: of rows, whose float32 sums no CPU gets wrong, then of theirs in float64."""
+        rows = torch.linalg.vector_norm(self.gradient.view(-1, _ROW), dim=1)
+        whole: Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
+        return whole
 
     def refresh(self) -> None:
         """Working weights from the masters."""
@@ -88,7 +107,7 @@ class DataParallelEngine(Engine):
 
     Args:
         process: this rank.
-        module: the whole of what is trained; weights become equal to rank 0's.
+        module: the whole of what is trained, on its device and equal on all ranks.
         optimizer: over the module's trainable parameters, fused.
         config: precision, accumulation, loss scale.
         gradient_clip: largest gradient norm; 0 = no clipping.
@@ -104,23 +123,23 @@ class DataParallelEngine(Engine):
         gradient_clip: float,
     ) -> None:
         self._process, self._config, self._clip = process, config, gradient_clip
-        self.module, self.optimizer, self.accumulation = module.to(process.device), optimizer, config.accumulation
+        self.module, self.optimizer, self.accumulation = module, optimizer, config.accumulation
         dtype = DTYPES[config.precision]
         self._groups = [_Group(g["params"], dtype, process.world_size) for g in optimizer.param_groups]
         for group, own in zip(self._groups, optimizer.param_groups, strict=True):
             own["params"] = [group.master]
-            if process.world_size > 1:
-                dist.broadcast(group.master, 0)
-            group.refresh()
             group.clear()
-        module.to(dtype)  # what is frozen
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
         self._wrapped: nn.Module = module
         if process.world_size > 1:
-            in_buckets = dtype != torch.float32
-            whole = _Module(module)
-            self._wrapped = DistributedDataParallel(whole, gradient_as_bucket_view=in_buckets, **_no_buffers())
+            self._wrapped = wrapped = wrap(module, in_buckets=dtype != torch.float32)
             if process.device.type == "cpu":
-                self._settle_buckets()
+                settle_buckets(wrapped)
+                for group in self._groups:
+                    group.clear()
+        self._first_step: FirstStep | None = FirstStep(module)
         device = process.device
         self._scale = torch.ones((), device=device)
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
@@ -130,16 +149,6 @@ class DataParallelEngine(Engine):
         self._micro_batches = 0  # of this step, done
         self._flag: _Flag | None = None
         self._outcomes: list[Outcome] = []
-
-    def _settle_buckets(self) -> None:
-        """Have DDP sort its buckets now and not after the first step of each start.
-
-        With more than two ranks a sum's last bit depends on where in a bucket it is. On GPUs, where such bits are not
-        promised, DDP sorts them by the real backward pass, which hides more of the communication.
-        """
-        torch.autograd.backward(self._wrapped())
-        for group in self._groups:
-            group.clear()
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """See Engine.__call__."""
@@ -161,12 +170,13 @@ class DataParallelEngine(Engine):
 
     def step(self, learning_rate: float) -> None:
         """See Engine.step."""
+        if self._first_step is not None:
+            self._first_step.check()
+            self._first_step = None
         self._learn_of_flag()
         for group in self._groups:
             group.collect()
-        # by parameter: over tens of millions of elements a CPU's float32 sum is off by percents
-        norms = [norm for group in self._groups for norm in torch._foreach_norm(group.gradients)]
-        self._norm = torch.stack(norms).norm() / self._scale
+        self._norm = torch.stack([group.norm() for group in self._groups]).norm().float() / self._scale
         broken = (~self._norm.isfinite()).float()
         self._update(learning_rate, broken)
         self._flag = _Flag(broken * (1 + (self._scale <= 1)))
@@ -196,7 +206,7 @@ class DataParallelEngine(Engine):
         return told
 
     def _learn_of_flag(self) -> None:
-        """What became of the step before, which the device has done long ago if it is not far behind."""
+        """What became of the step before; waits for its gradient norm."""
         if self._flag is not None:
             outcome, self._flag = self._flag.read(), None
             self._outcomes.append(outcome)
@@ -239,32 +249,12 @@ class DataParallelEngine(Engine):
             for flat in (group.master, *(state[key] for key in self.optimizer.state_keys)):
                 if self._process.world_size > 1:
                     mine = flat.narrow(0, self._process.rank * group.part, group.part).clone()
-                    dist.all_gather(list(flat.split(group.part)), mine)
+                    dist.all_gather_into_tensor(flat[: self._process.world_size * group.part], mine)
             group.refresh()
 
 
-def _no_buffers() -> dict[str, Any]:
-    """What keeps DDP from sending buffers around in each forward pass: torch has given it another name."""
-    named = inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False}
-
-
-class _Module(nn.Module):
-    """The module; without inputs the sum of what is trained, which has all its gradients."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor | None) -> Tensor:
-        if inputs:
-            output: Tensor = self.module(*inputs)
-            return output
-        total = torch.zeros(())
-        for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                total = total + parameter.sum()
-        return total
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 class _Flag:

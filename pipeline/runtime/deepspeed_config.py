@@ -16,7 +16,7 @@ PERSISTENT_ELEMENTS = 100_000
 
 
 def deepspeed_config(
-    config: EngineConfig, *, micro_batch: int, gradient_clip: float, world_size: int, on_gpu: bool
+    config: EngineConfig, *, micro_batch: int, gradient_clip: float, world_size: int
 ) -> dict[str, Any]:
     """The configuration; no value is "auto".
 
@@ -25,7 +25,6 @@ def deepspeed_config(
         micro_batch: samples of one rank in one micro batch.
         gradient_clip: largest gradient norm; 0 = no clipping.
         world_size: ranks.
-        on_gpu: whether ranks compute on one; what is offloaded is pinned then.
     """
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
@@ -47,9 +46,9 @@ def deepspeed_config(
             "stage3_gather_16bit_weights_on_model_save": False,
         }
     if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu, "ratio": 1.0}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True, "ratio": 1.0}  # without a GPU nothing is
     if config.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_batch_size": micro_batch * config.accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from pipeline.config import EngineConfig
 from pipeline.errors import ConfigError
-from pipeline.runtime.base import AveragingOptimizer, Engine, LossScale, Outcome
+from pipeline.runtime.base import DTYPES, AveragingOptimizer, Engine, LossScale, Outcome
 from pipeline.runtime.deepspeed_config import check, deepspeed_config
 from pipeline.runtime.process import Process
 
@@ -56,7 +57,7 @@ def build(
 
     Args:
         process: this rank.
-        module: the whole of what is trained; weights become equal to rank 0's.
+        module: the whole of what is trained; parameters and buffers become equal to rank 0's.
         optimizer: over the module's trainable parameters.
         config: which engine, and its settings.
         micro_batch: samples of one rank in one micro batch.
@@ -64,16 +65,43 @@ def build(
 
     Raises:
         SetupError: what runs is not the engine, stage or world that was asked for.
+        ConfigError: DeepSpeed finds a contradiction in what it is configured with.
     """
+    whole = _configuration(config, micro_batch, gradient_clip, process.world_size)
+    module.to(process.device)
+    _make_equal(process, module)
+    given = _given(process, module, config)
     if config.compile:
         module.compile()
+    built: Engine
     if config.zero_stage == 0:
         from pipeline.runtime.ddp import DataParallelEngine
 
-        return DataParallelEngine(process, module, optimizer, config, gradient_clip=gradient_clip)
-    from pipeline.runtime import zero
+        built = DataParallelEngine(process, module, optimizer, config, gradient_clip=gradient_clip)
+    else:
+        from pipeline.runtime import zero
 
-    return zero.build(process, module, optimizer, config, micro_batch=micro_batch, gradient_clip=gradient_clip)
+        built = zero.build(process, module, optimizer, config, whole)
+    built.configuration, built.given = whole, given
+    return built
+
+
+def _make_equal(process: Process, module: nn.Module) -> None:
+    """All of it as on rank 0: wrappers send parameters rounded, and buffers or not as their release has it."""
+    if process.world_size > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole.view(-1).view(torch.uint8), 0)  # of every dtype
+            tensor.detach().copy_(whole)
+
+
+def _given(process: Process, module: nn.Module, config: EngineConfig) -> dict[str, Tensor]:
+    """What `precision` rounds of the frozen parameters, for those who go on in another one."""
+    if not process.is_main or config.precision == "float32":
+        return {}
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    wider = {name: p for name, p in frozen.items() if p.is_floating_point() and p.dtype != DTYPES[config.precision]}
+    return {name: p.to("cpu", copy=True) for name, p in wider.items()}
 
 
 def describe(config: EngineConfig, *, global_batch: int, gradient_clip: float, world_size: int) -> dict[str, Any]:
@@ -82,7 +110,16 @@ def describe(config: EngineConfig, *, global_batch: int, gradient_clip: float, w
     Raises:
         ConfigError: it cannot work.
     """
-    share = micro_batch(config, global_batch, world_size)
+    if config.world_size not in (None, world_size):
+        raise ConfigError(
+            f"engine.world_size={config.world_size}, but the engine of {world_size}"
+            f" rank{'s' if world_size > 1 else ''} is asked for",
+            f"ask for that of {config.world_size}, or set engine.world_size to {world_size} or null",
+        )
+    return _configuration(config, micro_batch(config, global_batch, world_size), gradient_clip, world_size)
+
+
+def _configuration(config: EngineConfig, share: int, gradient_clip: float, world_size: int) -> dict[str, Any]:
     if config.zero_stage == 0:
         return {
             "engine": "DistributedDataParallel" if world_size > 1 else "none",
@@ -92,12 +129,6 @@ def describe(config: EngineConfig, *, global_batch: int, gradient_clip: float, w
             "gradient_accumulation_steps": config.accumulation,
             "gradient_clipping": gradient_clip,
         }
-    whole = deepspeed_config(
-        config,
-        micro_batch=share,
-        gradient_clip=gradient_clip,
-        world_size=world_size,
-        on_gpu=torch.cuda.is_available(),
-    )
+    whole = deepspeed_config(config, micro_batch=share, gradient_clip=gradient_clip, world_size=world_size)
     check(whole)
     return whole

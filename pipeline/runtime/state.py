@@ -70,6 +70,8 @@ def shapes(engine: Engine) -> dict[str, list[int]]:
 def frozen(engine: Engine, *, keep: bool = True) -> dict[str, Tensor]:
     """Whole copies of what the optimizer does not know: frozen parameters and persistent buffers. A collective.
 
+    Frozen parameters are as they were given, and not as `engine.precision` rounds them.
+
     Args:
         engine: whose.
         keep: False on ranks that only take part, since in ZeRO-3 all must; they get nothing.
@@ -78,7 +80,7 @@ def frozen(engine: Engine, *, keep: bool = True) -> dict[str, Tensor]:
     for name, tensor in _frozen(engine).items():
         with engine.whole(tensor):
             if keep:
-                found[name] = tensor.detach().to("cpu", copy=True)
+                found[name] = engine.given.get(name, tensor).detach().to("cpu", copy=True)
     return found
 
 
@@ -87,6 +89,8 @@ def set_frozen(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in _frozen(engine).items():
         with torch.no_grad(), engine.whole(tensor, write=True):
             tensor.copy_(tensors[name])
+            if name in engine.given:
+                engine.given[name].copy_(tensors[name])
 
 
 def _frozen(engine: Engine) -> dict[str, Tensor]:

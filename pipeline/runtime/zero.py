@@ -6,7 +6,7 @@ it; ZeRO-3 cuts every parameter into equal parts, pads the last one, and lays a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,7 +24,6 @@ from pipeline.runtime.base import (
     finite_or_nan,
     set_learning_rate,
 )
-from pipeline.runtime.deepspeed_config import deepspeed_config
 from pipeline.runtime.process import Process
 
 _PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # as accelerate calls them
@@ -181,26 +180,21 @@ def build(
     module: nn.Module,
     optimizer: AveragingOptimizer,
     config: EngineConfig,
-    *,
-    micro_batch: int,
-    gradient_clip: float,
+    whole: Mapping[str, Any],
 ) -> ZeroEngine:
-    """See `pipeline.runtime.engine.build`."""
+    """See `pipeline.runtime.engine.build`; `whole` is DeepSpeed's configuration."""
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
-    whole = deepspeed_config(
-        config,
-        micro_batch=micro_batch,
-        gradient_clip=gradient_clip,
-        world_size=process.world_size,
-        on_gpu=process.device.type == "cuda",
-    )
+    unrounded = {}
+    if config.precision != "float32":  # on the host, until the masters have them
+        trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        unrounded = {name: p.to("cpu", torch.float32, copy=True).flatten() for name, p in trained.items()}
     try:
         accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=whole), mixed_precision=_PRECISION[config.precision]
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(whole)), mixed_precision=_PRECISION[config.precision]
         )
-        wrapped, _ = accelerator.prepare(module.to(process.device), optimizer)
+        wrapped, _ = accelerator.prepare(module, optimizer)
     except ValueError as error:
         if config.precision == "float32" or "not supported" not in str(error):
             raise
@@ -210,6 +204,9 @@ def build(
         ) from error
     engine = ZeroEngine(wrapped, optimizer, config)
     _check(wrapped, engine, config, process)
+    if unrounded:
+        for parameter, offset, length, flat, start in engine.pieces():
+            flat.detach().narrow(0, start, length).copy_(unrounded[parameter].narrow(0, offset, length))
     return engine
 
 

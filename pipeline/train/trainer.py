@@ -107,7 +107,7 @@ class Trainer:
         self.progress = Progress(datasets.mean, datasets.std)
         self.stopped_by = 0
         rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
-        engine_config = engine_configuration(config, ranks.world_size)
+        share = engine.micro_batch(config.engine, config.global_batch, ranks.world_size)
         torch.manual_seed(config.seed)
         self.model = build_network(config, datasets.manifests[0])
         if config.engine.channels_last:
@@ -123,7 +123,7 @@ class Trainer:
             self.model,
             AdamWithEMA(groups, chosen, config.ema.averages),
             config.engine,
-            micro_batch=engine_config["train_micro_batch_size_per_gpu"],
+            micro_batch=share,
             gradient_clip=chosen.gradient_clip,
         )
         self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
@@ -132,7 +132,7 @@ class Trainer:
             store,
             ranks,
             self.engine,
-            engine_config=engine_config,
+            engine_config=self.engine.configuration,
             config=config,
             datasets=datasets,
             metrics=self.metrics,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,12 +64,13 @@ def build(
     fused: bool = True,
     clip: float = 0.0,
     ratios: Mapping[str, float] | None = None,
+    module: nn.Module | None = None,
     **settings: Any,
 ) -> Engine:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one engine a process is the rule; here several are tried
-    module = net()
+    module = module or net()
     optimizer = AdamWithEMA(
         parameter_groups(module, WEIGHT_DECAY, ratios),
         OptimizerConfig(learning_rate=RATE),
@@ -108,12 +109,12 @@ def train(built: Engine, batches: Tensor, ranks: Process | None = None) -> list[
 def reference(steps: int = STEPS, *, flat: bool = False) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
     """The same steps by hand: torch's AdamW in one process, and averages beside it by key and parameter.
 
-    With `flat` the groups lie end to end and the fused AdamW goes through them: its last bits depend on that.
+    With `flat` the groups lie end to end as DDP's do and the fused AdamW goes through them: its last bits depend on it.
     """
     module = net()
     averages = {key: copy.deepcopy(dict(module.named_parameters())) for key in KEYS}
     groups = parameter_groups(module, WEIGHT_DECAY)
-    wholes = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]])) for group in groups]
+    wholes = [nn.Parameter(end_to_end([p.detach() for p in group["params"]])) for group in groups]
     settings = {"lr": RATE, "betas": (0.9, 0.99)}
     flats = [{**group, "params": [whole]} for group, whole in zip(groups, wholes, strict=True)]
     optimizer = torch.optim.AdamW(flats if flat else groups, fused=flat, **settings)
@@ -121,18 +122,23 @@ def reference(steps: int = STEPS, *, flat: bool = False) -> tuple[nn.Module, dic
         module.zero_grad()
         (module(x) - x).square().mean().backward()
         for group, whole in zip(groups, wholes, strict=True):
-            whole.grad = torch.cat([p.grad.flatten() for p in group["params"]])
+            whole.grad = end_to_end([p.grad for p in group["params"]])
         optimizer.step()
         if flat:
             for group, whole in zip(groups, wholes, strict=True):
-                parts = whole.detach().split([p.numel() for p in group["params"]])
+                parts = whole.detach().split([-(-p.numel() // 8) * 8 for p in group["params"]])
                 for parameter, part in zip(group["params"], parts, strict=True):
-                    parameter.data.copy_(part.view_as(parameter))
+                    parameter.data.copy_(part[: parameter.numel()].view_as(parameter))
         warm = (1 + step) / (10 + step)
         for key, decay in zip(KEYS, (min(0.5, warm), min(0.99, warm), power_decay(step, 0.1)), strict=True):
             for name, parameter in module.named_parameters():
                 averages[key][name].data.lerp_(parameter.data, 1 - decay)
     return module, averages
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
+    """Each begins at a multiple of eight elements."""
+    return torch.cat([nn.functional.pad(t.flatten(), (0, -t.numel() % 8)) for t in tensors])
 
 
 def worst(found: Engine, expected: Mapping[str, Tensor], key: str) -> float:
