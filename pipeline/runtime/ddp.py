@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,14 +56,18 @@ class _Group:
             offset += parameter.numel()
             self.view(self.master, parameter).copy_(parameter.detach())
         self.working = self.master if dtype == torch.float32 else self.master.to(dtype)
-        for parameter in parameters:
-            parameter.data = self.view(self.working, parameter)
+        self.show(self.working)
         self.gradients = [self.view(self.gradient, parameter) for parameter in parameters]
         self.master.grad = self.gradient
 
     def view(self, flat: Tensor, parameter: Tensor) -> Tensor:
         """A parameter's elements of a flat tensor, in its shape."""
         return flat.narrow(0, self.offsets[parameter], parameter.numel()).view(parameter.shape)
+
+    def show(self, flat: Tensor) -> None:
+        """Let the parameters be views of a flat tensor."""
+        for parameter in self.offsets:
+            parameter.data = self.view(flat, parameter)
 
     def clear(self) -> None:
         """No gradient; in float32 autograd then adds to the flat one itself."""
@@ -241,6 +245,23 @@ class DataParallelEngine(Engine):
                     mine = flat.narrow(0, self._process.rank * group.part, group.part).clone()
                     dist.all_gather(list(flat.split(group.part)), mine)
             group.refresh()
+
+    @contextmanager
+    def using(self, key: str) -> Iterator[None]:
+        """See Engine.using. In float32 the parameters are views of the average meanwhile: nothing is copied."""
+        self.optimizer.create_state()
+        try:
+            for group in self._groups:
+                average = self.optimizer.state[group.master][key]
+                if group.working is group.master:
+                    group.show(average)
+                else:
+                    group.working.copy_(average)
+            yield
+        finally:
+            for group in self._groups:
+                group.show(group.working)
+                group.refresh()
 
 
 def _no_buffers() -> dict[str, Any]:
