@@ -31,9 +31,11 @@ from pipeline.config.training import (
     OptimizerConfig,
     sigma_rel_problem,
 )
+from pipeline.config.validation import RAW, ValidationConfig
 
 __all__ = [
     "JOBS",
+    "RAW",
     "SIGMA_REL",
     "AutoencoderModelConfig",
     "AverageConfig",
@@ -73,6 +75,7 @@ __all__ = [
     "TowerConfig",
     "TrainConfig",
     "UNetConfig",
+    "ValidationConfig",
     "Widths",
     "sigma_rel_problem",
 ]

@@ -1,9 +1,10 @@
 """The variational bound on the negative log-likelihood of latents, for DDPM's discrete path.
 
-The generative model is the reverse chain of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, eq. 1) with the posterior's
-own variances (eq. 7), which makes each term a multiple of the squared error of the denoised data: Kingma et al. 2021
-(https://arxiv.org/abs/2107.00630, eq. 13 and 14). Latents are continuous, so the last factor is a Gaussian density and not
-a sum over pixel values; its variance is the first beta, as in Ho et al. The bound is one on a density, and may be negative.
+The generative model is the reverse chain of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, eq. 1) with the
+posterior's own variances (eq. 7), which makes each term a multiple of the squared error of the denoised data: Kingma et
+al. 2021 (https://arxiv.org/abs/2107.00630, eq. 13 and 14). Latents are continuous, so the last factor is a Gaussian
+density and not a sum over pixel values; its variance is the first beta, as in Ho et al. The bound is one on a density,
+and may be negative.
 
 Legend: b samples, T rows of the path's table; all figures are nats per dimension of the latents.
 """

@@ -6,15 +6,18 @@ import errno
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from pipeline.config import MetricsConfig
 from pipeline.errors import SetupError
 from pipeline.metrics.log import LogStore, open_log, plain
 from pipeline.metrics.table import DEFINITIONS, Job, Value, flat
+
 
 class Metrics:
     """The numbers of one job in one process.
@@ -66,6 +69,9 @@ class Metrics:
         if self._log is not None:
             line = {"step": step, "time": round(now, 3), **{k: plain(v) for k, v in values.items()}}
             self._log.append(step, json.dumps(line))
+
+    def show(self, step: int, name: str, pictures: NDArray[np.uint8], captions: Sequence[str]) -> None:
+        """Pictures [N, H, W, 3], for those who look at them beside the numbers."""
 
     def resume(self, step: int) -> None:
         """Drop the lines that a killed run logged after `step`, its last checkpoint. Call it once, before `log`."""

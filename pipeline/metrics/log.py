@@ -122,4 +122,5 @@ class _PartsLog:
 
 
 def open_log(store: LogStore) -> _FolderLog | _PartsLog:
+    """The log to be appended to. Its methods raise StorageError."""
     return _FolderLog(store) if _can_append(store) else _PartsLog(store)

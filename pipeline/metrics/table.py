@@ -66,9 +66,7 @@ DEFINITIONS = (
     Definition("checkpoint_step", "steps", "Step of the last complete checkpoint", TRAINING),
     Definition("checkpoint_timestamp_seconds", "s", "Unix time of the last complete checkpoint", TRAINING),
     Definition("last_step_timestamp_seconds", "s", "Unix time of the last step that was logged", TRAINING),
-    Definition(
-        "validation_loss", "1", "Loss of held-out samples at fixed noise and times", ("train",), ("weights",)
-    ),
+    Definition("validation_loss", "1", "Loss of held-out samples at fixed noise and times", ("train",), ("weights",)),
     Definition(
         "validation_level_loss",
         "1",

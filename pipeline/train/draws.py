@@ -1,4 +1,4 @@
-"""The random numbers of a training step, keyed by (seed, step, position), and of validation: alike at any world size."""
+"""The random numbers of a training step, keyed by (seed, step, position), and of validation: of any world size."""
 
 from __future__ import annotations
 
