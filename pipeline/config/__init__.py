@@ -29,6 +29,8 @@ from pipeline.config.training import (
     LossScaleConfig,
     MetricsConfig,
     OptimizerConfig,
+    TrackedMetricsConfig,
+    WandbConfig,
     sigma_rel_problem,
 )
 from pipeline.config.validation import RAW, ValidationConfig
@@ -73,9 +75,11 @@ __all__ = [
     "TextConfig",
     "Threads",
     "TowerConfig",
+    "TrackedMetricsConfig",
     "TrainConfig",
     "UNetConfig",
     "ValidationConfig",
+    "WandbConfig",
     "Widths",
     "sigma_rel_problem",
 ]

@@ -20,6 +20,7 @@ from pipeline.config.training import (
     JointOptimizerConfig,
     MetricsConfig,
     OptimizerConfig,
+    TrackedMetricsConfig,
 )
 from pipeline.config.validation import RAW, ValidationConfig
 
@@ -79,7 +80,7 @@ class FirstStageConfig(RunConfig):
     seed: Seed = 0
     threads: Threads | None = Field(None, description="CPU threads; null = torch's choice")
     checkpoint: CheckpointConfig = CheckpointConfig()
-    metrics: MetricsConfig = MetricsConfig()
+    metrics: TrackedMetricsConfig = TrackedMetricsConfig()
     log_every: Count = 20
 
     @model_validator(mode="after")
@@ -142,7 +143,7 @@ class TrainConfig(RunConfig):
     seed: Seed = 0
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
-    metrics: MetricsConfig = MetricsConfig()
+    metrics: TrackedMetricsConfig = TrackedMetricsConfig()
     log_every: Count = 20
 
     @property

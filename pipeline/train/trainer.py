@@ -130,7 +130,7 @@ class Trainer:
             micro_batch=engine_config["train_micro_batch_size_per_gpu"],
             gradient_clip=chosen.gradient_clip,
         )
-        self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
+        self.metrics = Metrics(config.metrics, "train", ranks.rank, store, config.model_dump(mode="json"))
         self.reporter = Reporter(config, ranks, self.engine, self.metrics, samples=datasets.samples)
         self.saves = Saves(
             store,

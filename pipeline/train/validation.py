@@ -113,11 +113,12 @@ class Validator:
         if not self._ranks.is_main:
             return
         prompts, name = self._settings.prompts, f"{PICTURES}{step_name(step)}.png"
+        sheet = images.contact_sheet(pictures, _COLUMNS, prompts)
         try:
-            self._store.write(name, images.contact_sheet(pictures, _COLUMNS, prompts))
+            self._store.write(name, sheet)
         except StorageError as error:
             say(f"{name} could not be written: {error}")
-        self._metrics.show(step, "samples", pictures, prompts)
+        self._metrics.show(step, "samples", sheet=sheet, pictures=pictures, captions=prompts)
 
     def _using(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if name == RAW else self._engine.using(average_key(name))
