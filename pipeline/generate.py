@@ -56,15 +56,16 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     sampling: SamplingConfig,
     seed: int,
     batch_size: int,
+    places: Sequence[int] | None = None,
     progress: Callable[[float, int], None] | None = None,
 ) -> tuple[Tensor, NDArray[np.uint8]]:
     """Make one picture per prompt.
 
-    A picture depends on its prompt, `seed` and the prompt's place in `prompts`, and not on `batch_size`.
+    A picture depends on its prompt, `seed` and the prompt's place, and not on `batch_size`.
 
     Args:
-        model: the trained network; its device is used.
-        autoencoder: decodes raw latents; on the same device.
+        model: the trained network.
+        autoencoder: decodes raw latents; on the same device, which is used.
         mean: of the raw latents by channel [C].
         std: of the raw latents by channel [C].
         tokenizer: the one the model was trained with.
@@ -73,19 +74,20 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
         sampling: sampler, steps and guidance.
         seed: of the noise.
         batch_size: pictures made together.
+        places: of the prompts, where these are some of more; None = 0, 1, 2, ...
         progress: called with (pictures done, pictures in all) after each step; done may be a fraction.
 
     Returns:
         Whitened latents float32 [N, C, h, w] and pictures uint8 [N, f*h, f*w, 3], on the CPU.
     """
-    device = next(model.parameters()).device
+    device = autoencoder.device
     shape = (model.unet.config.in_channels, model.unet.config.sample_size, model.unet.config.sample_size)
     mean, std = mean.to(device), std.to(device)
     empty = torch.from_numpy(tokenizer.empty.astype(np.int64)).to(device)
+    everywhere = torch.tensor(range(len(prompts)) if places is None else places, device=device)
     latents, pictures = [], []
     for first in range(0, len(prompts), batch_size):
         tokens = torch.from_numpy(tokenizer(prompts[first : first + batch_size]).astype(np.int64)).to(device)
-        places = torch.arange(first, first + len(tokens), device=device)
         denoiser = guided(
             model,
             objective,
@@ -95,7 +97,9 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
             rescale=sampling.guidance_rescale,
             interval=sampling.guidance_interval,
         )
-        draw = partial(normal, seed, Purpose.INITIAL_NOISE, positions=places, shape=shape)
+        draw = partial(
+            normal, seed, Purpose.INITIAL_NOISE, positions=everywhere[first : first + batch_size], shape=shape
+        )
         report = partial(_report, progress, first, len(tokens), len(prompts)) if progress else None
         whitened = sample(sampling, objective.path, denoiser, draw, report).float()
         latents.append(whitened.cpu())

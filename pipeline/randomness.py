@@ -31,6 +31,8 @@ class Purpose(IntEnum):
     ORDER = 7
     FLIP = 8
     OFFSET_NOISE = 9
+    VALIDATION_NOISE = 10
+    VALIDATION_TIME = 11
 
 
 def uniform(seed: int, purpose: Purpose, step: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

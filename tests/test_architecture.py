@@ -28,8 +28,8 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# metrics reads the config models that it is given, as does runfile.
-SAME_FLOOR_ALLOWED = {("metrics", "config")}
+# metrics reads the config models that it is given, as does runfile, and tells of trackers that fail.
+SAME_FLOOR_ALLOWED = {("metrics", "config"), ("metrics", "console")}
 
 FENCES: dict[str, tuple[str, ...]] = {
     "s3fs": ("storage", "operate/bench"),
@@ -39,6 +39,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "accelerate": ("runtime", "operate/bench"),
     "deepspeed": ("runtime", "operate/bench"),
     "prometheus_client": ("metrics",),
+    "tensorboard": ("metrics/trackers",),
+    "wandb": ("metrics/trackers",),
     "diffusers": ("models", "export", "operate/bench"),
     "open_clip": ("models", "export", "operate/bench"),
     "transformers": ("models", "export", "operate/bench"),

@@ -78,6 +78,8 @@ def test_purposes_keep_their_numbers() -> None:
         "ORDER": 7,
         "FLIP": 8,
         "OFFSET_NOISE": 9,
+        "VALIDATION_NOISE": 10,
+        "VALIDATION_TIME": 11,
     }
 
 

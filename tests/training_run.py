@@ -49,6 +49,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, latents: str, output: str = "", **changes: Any) -> None:
+        self.changes = changes
         self.latents, self.output = latents, Path(output) if output else folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "train.yaml"
@@ -86,9 +87,16 @@ class Run:
             return False  # a run that starts anew deletes parts of the log while they are read
 
     def losses(self) -> list[float]:
-        lines = read_log(self.store)
+        lines = [line for line in read_log(self.store) if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         return [line["loss"] for line in lines]
+
+    def validations(self) -> dict[int, dict[str, Any]]:
+        """Lines of the log by step; one each."""
+        lines = [line for line in read_log(self.store) if "validation_loss" in line]
+        found = {line["step"]: line for line in lines}
+        assert len(found) == len(lines)
+        return found
 
     def steps(self) -> list[int]:
         return [found.step for found in checkpoint.find(self.store)]
@@ -112,7 +120,7 @@ def finish(child: subprocess.Popen[str], code: int = 0) -> str:
 
 def copy_of(run: Run, folder: Path, step: int) -> Run:
     """A run as it was after a step."""
-    copy = Run(folder, run.latents)
+    copy = Run(folder, run.latents, **run.changes)
     shutil.copytree(run.output, copy.output)
     for later in copy.steps():
         if later > step:

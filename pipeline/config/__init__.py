@@ -29,11 +29,15 @@ from pipeline.config.training import (
     LossScaleConfig,
     MetricsConfig,
     OptimizerConfig,
+    TrackedMetricsConfig,
+    WandbConfig,
     sigma_rel_problem,
 )
+from pipeline.config.validation import RAW, ValidationConfig
 
 __all__ = [
     "JOBS",
+    "RAW",
     "SIGMA_REL",
     "AutoencoderModelConfig",
     "AverageConfig",
@@ -71,8 +75,11 @@ __all__ = [
     "TextConfig",
     "Threads",
     "TowerConfig",
+    "TrackedMetricsConfig",
     "TrainConfig",
     "UNetConfig",
+    "ValidationConfig",
+    "WandbConfig",
     "Widths",
     "sigma_rel_problem",
 ]

@@ -20,7 +20,9 @@ from pipeline.config.training import (
     JointOptimizerConfig,
     MetricsConfig,
     OptimizerConfig,
+    TrackedMetricsConfig,
 )
+from pipeline.config.validation import RAW, ValidationConfig
 
 WEIGHTS = "an average by its name in ema.averages, or raw for the weights themselves; empty = the first average"
 
@@ -78,7 +80,7 @@ class FirstStageConfig(RunConfig):
     seed: Seed = 0
     threads: Threads | None = Field(None, description="CPU threads; null = torch's choice")
     checkpoint: CheckpointConfig = CheckpointConfig()
-    metrics: MetricsConfig = MetricsConfig()
+    metrics: TrackedMetricsConfig = TrackedMetricsConfig()
     log_every: Count = 20
 
     @model_validator(mode="after")
@@ -140,7 +142,8 @@ class TrainConfig(RunConfig):
     shuffle_window: Count = Field(256, description="samples shuffled together within each run of an epoch")
     seed: Seed = 0
     checkpoint: CheckpointConfig = CheckpointConfig()
-    metrics: MetricsConfig = MetricsConfig()
+    validation: ValidationConfig = ValidationConfig()
+    metrics: TrackedMetricsConfig = TrackedMetricsConfig()
     log_every: Count = 20
 
     @property
@@ -161,6 +164,16 @@ class TrainConfig(RunConfig):
         weightless = [place for place, source in enumerate(self.datasets) if source.weight is None]
         if 0 < len(weightless) < len(manifests):
             raise ValueError(f"datasets.{weightless[0]}.weight: missing; give every data set a weight, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _validated_weights_are_there(self) -> TrainConfig:
+        there = [average.name for average in self.ema.averages] + [RAW]
+        for place, name in enumerate(self.validation.weights or ()):
+            if name not in there:
+                raise ValueError(
+                    f"validation.weights.{place}: {name} is no average in ema.averages; set {' or '.join(there)}"
+                )
         return self
 
 

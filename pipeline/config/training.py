@@ -200,6 +200,26 @@ class MetricsConfig(Section):
     port: int = Field(0, ge=0, le=65535, description="first port to try; 0 = one that is free")
 
 
+class WandbConfig(Section):
+    """A run at Weights & Biases; keys and addresses of servers are taken from wandb's own environment."""
+
+    project: str = Field(min_length=1)
+    name: str | None = Field(None, description="of the run; null = wandb makes one up")
+    entity: str | None = Field(None, description="user or team; null = wandb's default")
+    group: str | None = Field(None, description="of runs that belong together")
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] = Field("online", description="offline keeps it local, for `wandb sync`")
+
+
+class TrackedMetricsConfig(MetricsConfig):
+    """Of a training, whose numbers may go to trackers too."""
+
+    tensorboard: bool | str = Field(
+        False, description="write files for TensorBoard, to the output's folder `tensorboard` or to this one"
+    )
+    wandb: WandbConfig | None = Field(None, description="log to Weights & Biases, if wandb is installed; null = off")
+
+
 class CheckpointConfig(Section):
     """When the run is saved, and how many checkpoints are kept."""
 

@@ -88,10 +88,14 @@ class Objective:
             numbers: as `self.numbers` says.
             positions: int64 [b], places in the global batch; what is stratified depends on them.
         """
-        if self.stratified:
-            numbers = timesteps.stratified(numbers, positions)
-            if self.timesteps != "uniform":
-                numbers = timesteps.normal_of(numbers)
+        return self.times_at(timesteps.stratified(numbers, positions)) if self.stratified else self._times(numbers)
+
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """The times at quantiles of their distribution, which are in (0, 1): float32, of the same shape."""
+        return self._times(quantiles if self.timesteps == "uniform" else timesteps.normal_of(quantiles))
+
+    def _times(self, numbers: Tensor) -> Tensor:
+        """The times that uniform or normal numbers mean, as the distribution has it."""
         if self.timesteps == "log_normal":
             return timesteps.log_normal(numbers, self.mean, self.std).float()
         unit = numbers if self.timesteps == "uniform" else timesteps.logit_normal(numbers, self.mean, self.std)
@@ -125,8 +129,18 @@ class Objective:
             embedding=self.path.embedding_input(t),
             target=prediction.target(self.prediction, x0, noise, alpha, sigma, self.sigma_data),
             weight=self._weight(alpha, sigma),
-            noise_level=sigma / torch.hypot(alpha, sigma),
+            noise_level=self.noise_level(t),
         )
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """sigma / sqrt(alpha^2 + sigma^2): 0 is data, 1 is noise, under every objective."""
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        return sigma / torch.hypot(alpha, sigma)
+
+    def denoised_error(self, error: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the data that outputs mean, from that of the outputs [b], at times t [b]."""
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        return error * prediction.error_scale(self.prediction, alpha, sigma, self.sigma_data)
 
     def denoiser(self, network: Network) -> Denoiser:
         """The data that a network sees in noisy samples: what samplers are given."""

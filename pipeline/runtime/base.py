@@ -140,6 +140,17 @@ class Engine(ABC):
     def refresh(self) -> None:
         """After this rank's pieces were written to: the same weights and state on all ranks. A collective."""
 
+    @abstractmethod
+    def using(self, key: str) -> AbstractContextManager[None]:
+        """A context in which the working weights are an average, for forward passes alone. A collective.
+
+        Masters, optimizer and gradients are not touched, and the working weights are made from the masters when it is
+        left, in whichever way. It takes no memory beside the state's own.
+
+        Args:
+            key: of the optimizer's state, such as "ema.main".
+        """
+
     def whole(self, tensor: Tensor, *, write: bool = False) -> AbstractContextManager[Any]:
         """A context in which a parameter has all of its elements. A collective.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -59,8 +59,7 @@ class _Group:
         for parameter in parameters:
             self.view(self.master, parameter).copy_(parameter.detach())
         self.working = self.master if dtype == torch.float32 else self.master.to(dtype)
-        for parameter in parameters:
-            parameter.data = self.view(self.working, parameter)
+        self.show(self.working)
         self.gradients = [self.view(self.gradient, parameter) for parameter in parameters]
         self.master.grad = self.gradient
         self._in_buckets = ranks > 1
@@ -68,6 +67,11 @@ class _Group:
     def view(self, flat: Tensor, parameter: Tensor) -> Tensor:
         """A parameter's elements of a flat tensor, in its shape."""
         return flat.narrow(0, self.offsets[parameter], parameter.numel()).view(parameter.shape)
+
+    def show(self, flat: Tensor) -> None:
+        """Let the parameters be views of a flat tensor."""
+        for parameter in self.offsets:
+            parameter.data = self.view(flat, parameter)
 
     def clear(self) -> None:
         """No gradient; in float32 autograd then adds to the flat one itself, else to DDP's buckets."""
@@ -251,6 +255,23 @@ class DataParallelEngine(Engine):
                     mine = flat.narrow(0, self._process.rank * group.part, group.part).clone()
                     dist.all_gather_into_tensor(flat[: self._process.world_size * group.part], mine)
             group.refresh()
+
+    @contextmanager
+    def using(self, key: str) -> Iterator[None]:
+        """See Engine.using. In float32 the parameters are views of the average meanwhile: nothing is copied."""
+        self.optimizer.create_state()
+        try:
+            for group in self._groups:
+                average = self.optimizer.state[group.master][key]
+                if group.working is group.master:
+                    group.show(average)
+                else:
+                    group.working.copy_(average)
+            yield
+        finally:
+            for group in self._groups:
+                group.show(group.working)
+                group.refresh()
 
 
 def _up(count: int, multiple: int) -> int:

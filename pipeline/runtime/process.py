@@ -113,6 +113,13 @@ class Process:
         """The sum over the ranks, float64 on the host. A collective, and a synchronisation with the device."""
         return self._reduce(values.detach().to("cpu", torch.float64), dist.ReduceOp.SUM)
 
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor on the host, in their order, on all of them; all are of one shape. A collective."""
+        mine = values.detach().cpu().contiguous()
+        everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyones, mine, group=self.side_group)
+        return everyones
+
     def _reduce(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
         dist.all_reduce(values, operation, group=self.side_group)
         return values

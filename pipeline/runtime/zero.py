@@ -7,7 +7,7 @@ it; ZeRO-3 cuts every parameter into equal parts, pads the last one, and lays a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -166,6 +166,22 @@ class ZeroEngine(Engine):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    @contextmanager
+    def using(self, key: str) -> Iterator[None]:
+        """See Engine.using. DeepSpeed makes working weights of what its lists of masters hold: averages, meanwhile."""
+        name = "single_partition_of_fp32_groups" if self.stage < 3 else "fp32_partitioned_groups_flat"
+        masters = getattr(self._zero, name)
+        self.optimizer.create_state(masters)
+        averages = [self.optimizer.state[master][key] for master in masters]
+        try:
+            setattr(self._zero, name, averages)
+            self.refresh()
+            setattr(self._zero, name, masters)
+            yield
+        finally:
+            setattr(self._zero, name, masters)
+            self.refresh()
 
     def whole(self, tensor: Tensor, *, write: bool = False) -> AbstractContextManager[Any]:
         """See Engine.whole."""

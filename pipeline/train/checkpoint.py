@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import load as read_tensors
 from torch import Tensor
 
+from pipeline.config import RAW
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import Store
 from pipeline.train.optimizer import average_name
@@ -39,8 +40,8 @@ FORMAT_VERSION = 3
 COMPLETE, RUN, FROZEN = "complete.json", "run.json", "frozen.safetensors"
 CONFIG, ENGINE = "config.yaml", "engine.json"
 DONE = ".done.json"
-WEIGHT, RAW = "weight", "raw"
-"""The key of the weights themselves, and what they are called where averages have names."""
+WEIGHT = "weight"
+"""The key of the weights themselves."""
 _NAME = re.compile(r"step-\d{8,}(?=/|$)")
 _log = logging.getLogger(__name__)
 

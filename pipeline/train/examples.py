@@ -75,17 +75,21 @@ class Examples:
             share: of the global batch that counts, see `Counted.share`.
         """
         config, batch = self._config, batch.to(self._device)
-        latents = self._prepare.latents(batch.moments, batch.step, batch.positions)
-        (text,) = self._prepare.text(batch.text, batch.step, batch.positions).values()
+        channels, *sides = batch.moments.shape[1:]
         noise, t = draw(
             self._objective,
             config.seed,
             batch.step,
             batch.positions,
-            shape=tuple(latents.shape[1:]),
+            shape=(channels // 2, *sides),
             global_batch=config.global_batch,
         )
-        point = self._objective.at(latents, noise, t)
+        return self.at(batch, noise, t, share)
+
+    def at(self, batch: Batch, noise: Tensor, t: Tensor, share: float = 1.0) -> Example:
+        """The samples with this noise [b, C, h, w], at these times [b]; all of them are on the network's device."""
+        (text,) = self._prepare.text(batch.text, batch.step, batch.positions).values()
+        point = self._objective.at(self.latents(batch), noise, t)
         return Example(
             noisy=point.input,
             timestep=point.embedding,
@@ -93,6 +97,10 @@ class Examples:
             target=point.target,
             weight=point.weight * batch.weight / share,
         )
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Whitened samples of the posterior, float32 [b, C, h, w]."""
+        return self._prepare.latents(batch.moments, batch.step, batch.positions)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
                 "choose another output, or delete the checkpoints there to start over",
             )
         training.restore(saved.tensors, saved.facts)
-    metrics = Metrics(config.metrics, "first_stage", log_store=store)
+    metrics = Metrics(config.metrics, "first_stage", log_store=store, about=config.model_dump(mode="json"))
     tell(
         table(
             {

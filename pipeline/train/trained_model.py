@@ -60,13 +60,18 @@ class TrainedModel:
 
     def load_autoencoder(self, url: str) -> AutoencoderKL:
         """The autoencoder at `url`. Raises DataError when it is not the one that made the training latents."""
-        loaded = autoencoder.load(url)
-        if autoencoder.weights_hash(loaded) != self.manifest.fingerprint.autoencoder_weights:
-            raise DataError(
-                f"{url} is not the autoencoder that the training latents came from",
-                f"use the one that encoded them: {self.manifest.autoencoder}",
-            )
-        return loaded
+        return load_autoencoder(url, self.manifest)
+
+
+def load_autoencoder(url: str, manifest: Manifest) -> AutoencoderKL:
+    """The autoencoder at `url`. Raises DataError when it is not the one that made the manifest's latents."""
+    loaded = autoencoder.load(url)
+    if autoencoder.weights_hash(loaded) != manifest.fingerprint.autoencoder_weights:
+        raise DataError(
+            f"{url} is not the autoencoder that the training latents came from",
+            f"use the one that encoded them: {manifest.autoencoder}",
+        )
+    return loaded
 
 
 def load_trained(run: str, which: str = "") -> TrainedModel:

@@ -14,6 +14,7 @@ from pipeline.config import TrainConfig
 from pipeline.console import ProgressLine, table
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets, open_datasets
+from pipeline.data.held_out import places
 from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
@@ -36,6 +37,7 @@ from pipeline.train.reporting import Reporter
 from pipeline.train.saves import Saves
 from pipeline.train.snapshots import due, is_missing
 from pipeline.train.telling import conclusion, introduction, say
+from pipeline.train.validation import Validator
 
 
 def fit(config: TrainConfig) -> None:
@@ -67,6 +69,8 @@ def _fit(config: TrainConfig) -> int:
         )
     for manifest in datasets.manifests:
         check_data(config, manifest)
+    if config.validation.every is not None:
+        places(datasets.manifests, config.validation.samples)  # raises where nothing is held out
     ranks = None
     try:
         ranks = process.start(config.engine)
@@ -126,7 +130,7 @@ class Trainer:
             micro_batch=share,
             gradient_clip=chosen.gradient_clip,
         )
-        self.metrics = Metrics(config.metrics, "train", ranks.rank, store)
+        self.metrics = Metrics(config.metrics, "train", ranks.rank, store, config.model_dump(mode="json"))
         self.reporter = Reporter(config, ranks, self.engine, self.metrics, samples=datasets.samples)
         self.saves = Saves(
             store,
@@ -157,6 +161,7 @@ class Trainer:
             ProgressLine("train", "steps", visible=self.ranks.is_main) as line,
             self._open_loader() as self.loader,
         ):
+            self.validator = self._open_validator(whitening, request)
             feed = Feed(self.loader, self.ranks, request, config.steps - progress.step)
             yield from self._train(feed, line)
             if feed.failed:
@@ -182,6 +187,8 @@ class Trainer:
                 interval = Interval.start(self.ranks.device)
             if feed.failed:
                 break
+            if self.validator and self.validator.due(progress.step) and not feed.stopped_by:
+                self.validator.run(progress.step)
             # while steps are skipped the weights may be what is broken: keep the checkpoint from before
             is_due = progress.step % config.checkpoint.every == 0 and not progress.skipped.in_a_row
             if is_due or feed.is_over:
@@ -211,6 +218,21 @@ class Trainer:
         if self.config.loader.on_damage == "fail" and not self.progress.skips:
             return 1.0
         return self.progress.counted.share(batch, self.ranks, self.config, self.datasets.samples)
+
+    def _open_validator(self, scale: Scale, request: StopRequest) -> Validator | None:
+        if self.config.validation.every is None:
+            return None
+        return Validator(
+            self.config,
+            self.ranks,
+            self.engine,
+            datasets=self.datasets,
+            scale=scale,
+            batch_size=self.config.global_batch // self.ranks.world_size // self.engine.accumulation,
+            metrics=self.metrics,
+            store=self.store,
+            stopped=lambda: request.signal != 0,
+        )
 
     def _open_loader(self) -> LatentLoader:
         config, progress = self.config, self.progress

@@ -153,6 +153,14 @@ def test_memory_of_a_rank_is_what_the_page_says(results):
 
 
 @pytest.mark.ranks
+def test_an_average_takes_the_place_of_the_weights_and_training_does_not_notice(results):
+    for result in results:
+        assert len(result["swapping"]) == 12
+        for way, found in result["swapping"].items():
+            assert (way, [name for name, right in found.items() if not right]) == (way, [])
+
+
+@pytest.mark.ranks
 def test_one_rank_without_deepspeed_never_imports_it(python):
     code = """
 import sys, torch

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rank_checks import averages, elastic, memory, nets, saving, skipping
+from rank_checks import averages, elastic, memory, nets, saving, skipping, swapping
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
@@ -60,6 +60,7 @@ def by_two(ranks: Process, folder: Path) -> dict[str, Any]:
         "accumulated": elastic.accumulated(ranks),
         "scaled": elastic.scaled(ranks, folder),
         "memory": memory.checks(ranks),
+        "swapping": swapping.checks(ranks),
         "own_rate": saving.own_rate(ranks, folder),
         "snapshotting": saving.snapshotting(ranks, folder),
         "saving": saving.saving(ranks, folder),

@@ -27,15 +27,16 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.tar import TarBuilder, npy_bytes
 
-CHANNELS, SIDE, LENGTH, SAMPLES, BLOCK = 4, 4, 8, 40, 8
+CHANNELS, SIDE, LENGTH, SAMPLES, HELD_OUT, BLOCK = 4, 4, 8, 40, 8, 8
 FINGERPRINT = fingerprint(resolution=SIDE * 8, context_length=LENGTH, holdout=0.0)
 
 
-def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: int = 0) -> str:
+def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: int = 0, held_out: int = HELD_OUT) -> str:
     """One shard and its manifest; returns the manifest's address."""
     folder.mkdir(parents=True, exist_ok=True)
+    samples = SAMPLES + held_out
     rng, tar, offsets = np.random.default_rng(seed), TarBuilder(), []
-    for i in range(SAMPLES):
+    for i in range(samples):
         moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE)).astype(np.float16)
         offsets.append(tar.add(f"{i:04d}.latent.npy", npy_bytes(moments)))
         tar.add(f"{i:04d}.tokens0.clip.npy", npy_bytes(rng.integers(1, 49408, LENGTH).astype(np.uint16)))
@@ -58,9 +59,9 @@ def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: in
         fingerprint=fingerprint.digest(),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        buckets=(BucketRange(bucket=(SIDE * 8, SIDE * 8), train=(0, SAMPLES), holdout=(SAMPLES, SAMPLES)),),
+        buckets=(BucketRange(bucket=(SIDE * 8, SIDE * 8), train=(0, SAMPLES), holdout=(SAMPLES, samples)),),
         blocks=tuple(blocks),
-        keys=pack_hashes(key_hash(f"{i:04d}") for i in range(SAMPLES)),
+        keys=pack_hashes(key_hash(f"{i:04d}") for i in range(samples)),
         statistics=Statistics(count=1, sum=(0.0,) * CHANNELS, sum_squares=ones, sum_variance=ones),
         rejects=(),
         environment={},
@@ -77,7 +78,7 @@ def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: in
 
 @pytest.fixture
 def latents(tmp_path: Path) -> str:
-    """Address of a manifest over 40 samples."""
+    """Address of a manifest over 40 samples, and 8 that are held out."""
     return write_latents(tmp_path / "latents")
 
 

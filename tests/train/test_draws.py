@@ -8,7 +8,7 @@ import torch
 from pipeline.config import ObjectiveConfig
 from pipeline.diffusion.objective import objective_of
 from pipeline.randomness import Purpose, normal
-from pipeline.train.draws import draw
+from pipeline.train.draws import draw, edges, fixed_draw
 
 SHAPE, BATCH = (4, 2, 2), 16
 
@@ -46,3 +46,29 @@ def test_offset_noise_has_numbers_of_its_own() -> None:
     assert torch.equal(offset.t, plain.t)
     torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift))
     assert 0.2 < shift.std() < 0.8
+
+
+@pytest.mark.parametrize("fields", [{}, {"kind": "ddpm", "offset_noise": 0.1}, {"kind": "edm"}], ids=str)
+def test_what_validation_is_given_depends_on_sample_and_part_alone(fields: dict) -> None:
+    objective = objective_of(ObjectiveConfig(**fields))
+    places = torch.arange(200)
+    levels = edges(objective, 4)
+    assert (levels.diff() > 0).all()
+    for part in range(4):
+        whole = fixed_draw(objective, 3, part, 4, positions=places, shape=SHAPE)
+        some = fixed_draw(objective, 3, part, 4, positions=places[[7, 120]], shape=SHAPE)
+        assert torch.equal(some.noise, whole.noise[[7, 120]])
+        assert torch.equal(some.t, whole.t[[7, 120]])
+        found = objective.noise_level(whole.t)
+        assert levels[part] <= found.min()
+        assert found.max() <= levels[part + 1]
+        assert found.max() - found.min() > 0.6 * (levels[part + 1] - levels[part])
+        assert whole.noise.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_validation_meets_the_rows_of_a_table_alike() -> None:
+    objective = objective_of(ObjectiveConfig(kind="ddpm"))
+    times = [fixed_draw(objective, 0, p, 8, positions=torch.arange(1000), shape=(1, 1, 1)).t for p in range(8)]
+    counts = torch.bincount(torch.cat(times).long(), minlength=1000)
+    assert counts.min() >= 5
+    assert counts.max() <= 11

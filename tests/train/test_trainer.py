@@ -9,13 +9,17 @@ import signal
 import time
 
 import pytest
+import small_models
 import torch
+from support import fingerprint
 from training_run import STEPS, Run, copy_of, finish, ranks_of, same_in_the_end
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
+from pipeline.data import images
 from pipeline.errors import DataError, StorageError
 from pipeline.metrics import read_log
+from pipeline.models import autoencoder
 from pipeline.train import checkpoint
 from pipeline.train.post_hoc import reconstruct
 from pipeline.train.snapshots import snapshot_store
@@ -112,10 +116,49 @@ def test_other_engines_go_on_where_zero_2_was(undisturbed, tmp_path, how, said):
     same_in_the_end(run, undisturbed)
 
 
+def test_validation_is_not_noticed_and_says_the_same_in_every_engine(undisturbed, tmp_path, make_latents):
+    decoder = small_models.autoencoder()
+    decoder.save_pretrained(tmp_path / "vae")
+    mark = fingerprint(
+        resolution=32, context_length=8, holdout=0.0, autoencoder_weights=autoencoder.weights_hash(decoder)
+    )
+    run = Run(
+        tmp_path / "validated",
+        make_latents(tmp_path / "latents", mark),
+        validation={
+            "every": 12,
+            "samples": 5,
+            "noise_levels": 2,
+            "prompts": ["a cat", "a dog", "a bird"],
+            "autoencoder": str(tmp_path / "vae"),
+            "sampling": {"steps": 2},
+        },
+    )
+    said = finish(run.start())
+    assert run.losses() == undisturbed.losses()
+    assert run.state(STEPS) == undisturbed.state(STEPS)
+    assert re.search(r"\nvalidation after step 24: main \d\.\d{4}, raw \d\.\d{4}, in \d s\n", said)
+    found, pictures = run.validations(), "samples/step-00000030.png"
+    assert list(found) == [12, 24, STEPS]
+    assert found[12]["validation_loss"] != found[24]["validation_loss"]
+    assert [list(levels) for levels in found[12]["validation_level_loss"].values()] == [
+        ["0_0.00-0.71", "1_0.71-1.00"]
+    ] * 2
+    for name, ranks, how in (("alone", 1, "engine.zero_stage=0"), ("cut", 2, "engine.zero_stage=3")):
+        other = copy_of(run, tmp_path / name, 28)
+        (other.output / pictures).unlink()
+        finish(other.start(how, ranks=ranks))
+        for weights in ("main", "raw"):
+            ours, theirs = (one.validations()[STEPS]["validation_loss"][weights] for one in (other, run))
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        pair = [images.decode((one.output / pictures).read_bytes()).astype(int) for one in (other, run)]
+        assert abs(pair[0] - pair[1]).max() <= 2
+
+
 def test_a_damaged_block_ends_all_ranks_with_one_message(undisturbed, tmp_path, make_latents):
     run = Run(tmp_path, make_latents(tmp_path / "latents"))
     (receipt,) = (tmp_path / "latents").glob("*.receipt.json")
-    block = json.loads(receipt.read_text())["blocks"][-1]
+    block = json.loads(receipt.read_text())["blocks"][4]
     shard = tmp_path / "latents" / "00000.tar"
     data = bytearray(shard.read_bytes())
     data[block["offset"] + 600] ^= 1

@@ -1,0 +1,126 @@
+"""The JSON-lines log of a run: a line for each interval, in a folder or on S3."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from pipeline.errors import StorageError
+from pipeline.metrics.table import Value
+
+LOG = "metrics.jsonl"
+"""The log's name in a folder, which can be appended to."""
+PARTS = "metrics/"
+"""Where the log's parts go on S3, where nothing can be appended to: `metrics/00000001.jsonl`, by first step."""
+
+
+class LogStore(Protocol):
+    """The part of `pipeline.storage.Store` that the log needs."""
+
+    @property
+    def url(self) -> str: ...  # noqa: D102
+    def read(self, name: str) -> bytes: ...  # noqa: D102
+    def write(self, name: str, data: bytes) -> bool: ...  # noqa: D102
+    def list(self, prefix: str = "") -> Sequence[Any]: ...  # noqa: D102
+    def delete(self, names: Iterable[str]) -> None: ...  # noqa: D102
+
+
+def read_log(store: LogStore) -> list[dict[str, Any]]:
+    """The lines of a run's log in order of step. A line torn by a kill is left out."""
+    lines: list[dict[str, Any]] = []
+    for name in _log_files(store):
+        for text in store.read(name).decode().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    return lines
+
+
+def _log_files(store: LogStore) -> list[str]:
+    if _can_append(store):
+        return [LOG] if (Path(store.url) / LOG).exists() else []
+    return sorted(e.name for e in store.list(PARTS))
+
+
+def _can_append(store: LogStore) -> bool:
+    return "://" not in store.url
+
+
+def _encode(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def plain(value: Value) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {label: plain(inner) for label, inner in value.items()}
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else None
+
+
+class _FolderLog:
+    """One file, appended to line by line, so that a reader sees each line at once."""
+
+    def __init__(self, store: LogStore) -> None:
+        self._store = store
+        self._path = Path(store.url) / LOG
+        self._file: IO[str] | None = None
+
+    def append(self, _step: int, line: str) -> None:
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a", encoding="utf-8")
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"{self._path}: {error.strerror}", "make room or mend the folder's rights") from error
+
+    def drop_after(self, step: int) -> None:
+        kept = [line for line in read_log(self._store) if line["step"] <= step]
+        self._store.write(LOG, _encode(kept))
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _PartsLog:
+    """Parts that are written whole: each holds the lines between two checkpoints and bears its first step."""
+
+    def __init__(self, store: LogStore) -> None:
+        self._store = store
+        self._lines: list[str] = []
+        self._first = 0
+
+    def append(self, step: int, line: str) -> None:
+        if not self._lines:
+            self._first = step
+        self._lines.append(line)
+
+    def drop_after(self, step: int) -> None:
+        for name in reversed(_log_files(self._store)):
+            lines = [json.loads(text) for text in self._store.read(name).splitlines()]
+            kept = [line for line in lines if line["step"] <= step]
+            if len(kept) == len(lines):
+                break
+            if kept:
+                self._store.write(name, _encode(kept))
+            else:
+                self._store.delete([name])
+
+    def flush(self) -> None:
+        if self._lines:
+            self._store.write(f"{PARTS}{self._first:08d}.jsonl", "".join(f"{x}\n" for x in self._lines).encode())
+            self._lines = []
+
+
+def open_log(store: LogStore) -> _FolderLog | _PartsLog:
+    """The log to be appended to. Its methods raise StorageError."""
+    return _FolderLog(store) if _can_append(store) else _PartsLog(store)

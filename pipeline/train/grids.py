@@ -1,0 +1,76 @@
+"""Pictures of fixed prompts in the midst of training, made by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import TrainConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare import Scale
+from pipeline.diffusion.objective import objective_of
+from pipeline.generate import generate
+from pipeline.models.text import Tokenizer
+from pipeline.models.unet import TextToImage
+from pipeline.runtime.process import Process
+from pipeline.train.trained_model import load_autoencoder
+
+
+class Grids:
+    """Prompts are shared by the ranks, each of which makes as many pictures, as ZeRO-3 needs it.
+
+    Args:
+        config: the run file.
+        ranks: this rank among the others.
+        manifest: of the latents.
+        scale: how they are whitened.
+        batch_size: pictures made together.
+
+    Raises:
+        DataError: the autoencoder is not the one that made the latents.
+        StorageError: it cannot be read.
+    """
+
+    def __init__(
+        self, config: TrainConfig, ranks: Process, manifest: Manifest, scale: Scale, *, batch_size: int
+    ) -> None:
+        self._settings, self._ranks, self._batch_size = config.validation, ranks, batch_size
+        self._autoencoder = load_autoencoder(config.validation.autoencoder, manifest)
+        self._mean, self._std = torch.tensor(list(scale.mean)), torch.tensor(list(scale.std))
+        self._objective = objective_of(config.objective, ranks.device)
+        self._tokenizer = Tokenizer(config.text.context_length)
+        prompts = len(config.validation.prompts)
+        share = -(-prompts // ranks.world_size)
+        self._places = [min(ranks.rank * share + place, prompts - 1) for place in range(share)]
+
+    def make(self, network: TextToImage, before_each: Callable[[], None]) -> NDArray[np.uint8]:
+        """A picture of each prompt, uint8 [N, H, W, 3]; the same at any world size, on all ranks.
+
+        Args:
+            network: with the weights that are wanted.
+            before_each: called at each of the sampler's steps, as often on every rank.
+        """
+        prompts = self._settings.prompts
+        try:
+            _, pictures = generate(
+                network,
+                self._autoencoder.to(self._ranks.device),
+                self._mean,
+                self._std,
+                self._tokenizer,
+                [prompts[place] for place in self._places],
+                objective=self._objective,
+                sampling=self._settings.sampling,
+                seed=self._settings.seed,
+                batch_size=self._batch_size,
+                places=self._places,
+                progress=lambda _done, _all: before_each(),
+            )
+        finally:
+            self._autoencoder.to("cpu")  # its memory is the training's
+        everyones = self._ranks.gather(torch.from_numpy(pictures))
+        whole: NDArray[np.uint8] = torch.cat(everyones).numpy()[: len(prompts)]
+        return whole

@@ -1,0 +1,115 @@
+"""Losses of held-out samples at noise and times that never change: they differ from step to step by the weights alone.
+
+Legend: b samples of a batch, K parts of the noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import TrainConfig
+from pipeline.data.batch import Batch
+from pipeline.data.datasets import DataSets
+from pipeline.data.held_out import read_held_out
+from pipeline.data.prepare import Scale
+from pipeline.diffusion import variational_bound
+from pipeline.diffusion.loss import squared_error
+from pipeline.diffusion.objective import objective_of
+from pipeline.diffusion.path import VariancePreserving
+from pipeline.runtime.process import Process
+from pipeline.train.draws import edges, fixed_draw
+from pipeline.train.examples import Examples
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over all held-out samples that are tried."""
+
+    loss: float  # weighted as in training
+    by_level: dict[str, float]  # squared error by part of the noise levels, see `HeldOutLosses.levels`
+    bound_bits: float | None  # the variational bound in bits per dimension, where there is one
+
+
+class HeldOutLosses:
+    """What is held out, in memory, and the losses of it.
+
+    Args:
+        config: the run file.
+        ranks: this rank among the others.
+        datasets: the latents.
+        scale: how they are whitened.
+        batch_size: samples of a forward pass.
+
+    Raises:
+        ConfigError, DataError, StorageError: see `read_held_out`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, ranks: Process, datasets: DataSets, scale: Scale, *, batch_size: int
+    ) -> None:
+        self._ranks, self._settings = ranks, config.validation
+        self._objective = objective_of(config.objective, ranks.device)
+        without_dropout = config.objective.model_copy(update={"caption_dropout": 0.0})
+        fixed = config.model_copy(update={"seed": config.validation.seed, "objective": without_dropout})
+        self._examples = Examples(fixed, datasets, scale, ranks.device)
+        self._batches = read_held_out(
+            datasets,
+            config.validation.samples,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            batch_size=batch_size,
+        )
+        self._path: VariancePreserving | None = None
+        if variational_bound.has_bound(self._objective) and isinstance(self._objective.path, VariancePreserving):
+            self._path = self._objective.path
+        levels = edges(objective_of(config.objective), config.validation.noise_levels).tolist()
+        self.levels = [f"{part}_{low:.2f}-{high:.2f}" for part, (low, high) in enumerate(pairwise(levels))]
+        """The parts of the noise levels sigma / sqrt(alpha^2 + sigma^2): number, lower and upper end."""
+
+    @torch.no_grad()
+    def of(self, network: nn.Module, before_each: Callable[[], None]) -> Losses:
+        """Losses of a network, on all ranks together and the same on all.
+
+        Args:
+            network: as `Example.inputs` calls it.
+            before_each: called before each forward pass, as often on every rank.
+        """
+        parts, device = self._settings.noise_levels, self._ranks.device
+        sums = torch.zeros(4, parts, dtype=torch.float64, device=device)  # `_terms` of each part
+        for held in self._batches:
+            batch = held.to(device)
+            for part in range(parts):
+                before_each()
+                sums[:, part] += self._terms(network, batch, part)
+        count = torch.tensor([[float(sum(batch.weight.sum() for batch in self._batches))]])
+        counted = float(self._ranks.sum(count))
+        error, weighted, rows, ends = (self._ranks.sum(sums) / counted).unbind()
+        bound = None
+        if self._path is not None:
+            bound = variational_bound.bits(self._path, float(rows.mean()), float(ends.mean()))
+        return Losses(float(weighted.mean()), dict(zip(self.levels, error.tolist(), strict=True)), bound)
+
+    def _terms(self, network: nn.Module, batch: Batch, part: int) -> Tensor:
+        """Sums over a batch of error, weighted error and the bound's two terms: float64 [4]."""
+        settings, latents = self._settings, self._examples.latents(batch)
+        noise, t = fixed_draw(
+            self._objective,
+            settings.seed,
+            part,
+            settings.noise_levels,
+            positions=batch.positions,
+            shape=tuple(latents.shape[1:]),
+        )
+        example = self._examples.at(batch, noise, t)
+        error = squared_error(network(*example.inputs), example.target)
+        rows = ends = torch.zeros_like(error)
+        if self._path is not None:
+            rows = variational_bound.row_term(self._path, t, self._objective.denoised_error(error, t))
+            ends = variational_bound.end_term(self._path, latents)
+        terms = torch.stack([values.double() for values in (error, error * example.weight, rows, ends)])
+        return torch.where(batch.weight > 0, terms, 0.0).sum(1)
