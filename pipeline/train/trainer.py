@@ -18,7 +18,7 @@ from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
 from pipeline.metrics import Metrics
-from pipeline.runtime import engine, process
+from pipeline.runtime import engine, process, requeue
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint
@@ -49,6 +49,7 @@ def fit(config: TrainConfig) -> None:
         LatheError: the loss is not finite any more.
         SystemExit: asked to stop by a signal, with 128 + its number, after a checkpoint.
     """
+    requeue.clear()
     stopped_by = _fit(config)
     if stopped_by:
         raise SystemExit(128 + stopped_by)
@@ -156,7 +157,10 @@ class Trainer:
                 feed.raise_failure()
         self.metrics.close()
         stop = feed.stopped_by if progress.step < config.steps else 0
-        say(conclusion(f"{self.store.url}/{checkpoint.step_name(progress.step)}", progress.step, stop))
+        where = f"{self.store.url}/{checkpoint.step_name(progress.step)}" if progress.step else ""
+        if stop:
+            requeue.ask(step=progress.step, steps=config.steps, stopped_by=stop, checkpoint=where)
+        say(conclusion(where, progress.step, stop))
         return stop
 
     def _train(self, feed: Feed, line: ProgressLine) -> None:
