@@ -23,6 +23,7 @@ from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint
 from pipeline.train.compatibility import check_alike, check_data
+from pipeline.train.diagnosis import Suspects
 from pipeline.train.examples import Example, Examples
 from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
@@ -144,6 +145,7 @@ class Trainer:
         self.reporter.start(progress.step)
         whitening = Scale("whiten", progress.mean, progress.std)
         self.examples = Examples(config, self.datasets, whitening, self.ranks.device)
+        self.suspects = Suspects(config, self.datasets, self.ranks, self.engine, progress.step)
         self._introduce()
         with (
             StopRequest() as request,
@@ -172,8 +174,7 @@ class Trainer:
             loss = self.train_step(batch)
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
-            told = self.engine.outcomes(wait=batch is None or self._is_told_or_saved())
-            progress.skipped.count(told, progress.step)
+            self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
             if progress.step % config.log_every == 0 or batch is None:
                 line.update(progress.step, config.steps, self.reporter.report(progress, interval, self.loader))
                 interval = Interval.start(self.ranks.device)
@@ -197,7 +198,17 @@ class Trainer:
             self.engine.backward(losses[-1])
         self.engine.step(learning_rate(self.progress.step, self.config.optimizer, self.config.steps))
         self.progress.step += 1
-        return torch.stack(losses).detach().mean()
+        loss = torch.stack(losses).detach().mean()
+        self.suspects.remember(batch, loss)
+        return loss
+
+    def _learn_outcomes(self, *, wait: bool) -> None:
+        """Count the steps that were skipped; too many in a row are explained, and end the run."""
+        told = self.engine.outcomes(wait=wait)
+        self.suspects.look(told)
+        self.progress.skipped.count(told)
+        if self.progress.skipped.too_many:
+            self.suspects.explain(self.progress.step)
 
     def _is_told_or_saved(self) -> bool:
         config, step = self.config, self.progress.step
