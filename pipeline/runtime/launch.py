@@ -2,8 +2,8 @@
 
 The launcher's own agent ends a failed run with exit code 1 and the stack of the agent, and a mistake that all ranks
 meet would be told by each. Here ranks leave their user errors in a folder (`report`), the launcher tells each once, and
-its exit code is that of the error (`pipeline.errors`), or 128 + signal. A signal that asks to stop goes on to the ranks,
-which are waited for as long as they take; the agent by itself would kill them half a minute later.
+its exit code is that of the error (`pipeline.errors`), or 128 + signal. A signal that asks to stop goes on to the
+ranks, which are waited for as long as they take; the agent by itself would kill them half a minute later.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class OtherRankError(LatheError):
     """Another rank has failed, or is gone; of interest only where nobody tells the reason."""
 
 
+class LostRankError(OtherRankError):
+    """A collective failed. Others may be under way, which an ordinary end of the process would wait for."""
+
+
 def report(error: LatheError) -> bool:
     """Leave an error to the launcher. False where there is none that would tell it."""
     folder = os.environ.get(_FOLDER)
@@ -61,8 +65,8 @@ def end_with_launcher() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `accelerate launch ARGUMENTS`; returns 0, the first error's exit code, or 128 + signal."""
-    import torch.distributed.run  # noqa: F401  for its loggers
     import torch.distributed.elastic.multiprocessing.api as agent
+    import torch.distributed.run  # noqa: F401  for its loggers
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import NoReturn
@@ -21,6 +22,7 @@ from pipeline.train.skipped_steps import LIMIT
 
 _NAMED = 3  # of what is not finite, in a message
 _TOLD = 3  # skipped steps of which a rank tells that its latents are to blame
+Sample = tuple[str, str]  # its data set's address, its key
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class Suspects:
         self._known = step  # steps whose outcome was told
         self._recent: deque[Batch] = deque(maxlen=3)  # an outcome may come a step late
         self._loss = torch.zeros(())
-        self._samples: list[tuple[str, str]] = []  # data set and key, since the last step that was applied
+        self._row: dict[int, list[Sample]] = {}  # steps since the last applied one, and what was broken of each here
         self._told = 0
 
     def remember(self, batch: Batch, loss: Tensor) -> None:
@@ -53,10 +55,10 @@ class Suspects:
         for outcome in outcomes:
             step, self._known = self._known, self._known + 1
             if outcome is Outcome.APPLIED:
-                self._samples.clear()
+                self._row.clear()
             elif outcome is Outcome.NOT_FINITE:
                 found = [name for batch in self._recent if batch.step == step for name in self._not_finite(batch)]
-                self._samples += found
+                self._row[step] = found
                 if found and self._told < _TOLD:
                     self._told += 1
                     _log.warning("step %d was skipped: not finite are the latents of %s", step + 1, _listed(found))
@@ -69,19 +71,18 @@ class Suspects:
             LatheError: weights or optimizer are not; or loss and gradients alone. On other ranks, that these failed.
         """
         what = f"loss or gradient was not finite in {LIMIT} steps in a row, by step {step}"
-        broken = self._broken_state()
-        loss = float(self._loss)
-        by_data, by_state = (
-            float(total) > 0 for total in self._ranks.sum(torch.tensor([len(self._samples), len(broken)]))
-        )
+        broken, here = self._broken_state(), list(self._row.values())[-LIMIT:]
+        of_all = self._ranks.sum(torch.tensor([len(broken), *map(len, here)]))
+        by_state, by_data = bool(of_all[0] > 0), 2 * int((of_all[1:] > 0).sum()) > len(here)
         if by_state:
             self._ranks.agree(_state_problem(what, broken) if broken else None)
         if by_data:
-            self._ranks.agree(self._data_problem(what) if self._samples else None)
-        which = "the loss itself" if loss != loss or abs(loss) == float("inf") else "the gradient, not the loss,"
+            samples = [name for found in here for name in found]
+            self._ranks.agree(_data_problem(what, samples) if samples else None)
+        which = "the gradient, not the loss," if math.isfinite(float(self._loss)) else "the loss itself"
         raise LatheError(f"{what}: {which} overflowed; latents and weights are finite", self._remedy())
 
-    def _not_finite(self, batch: Batch) -> list[tuple[str, str]]:
+    def _not_finite(self, batch: Batch) -> list[Sample]:
         bad = ~batch.moments.isfinite().flatten(1).all(1)
         return [
             (self._datasets.stores[int(batch.datasets[place])].url, batch.keys[place])
@@ -97,20 +98,20 @@ class Suspects:
             if not bool(tensor.isfinite().all())
         ]
 
-    def _data_problem(self, what: str) -> DataError:
-        addresses = sorted({address for address, _ in self._samples})
-        return DataError(
-            f"{what}: not finite are the latents of {_listed(self._samples)}",
-            f"`lathe verify {addresses[0]}` names all such samples: encode their shards anew, or take them down with"
-            " `lathe remove`; the last checkpoint is from before",
-        )
-
     def _remedy(self) -> str:
         before = "the last checkpoint is from before"
         if self._config.engine.precision == "float16":
             return f"resume with engine.precision=bfloat16 or a smaller optimizer.learning_rate; {before}"
         clip = "" if self._config.optimizer.gradient_clip else ", and with optimizer.gradient_clip=1"
         return f"resume with a smaller optimizer.learning_rate or a longer optimizer.warmup_steps{clip}; {before}"
+
+
+def _data_problem(what: str, samples: list[Sample]) -> DataError:
+    return DataError(
+        f"{what}: not finite are the latents of {_listed(samples)}",
+        f"`lathe verify {samples[0][0]}` names all such samples: encode their shards anew, or take them down with"
+        " `lathe remove`; the last checkpoint is from before",
+    )
 
 
 def _state_problem(what: str, broken: list[str]) -> LatheError:
@@ -122,7 +123,7 @@ def _state_problem(what: str, broken: list[str]) -> LatheError:
     )
 
 
-def _listed(samples: list[tuple[str, str]]) -> str:
+def _listed(samples: list[Sample]) -> str:
     """Samples by name, a few of them: `0012, 0033 and 5 more of s3://bucket/latents`."""
     unique = list(dict.fromkeys(samples))
     keys, addresses = [key for _, key in unique[:_NAMED]], sorted({address for address, _ in unique})

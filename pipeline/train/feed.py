@@ -75,12 +75,15 @@ class Feed:
 
     def _somebody_waits(self) -> bool:
         """Hear what all ranks have posted; whether one of them has no batch yet, and nothing ends the run."""
+        if self._held is not None:
+            self._ranks.watch.note("waits for other ranks")
         self._flag, waiting = self._ranks.posted()
         return bool(waiting) and not self._flag
 
     def _hold(self) -> None:
         """Take the batch after this, unless there is one; for a second at most. Then tell the others."""
         if self._held is None and self._left > 0:
+            self._ranks.watch.note("waits for data")
             started = time.perf_counter()
             deadline = started + _PATIENCE_SECONDS
             try:

@@ -74,7 +74,7 @@ def _fit(config: TrainConfig) -> int:
         check_alike(config, datasets, ranks)
         return Trainer(config, ranks, datasets, store).run()
     except RuntimeError as error:
-        lost = process.lost_rank(error)
+        lost = process.lost_rank(error, ranks)
         if lost is None:
             raise
         raise lost from error
@@ -189,6 +189,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> Tensor:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
+        self.ranks.watch.note("computes", self.progress.step + 1)
         example = self.examples.of(batch, self._share(batch))
         losses = []
         for parts in zip(*(part.chunk(self.engine.accumulation) for part in example), strict=True):

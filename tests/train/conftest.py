@@ -39,7 +39,7 @@ def write_latents(
     seed: int = 0,
     change: Callable[[int, NDArray[np.float16]], None] | None = None,
 ) -> str:
-    """One shard and its manifest; returns the manifest's address. `change` is given each sample's number and moments."""
+    """One shard and its manifest; returns the manifest's address. `change` gets each sample's number and moments."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, tar, offsets = np.random.default_rng(seed), TarBuilder(), []
     for i in range(SAMPLES):

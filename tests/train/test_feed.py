@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.errors import DataError, LatheError
 from pipeline.runtime.launch import OtherRankError
+from pipeline.runtime.watchdog import Watchdog
 from pipeline.train import feed as feed_module
 from pipeline.train.feed import Feed
 
@@ -39,7 +40,7 @@ class Ranks:
                 raise problem
             raise OtherRankError("the other rank failed", "")
 
-        return SimpleNamespace(post=post, posted=posted, agree=agree)
+        return SimpleNamespace(post=post, posted=posted, agree=agree, watch=Watchdog())
 
 
 class Loader:

@@ -1,4 +1,4 @@
-"""T4 through the trainer: steps that are not finite are skipped on all ranks, in every engine; ten in a row explained."""
+"""T4 through the trainer: steps that are not finite are skipped on all ranks, in every engine, and explained."""
 
 from __future__ import annotations
 
