@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -84,11 +85,15 @@ def main() -> None:
     try:
         app(prog_name="lathe")
     except LatheError as error:
-        from pipeline.runtime.launch import report
+        from pipeline.runtime.launch import LostRankError, report
 
         error.message, error.remedy = (printable(said, one_line=True) for said in (error.message, error.remedy))
         if not report(error):  # a rank's launcher tells what all ranks meet once
             print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
             if error.remedy:
                 print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201
+        if isinstance(error, LostRankError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)

@@ -169,6 +169,12 @@ class EngineConfig(Section):
         None, description="CPU threads of each rank; null = OMP_NUM_THREADS, or cores / local ranks"
     )
     timeout_seconds: float = Field(600.0, gt=0, le=1e7, description="a rank that is silent this long ends the others")
+    stall_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="without progress for so long, it is told which rank stands where; null = a fifth of"
+        " timeout_seconds",
+    )
 
     @model_validator(mode="after")
     def _settings_fit(self) -> EngineConfig:
@@ -184,6 +190,11 @@ class EngineConfig(Section):
             raise ValueError(
                 "compile: true, but in ZeRO-3 torch compiles the hooks of every layer anew until it gives up; set"
                 " zero_stage to 0, 1 or 2, or compile to false"
+            )
+        if self.stall_seconds and self.stall_seconds >= self.timeout_seconds:
+            raise ValueError(
+                f"stall_seconds: {self.stall_seconds:g}, but after timeout_seconds={self.timeout_seconds:g} the run has"
+                " ended; set less, or null"
             )
         if self.loss_scale != LossScaleConfig() and self.precision != "float16":
             raise ValueError(

@@ -56,6 +56,7 @@ DEFINITIONS = (
     Definition("learning_rate", "1", "Learning rate of the last step", TRAINING),
     Definition("gradient_norm", "1", "L2 norm of the last step's gradient before clipping", TRAINING),
     Definition("skipped_steps", "steps", "Steps skipped because loss or gradient was not finite", ("train",)),
+    Definition("spikes", "values", "Logged losses and gradient norms far beyond the usual, of this start", ("train",)),
     Definition("skipped_blocks", "blocks", "Damaged blocks of latents that do not count, of rank 0", ("train",)),
     Definition("step_seconds", "s", "Wall time of a step, mean over the logging interval", TRAINING),
     Definition(

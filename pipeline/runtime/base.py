@@ -19,7 +19,7 @@ class Outcome(IntEnum):
     """What became of a step; the same on all ranks."""
 
     APPLIED = 0
-    OVERFLOWED = 1  # float16: not finite at a loss scale that was then halved, which belongs to it
+    OVERFLOWED = 1  # float16: finite losses, but not their gradients, at a loss scale that was then halved
     NOT_FINITE = 2  # loss or gradient was not, and no loss scale was to blame
 
     @property

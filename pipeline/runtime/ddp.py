@@ -147,6 +147,7 @@ class DataParallelEngine(Engine):
         device = process.device
         self._scale = torch.ones((), device=device)
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self._broken_loss = torch.zeros((), device=device)  # float16: 1 where a loss of this step was not finite
         if config.precision == "float16":
             self._scale.fill_(2.0**config.loss_scale.initial_power)
         self._norm = torch.zeros((), device=device)
@@ -169,6 +170,8 @@ class DataParallelEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """See Engine.backward."""
+        if self._config.precision == "float16":
+            self._broken_loss = torch.maximum(self._broken_loss, (~loss.detach().isfinite()).float())
         torch.autograd.backward(finite_or_nan(loss) * (self._scale / self.accumulation))
         self._micro_batches += 1
 
@@ -183,11 +186,11 @@ class DataParallelEngine(Engine):
         self._norm = torch.stack([group.norm() for group in self._groups]).norm().float() / self._scale
         broken = (~self._norm.isfinite()).float()
         self._update(learning_rate, broken)
-        self._flag = _Flag(broken * (1 + (self._scale <= 1)))
+        if self._config.precision == "float16" and self._process.world_size > 1:
+            dist.all_reduce(self._broken_loss, dist.ReduceOp.MAX)
+        self._flag = _Flag(broken * (1 + torch.maximum((self._scale <= 1).float(), self._broken_loss)))
         if self._config.precision == "float16":
-            interval = self._config.loss_scale.growth_interval
-            torch._amp_update_scale_(self._scale, self._good_steps, broken, 2.0, 0.5, interval)
-            self._scale.clamp_(min=1.0)
+            self._update_scale(broken)
         for group in self._groups:
             group.refresh()
             group.clear()
@@ -201,6 +204,16 @@ class DataParallelEngine(Engine):
         self.optimizer.found_inf, self.optimizer.grad_scale = broken, divisor
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
+
+    def _update_scale(self, broken: Tensor) -> None:
+        """Halved where gradients overflowed; as it was where the loss, which it has no part in, was not finite."""
+        before = self._scale.clone(), self._good_steps.clone()
+        interval = self._config.loss_scale.growth_interval
+        torch._amp_update_scale_(self._scale, self._good_steps, broken, 2.0, 0.5, interval)
+        self._scale.clamp_(min=1.0)
+        for now, kept in zip((self._scale, self._good_steps), before, strict=True):
+            now.copy_(torch.where(self._broken_loss > 0, kept, now))
+        self._broken_loss.zero_()
 
     def outcomes(self, *, wait: bool = False) -> list[Outcome]:
         """See Engine.outcomes."""

@@ -2,11 +2,13 @@
 
 The launcher's own agent ends a failed run with exit code 1 and the stack of the agent, and a mistake that all ranks
 meet would be told by each. Here ranks leave their user errors in a folder (`report`), the launcher tells each once, and
-its exit code is that of the error (`pipeline.errors`), or 128 + signal.
+its exit code is that of the error (`pipeline.errors`), or 128 + signal. A signal that asks to stop goes on to the
+ranks, which are waited for as long as they take; the agent by itself would kill them half a minute later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,16 +17,27 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
+
 from pipeline.errors import LatheError
+from pipeline.runtime import requeue
 from pipeline.tether import end_with_parent
 
 _FOLDER = "LATHE_ERROR_FOLDER"
+_PASSED_ON = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT")
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_ENDING = (signal.SIGHUP, signal.SIGQUIT)  # ranks are told to end by SIGTERM
 
 
 class OtherRankError(LatheError):
     """Another rank has failed, or is gone; of interest only where nobody tells the reason."""
+
+
+class LostRankError(OtherRankError):
+    """A collective failed. Others may be under way, which an ordinary end of the process would wait for."""
 
 
 def report(error: LatheError) -> bool:
@@ -52,24 +65,44 @@ def end_with_launcher() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `accelerate launch ARGUMENTS`; returns 0, the first error's exit code, or 128 + signal."""
+    import torch.distributed.elastic.multiprocessing.api as agent
     import torch.distributed.run  # noqa: F401  for its loggers
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
         if logger.name.startswith("torch.distributed"):  # each of them sets a level of its own
             logger.setLevel(logging.CRITICAL)
+    agent._terminate_process_handler = _pass_on  # which it installs as it starts the ranks
+    for name in _PASSED_ON:
+        signal.signal(getattr(signal, name), _pass_on)
     with tempfile.TemporaryDirectory(prefix="lathe-") as folder:
         os.environ[_FOLDER] = folder
         try:
             launch_command(launch_command_parser().parse_args(list(arguments)))
         except ChildFailedError as failure:
             rank, first = failure.get_first_failure()
+            if -first.exitcode in _ASKING:  # before it listened to signals: there was nothing to save yet
+                requeue.ask(stopped_by=-first.exitcode)
             return _tell(Path(folder), rank, first.exitcode)
-        except SignalException as stop:
-            return 128 + int(stop.sigval)
     return 0
+
+
+def _pass_on(number: int, _frame: FrameType | None) -> None:
+    """Give a signal to the ranks, and go on waiting for them; without ranks yet, end by it."""
+    ranks = [child for child in psutil.Process().children() if _is_rank(child)]
+    if not ranks:
+        raise SystemExit(128 + number)
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(signal.SIGTERM if number in _ENDING else number)
+
+
+def _is_rank(child: psutil.Process) -> bool:
+    try:
+        return "RANK" in child.environ()
+    except psutil.Error:  # it has ended
+        return False
 
 
 def _tell(folder: Path, rank: int, exit_code: int) -> int:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import socket
 import sys
 import warnings
@@ -28,11 +29,21 @@ import torch.distributed as dist
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
 from pipeline.runtime.deepspeed_config import choose_accelerator
-from pipeline.runtime.launch import OtherRankError, end_with_launcher
+from pipeline.runtime.launch import LostRankError, OtherRankError, end_with_launcher
+from pipeline.runtime.watchdog import Watchdog
 
 _PATIENCE_SECONDS = 1.0
+_STALLS = 5  # a stall is told, by default, after this part of the time-out
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
+_SIGNS_OF_LOSS = (
+    "gloo",
+    "timeout caused pair closure",
+    "connection closed by peer",
+    "connection reset by peer",
+    "nccl",
+)
+_PLACE_IN_SOURCE = re.compile(r"\[[^\]]*\.cc:\d+\] ")
 _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "torch.distributed")
 _HARMLESS_WARNINGS = (r"`torch\.distributed\.\w+` is deprecated",)  # DeepSpeed's calls, not ours
 
@@ -45,12 +56,14 @@ class Process:
         rank: 0 to world_size - 1.
         world_size: ranks over all machines.
         device: where this rank computes.
+        watch: where this rank stands, told to the others.
     """
 
     rank: int
     world_size: int
     device: torch.device
     side_group: Any = field(repr=False)
+    watch: Watchdog = field(default_factory=Watchdog, repr=False)
     _flags: torch.Tensor | None = field(default=None, repr=False)
     _pending: Any = field(default=None, repr=False)
 
@@ -126,6 +139,7 @@ class Process:
 
     def finish(self) -> None:
         """Leave the process group; a rank that exits without this aborts, and keeps its launcher waiting."""
+        self.watch.close()
         if self._pending is not None:
             with contextlib.suppress(RuntimeError):  # the others may be gone
                 self._pending.wait(_LAST_FLAG_TIMEOUT)
@@ -157,11 +171,13 @@ def start(config: EngineConfig) -> Process:
         world_size=world,
         device=device,
         side_group=dist.new_group(backend="gloo", timeout=timeout),
+        watch=Watchdog(dist.get_rank(), world, config.stall_seconds or config.timeout_seconds / _STALLS),
     )
     problem = _wrong_world(world, announced, config.world_size)
     if problem is not None:
         process.finish()
         raise problem
+    process.watch.start()
     return process
 
 
@@ -189,14 +205,22 @@ def _join(on_gpu: bool, timeout: timedelta) -> torch.device:
     return device
 
 
-def lost_rank(error: RuntimeError) -> OtherRankError | None:
-    """What a failed collective means: another rank is gone, or was silent for too long. None for other errors."""
-    if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-        return OtherRankError(
-            f"lost another rank: {str(error).strip().splitlines()[0]}",
-            "the rank that ended first says why; the same command goes on from the last checkpoint",
-        )
-    return None
+def lost_rank(error: RuntimeError, ranks: Process | None = None) -> LostRankError | None:
+    """What a failed collective means: another rank is gone, or was silent for too long. None for other errors.
+
+    Args:
+        error: of the collective.
+        ranks: knows where the others were last seen.
+    """
+    said = str(error).strip().splitlines()[0] if str(error) else ""
+    if not isinstance(error, dist.DistError) and not any(sign in said.lower() for sign in _SIGNS_OF_LOSS):
+        return None
+    said = _PLACE_IN_SOURCE.sub("", said).partition(". This is typically")[0]
+    places = ranks.watch.known() if ranks is not None else ""
+    return LostRankError(
+        f"lost another rank: {said}" + (f"; last seen: {places}" if places else ""),
+        "the rank that ended first says why; the same command goes on from the last checkpoint",
+    )
 
 
 def _wrong_world(world: int, announced: int, wanted: int | None) -> SetupError | None:

@@ -42,6 +42,7 @@ class _LossScaling:
 
     def __init__(self, scaler: Any, interval: int) -> None:
         self._scaler, self._interval, self._good_steps = scaler, interval, 0
+        self._broken_loss: Tensor | None = None  # of the step under way: 1 where a loss was not finite
         scaler.update_scale = lambda overflow: None
 
     @property
@@ -52,9 +53,24 @@ class _LossScaling:
     def state(self, state: LossScale) -> None:
         self._scaler.cur_scale, self._good_steps = float(state.scale), min(state.good_steps, self._interval - 1)
 
-    def update(self, *, skipped: bool) -> None:
+    def note(self, loss: Tensor) -> None:
+        """A micro batch's loss."""
+        broken = (~loss.detach().isfinite()).float()
+        self._broken_loss = broken if self._broken_loss is None else torch.maximum(self._broken_loss, broken)
+
+    def is_at_fault(self) -> bool:
+        """After a step that overflowed: whether all losses were finite, on all ranks, and the scale can be halved."""
+        assert self._broken_loss is not None, "no loss was noted"  # noqa: S101
+        torch.distributed.all_reduce(self._broken_loss, torch.distributed.ReduceOp.MAX)
+        return self.state.scale > 1 and not bool(self._broken_loss)
+
+    def update(self, outcome: Outcome) -> None:
+        """After a step: halved, kept or doubled."""
         scale, good_steps = self.state
-        if skipped:
+        self._broken_loss = None
+        if outcome is Outcome.NOT_FINITE:
+            return
+        if outcome is Outcome.OVERFLOWED:
             self.state = LossScale(max(scale // 2, 1), 0)
         elif good_steps + 1 == self._interval:
             self.state = LossScale(scale * 2, 0)
@@ -95,6 +111,8 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """See Engine.backward."""
+        if self._scaling is not None:
+            self._scaling.note(loss)
         self._engine.backward(finite_or_nan(loss))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro batch, and does no more
@@ -103,13 +121,13 @@ class ZeroEngine(Engine):
         """See Engine.step."""
         set_learning_rate(self.optimizer, learning_rate)
         self._engine.step()
-        overflow, scale = bool(self._zero.overflow), self.loss_scale
+        outcome = Outcome.APPLIED
+        if bool(self._zero.overflow):
+            scaling = self._scaling
+            outcome = Outcome.OVERFLOWED if scaling is not None and scaling.is_at_fault() else Outcome.NOT_FINITE
         if self._scaling is not None:
-            self._scaling.update(skipped=overflow)
-        at_fault = scale is not None and scale.scale > 1
-        self._outcomes.append(
-            Outcome.APPLIED if not overflow else Outcome.OVERFLOWED if at_fault else Outcome.NOT_FINITE
-        )
+            self._scaling.update(outcome)
+        self._outcomes.append(outcome)
 
     def outcomes(self, *, wait: bool = False) -> list[Outcome]:
         """See Engine.outcomes."""

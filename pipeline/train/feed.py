@@ -2,8 +2,8 @@
 
 A step is begun only where all have said that they hold its batch; they said so before the step that came before it,
 and that travelled while it was computed. So a rank that was asked to stop while it waits for data, or cannot get them,
-still takes part in the step that it holds, and all leave after it. Ranks that wait for that one are in a collective
-meanwhile, and deaf to signals of their own.
+still takes part in the step that it holds, and all leave after it. A rank that waits for data says so every second:
+none is in a collective for longer than that, deaf to signals of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipeline.runtime.process import Process
 from pipeline.train.preemption import StopRequest
 
 _FAILED = 1 << 16  # beyond any signal's number
+_PATIENCE_SECONDS = 1.0  # so long a rank waits for data before it says so
 
 
 class Feed:
@@ -54,35 +55,46 @@ class Feed:
         return self._over and not self.failed
 
     def next(self) -> Batch | None:
-        """The next step's batch; the one after it is waited for.
+        """The next step's batch; the one after it is waited for, but not for long.
 
         None, on all ranks at the same step, where there are no more, one was asked to stop, or one failed.
         """
-        (self._flag,), self.waited_seconds = self._ranks.posted(), 0.0
-        batch = self._held
+        self.waited_seconds = 0.0
+        while self._somebody_waits():
+            self._hold()
+        batch, self._held = self._held, None
         self._over = batch is None or self._flag != 0
         if self._over:
             return None
-        started = time.perf_counter()
         self._hold()
-        self.waited_seconds = time.perf_counter() - started
         return batch
 
     def raise_failure(self) -> None:
         """Raise what kept this rank from its batch; OtherRankError on the others."""
         self._ranks.agree(self._problem)
 
+    def _somebody_waits(self) -> bool:
+        """Hear what all ranks have posted; whether one of them has no batch yet, and nothing ends the run."""
+        if self._held is not None:
+            self._ranks.watch.note("waits for other ranks")
+        self._flag, waiting = self._ranks.posted()
+        return bool(waiting) and not self._flag
+
     def _hold(self) -> None:
-        """Take the batch after this, unless asked to stop while waiting for it, and tell the others."""
-        self._held = None
-        try:
-            if self._left > 0:
-                self._held = self._loader.take(lambda: self._request.signal != 0)
+        """Take the batch after this, unless there is one; for a second at most. Then tell the others."""
+        if self._held is None and self._left > 0:
+            self._ranks.watch.note("waits for data")
+            started = time.perf_counter()
+            deadline = started + _PATIENCE_SECONDS
+            try:
+                self._held = self._loader.take(lambda: self._request.signal != 0 or time.perf_counter() > deadline)
                 self._left -= self._held is not None
-        except LatheError as error:
-            self._problem = error
+            except LatheError as error:
+                self._problem, self._left = error, 0
+            self.waited_seconds += time.perf_counter() - started
+        waiting = self._held is None and self._left > 0
         try:
-            self._ranks.post(_FAILED if self._problem else self._request.signal)
+            self._ranks.post(_FAILED if self._problem else self._request.signal, waiting)
         except RuntimeError:
             if self._problem is None:
                 raise

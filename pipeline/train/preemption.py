@@ -6,13 +6,14 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and SIGINT are noted in `signal` (0 = none) and do nothing else.
+    """While it is entered, signals that ask to stop are noted in `signal` (0 = none) and do nothing else.
 
-    A launcher may send the same signal a second time, so a repeated one is not taken for impatience.
+    They are SIGTERM, SIGINT, and what schedulers send ahead of a limit, SIGUSR1 and SIGUSR2. The first one counts: a
+    launcher may send the same again, and a second one does not disturb the checkpoint that the first one led to.
     """
 
     def __init__(self) -> None:

@@ -28,6 +28,7 @@ class Progress:
         """What of it a checkpoint holds as numbers, beside the step."""
         return {
             "skipped": self.skipped.total,
+            "skipped_in_a_row": self.skipped.in_a_row,
             "order_origin": self.order_origin,
             "drawn": self.counted.drawn,
             "drawn_in_vain": self.counted.in_vain,
@@ -36,5 +37,5 @@ class Progress:
     def go_on_from(self, counters: Mapping[str, int]) -> None:
         """Take over the numbers of a checkpoint; whether its order goes on is told apart."""
         self.step = counters["step"]
-        self.skipped = SkippedSteps(counters["skipped"])
+        self.skipped = SkippedSteps(counters["skipped"], counters.get("skipped_in_a_row", 0))
         self.counted = Counted(counters["drawn"], counters["drawn_in_vain"])

@@ -14,6 +14,7 @@ from pipeline.runtime.process import Process
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.progress import Progress
+from pipeline.train.spikes import Spikes
 
 
 class Reporter:
@@ -30,6 +31,8 @@ class Reporter:
     def __init__(self, config: TrainConfig, ranks: Process, engine: Engine, metrics: Metrics, *, samples: int) -> None:
         self._config, self._ranks, self._engine, self._metrics = config, ranks, engine, metrics
         self._samples = samples
+        self._watched = {"loss": Spikes(), "gradient_norm": Spikes()}
+        self._spikes = 0
 
     def start(self, step: int) -> None:
         """Before the first step of this start; `step` were done before."""
@@ -55,7 +58,16 @@ class Reporter:
             "skipped_blocks": len(loader.skipped),
             "resident_memory_bytes": psutil.Process().memory_info().rss,
         }
+        usual = {name: spikes.judge(values[name]) for name, spikes in self._watched.items()}
+        told = [
+            f"{name.replace('_', ' ')} {values[name]:.3g}, usually {middle:.3g}"
+            for name, middle in usual.items()
+            if middle is not None
+        ]
+        self._spikes += len(told)
+        values["spikes"] = self._spikes
         self._metrics.log(step, values)
         self._metrics.set("step", step)
         self._metrics.set("last_step_timestamp_seconds", time.time())
-        return f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        spike = f"  spike: {'; '.join(told)}" if told else ""
+        return f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s{spike}"

@@ -111,6 +111,7 @@ class Saves:
         if self.newest == progress.step:
             return
         started = time.perf_counter()
+        self._ranks.watch.note("saves")
         sharded.together(self._ranks, self._metrics.flush)
         scale = self._engine.loss_scale
         size = sharded.save(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.errors import LatheError
 from pipeline.runtime.engine import Outcome
 
 LIMIT = 10
@@ -16,19 +15,19 @@ class SkippedSteps:
 
     Args:
         total: those of the steps before.
+        in_a_row: of them, those that came last.
     """
 
-    def __init__(self, total: int = 0) -> None:
-        self.total, self.in_a_row = total, 0
+    def __init__(self, total: int = 0, in_a_row: int = 0) -> None:
+        self.total, self.in_a_row = total, in_a_row
+        self.too_many = False
+        """Whether `LIMIT` in a row have been met in this start."""
 
-    def count(self, outcomes: Iterable[Outcome], step: int) -> None:
-        """Add what is known of the steps up to `step`.
+    def count(self, outcomes: Iterable[Outcome]) -> None:
+        """Add what became of some steps.
 
         A step of float16 that overflowed at a loss scale which was then halved counts, but not towards the limit: that
         is how the scale finds its size.
-
-        Raises:
-            LatheError: too many in a row.
         """
         for outcome in outcomes:
             self.total += outcome.skipped
@@ -36,8 +35,4 @@ class SkippedSteps:
                 self.in_a_row = 0
             elif outcome is Outcome.NOT_FINITE:
                 self.in_a_row += 1
-            if self.in_a_row >= LIMIT:
-                raise LatheError(
-                    f"loss or gradient was not finite in {LIMIT} steps in a row, by step {step}",
-                    "resume with a smaller optimizer.learning_rate; the last checkpoint is from before",
-                )
+                self.too_many = self.too_many or self.in_a_row >= LIMIT

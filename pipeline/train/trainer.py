@@ -20,11 +20,12 @@ from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
 from pipeline.metrics import Metrics
-from pipeline.runtime import engine, process
+from pipeline.runtime import engine, process, requeue
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint
 from pipeline.train.compatibility import check_alike, check_data
+from pipeline.train.diagnosis import Suspects
 from pipeline.train.examples import Examples
 from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
@@ -52,6 +53,7 @@ def fit(config: TrainConfig) -> None:
         LatheError: the loss is not finite any more.
         SystemExit: asked to stop by a signal, with 128 + its number, after a checkpoint.
     """
+    requeue.clear()
     stopped_by = _fit(config)
     if stopped_by:
         raise SystemExit(128 + stopped_by)
@@ -77,7 +79,7 @@ def _fit(config: TrainConfig) -> int:
         check_alike(config, datasets, ranks)
         return Trainer(config, ranks, datasets, store).run()
     except RuntimeError as error:
-        lost = process.lost_rank(error)
+        lost = process.lost_rank(error, ranks)
         if lost is None:
             raise
         raise lost from error
@@ -155,6 +157,7 @@ class Trainer:
         self.reporter.start(progress.step)
         whitening = Scale("whiten", progress.mean, progress.std)
         self.examples = Examples(config, self.datasets, whitening, self.ranks.device)
+        self.suspects = Suspects(config, self.datasets, self.ranks, self.engine, progress.step)
         self._introduce()
         with (
             StopRequest() as request,
@@ -169,7 +172,10 @@ class Trainer:
                 feed.raise_failure()
         self.metrics.close()
         self.stopped_by = feed.stopped_by if progress.step < config.steps else 0
-        say(conclusion(f"{self.store.url}/{checkpoint.step_name(progress.step)}", progress.step, self.stopped_by))
+        where = f"{self.store.url}/{checkpoint.step_name(progress.step)}" if progress.step else ""
+        if self.stopped_by:
+            requeue.ask(step=progress.step, steps=config.steps, stopped_by=self.stopped_by, checkpoint=where)
+        say(conclusion(where, progress.step, self.stopped_by))
 
     def _train(self, feed: Feed, line: ProgressLine) -> Iterator[int]:
         """Steps for as long as there are batches; the last one is saved, unless there are no more for a failure."""
@@ -180,8 +186,7 @@ class Trainer:
             loss = self.train_step(batch)
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
-            told = self.engine.outcomes(wait=batch is None or self._is_told_or_saved())
-            progress.skipped.count(told, progress.step)
+            self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
             if progress.step % config.log_every == 0 or batch is None:
                 line.update(progress.step, config.steps, self.reporter.report(progress, interval, self.loader))
                 interval = Interval.start(self.ranks.device)
@@ -199,6 +204,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> Tensor:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
+        self.ranks.watch.note("computes", self.progress.step + 1)
         example = self.examples.of(batch, self._share(batch))
         losses = []
         for micro in example.chunks(self.engine.accumulation):
@@ -207,7 +213,17 @@ class Trainer:
             self.engine.backward(losses[-1])
         self.engine.step(learning_rate(self.progress.step, self.config.optimizer, self.config.steps))
         self.progress.step += 1
-        return torch.stack(losses).detach().mean()
+        loss = torch.stack(losses).detach().mean()
+        self.suspects.remember(batch, loss)
+        return loss
+
+    def _learn_outcomes(self, *, wait: bool) -> None:
+        """Count the steps that were skipped; too many in a row are explained, and end the run."""
+        told = self.engine.outcomes(wait=wait)
+        self.suspects.look(told)
+        self.progress.skipped.count(told)
+        if self.progress.skipped.too_many:
+            self.suspects.explain(self.progress.step)
 
     def _is_told_or_saved(self) -> bool:
         config, step = self.config, self.progress.step

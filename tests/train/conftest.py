@@ -6,10 +6,12 @@ import hashlib
 import io
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from support import fingerprint, provenance
 
 from pipeline.data.fold import fold
@@ -31,13 +33,21 @@ CHANNELS, SIDE, LENGTH, SAMPLES, HELD_OUT, BLOCK = 4, 4, 8, 40, 8, 8
 FINGERPRINT = fingerprint(resolution=SIDE * 8, context_length=LENGTH, holdout=0.0)
 
 
-def write_latents(folder: Path, fingerprint: Fingerprint = FINGERPRINT, seed: int = 0, held_out: int = HELD_OUT) -> str:
-    """One shard and its manifest; returns the manifest's address."""
+def write_latents(
+    folder: Path,
+    fingerprint: Fingerprint = FINGERPRINT,
+    seed: int = 0,
+    change: Callable[[int, NDArray[np.float16]], None] | None = None,
+    held_out: int = HELD_OUT,
+) -> str:
+    """One shard and its manifest; returns the manifest's address. `change` gets each sample's number and moments."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = SAMPLES + held_out
     rng, tar, offsets = np.random.default_rng(seed), TarBuilder(), []
     for i in range(samples):
         moments = rng.standard_normal((2 * CHANNELS, SIDE, SIDE)).astype(np.float16)
+        if change is not None:
+            change(i, moments)
         offsets.append(tar.add(f"{i:04d}.latent.npy", npy_bytes(moments)))
         tar.add(f"{i:04d}.tokens0.clip.npy", npy_bytes(rng.integers(1, 49408, LENGTH).astype(np.uint16)))
         tar.add(f"{i:04d}.size.npy", npy_bytes(np.zeros(6, np.int32)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from pipeline.errors import DataError, LatheError
 from pipeline.runtime.launch import OtherRankError
+from pipeline.runtime.watchdog import Watchdog
+from pipeline.train import feed as feed_module
 from pipeline.train.feed import Feed
 
 TERM = 15
@@ -20,24 +23,24 @@ class Ranks:
     """Two ranks in threads, which post to each other as processes do."""
 
     def __init__(self) -> None:
-        self.barrier, self.flags, self.problems = threading.Barrier(2, timeout=20), [0, 0], [None, None]
+        self.barrier, self.flags = threading.Barrier(2, timeout=20), [(0, 0), (0, 0)]
 
     def rank(self, rank: int) -> Any:
-        def post(flag: int) -> None:
-            self.flags[rank] = flag
+        def post(*flags: int) -> None:
+            self.flags[rank] = flags
 
-        def posted() -> tuple[int]:
+        def posted() -> tuple[int, ...]:
             self.barrier.wait()
-            found = max(self.flags)
+            found = tuple(max(flags) for flags in zip(*self.flags, strict=True))
             self.barrier.wait()
-            return (found,)
+            return found
 
         def agree(problem: LatheError | None) -> None:
             if problem is not None:
                 raise problem
             raise OtherRankError("the other rank failed", "")
 
-        return SimpleNamespace(post=post, posted=posted, agree=agree)
+        return SimpleNamespace(post=post, posted=posted, agree=agree, watch=Watchdog())
 
 
 class Loader:
@@ -119,3 +122,37 @@ def test_a_batch_that_cannot_be_had_ends_both_after_the_same_step(number: int) -
     seen = list(range(number))
     common = {"seen": seen, "stop": 0, "over": False, "failed": True}
     assert results == [{**common, "told": "the other rank failed"}, {**common, "told": "block 7 is damaged"}]
+
+
+def test_who_waits_says_so_and_the_others_hear_their_signals_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage on one rank; the other one is asked to stop after some rounds."""
+    monkeypatch.setattr(feed_module, "_PATIENCE_SECONDS", 0.05)
+    requests, rounds = [SimpleNamespace(signal=0), SimpleNamespace(signal=0)], []
+
+    def outage(gives_up: Callable[[], bool]) -> bool:
+        started = time.monotonic()
+        while not gives_up():
+            assert time.monotonic() < started + 5
+        rounds.append(time.monotonic() - started)
+        if len(rounds) == 3:
+            requests[0].signal = TERM  # of the rank that waits for this one
+        return True
+
+    results = run(Loader(), Loader(n2=outage), requests=requests)
+    assert results == [{"seen": [0, 1], "stop": TERM, "over": True, "failed": False}] * 2
+    assert len(rounds) in (3, 4)
+    assert max(rounds) < 1
+
+
+def test_an_outage_that_ends_loses_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "_PATIENCE_SECONDS", 0.02)
+    rounds = []
+
+    def outage(gives_up: Callable[[], bool]) -> bool:
+        rounds.append(0)
+        while len(rounds) < 4 and not gives_up():
+            pass
+        return len(rounds) < 4
+
+    results = run(Loader(n1=outage), Loader())
+    assert results == [{"seen": [0, 1, 2, 3, 4], "stop": 0, "over": True, "failed": False}] * 2

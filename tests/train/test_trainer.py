@@ -8,11 +8,12 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import small_models
 import torch
 from support import fingerprint
-from training_run import STEPS, Run, copy_of, finish, ranks_of, same_in_the_end
+from training_run import SMALL, STEPS, Run, copy_of, finish, ranks_of, same_in_the_end
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
@@ -61,7 +62,9 @@ def test_log_and_checkpoints_of_a_run(undisturbed):
     assert all(1.5 < loss < 3.5 for loss in undisturbed.losses())  # of noise that nothing can be learned from
 
 
-def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(undisturbed, tmp_path, latents):
+def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(
+    undisturbed, tmp_path, latents, monkeypatch
+):
     run = Run(tmp_path, latents)
     killed = run.start()
     run.wait_for_step(6, killed)
@@ -70,9 +73,16 @@ def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(un
     last = run.steps()[0]
     assert last in (4, 8, 12)  # every fourth is saved
 
+    requeue_file = tmp_path / "requeue.json"
+    requeue_file.write_text("of an earlier start")
+    monkeypatch.setenv("LATHE_REQUEUE_FILE", str(requeue_file))
     resumed = run.start("checkpoint.keep=1")
     run.wait_for_step(last + 2, resumed)
-    ranks_of(resumed)[0].send_signal(signal.SIGTERM)
+    assert not requeue_file.exists()
+    ranks, asked = ranks_of(resumed), time.monotonic()
+    ranks[1].send_signal(signal.SIGTERM)
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert time.monotonic() - asked < 10
     said = finish(resumed, 128 + signal.SIGTERM)
     assert f"going on from {run.output}/{checkpoint.step_name(last)}\n" in said
     stopped = re.search(r"stopped by SIGTERM after step (\d+); .*/step-0+\1\n", said)
@@ -81,6 +91,36 @@ def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(un
     assert run.steps() == [step]
     assert run.losses() == undisturbed.losses()[:step]
     assert run.state(step) == undisturbed.state(step)
+    told = {"step": step, "steps": STEPS, "signal": "SIGTERM", "checkpoint": f"{run.output}/step-{step:08d}"}
+    assert json.loads(requeue_file.read_text()) == told
+
+
+def test_a_launcher_passes_signals_on_and_a_second_one_disturbs_nothing(tmp_path, latents, monkeypatch):
+    requeue_file = tmp_path / "requeue.json"
+    monkeypatch.setenv("LATHE_REQUEUE_FILE", str(requeue_file))
+    run = Run(tmp_path, latents, steps=100000, engine={**SMALL["engine"], "zero_stage": 0})
+    launcher = run.start("checkpoint.every=100000")
+    run.wait_for_step(3, launcher)
+    asked = time.monotonic()
+    launcher.send_signal(signal.SIGUSR1)
+    while launcher.poll() is None:
+        launcher.send_signal(signal.SIGTERM)  # while it stops, saves and leaves
+        time.sleep(0.05)
+    assert time.monotonic() - asked < 10
+    said = finish(launcher, 128 + signal.SIGUSR1)
+    (step,) = run.steps()
+    assert f"stopped by SIGUSR1 after step {step}; the same command goes on from" in said
+    assert json.loads(requeue_file.read_text())["signal"] == "SIGUSR1"
+
+    early = run.start("steps=200000")  # before the ranks listen to signals there is nothing to save
+    while not (ranks := ranks_of(early)):
+        time.sleep(0.05)
+    asked = time.monotonic()
+    early.send_signal(signal.SIGTERM)
+    finish(early, 128 + signal.SIGTERM)
+    assert time.monotonic() - asked < 10
+    assert psutil.wait_procs(ranks, timeout=1)[1] == []
+    assert json.loads(requeue_file.read_text()) == {"step": None, "steps": None, "signal": "SIGTERM", "checkpoint": ""}
 
 
 def test_one_rank_goes_on_where_two_were(undisturbed, tmp_path, latents):

@@ -1,0 +1,56 @@
+"""The requeue file: what the script that started a run learns of it, since launchers may swallow exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from pipeline.errors import StorageError
+
+VARIABLE = "LATHE_REQUEUE_FILE"
+"""Names the file, on the machine of rank 0. Not set: there is none."""
+
+
+def clear() -> None:
+    """At a start: what an earlier one left says nothing of this one."""
+    file = _file()
+    if file is not None:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise _problem(file, error) from error
+
+
+def ask(*, stopped_by: int, step: int | None = None, steps: int | None = None, checkpoint: str = "") -> None:
+    """Ask for another start, whole or not at all; on rank 0, once the checkpoint is complete.
+
+    Args:
+        stopped_by: the signal.
+        step: steps done; None = stopped before the first one of this start.
+        steps: of the whole run.
+        checkpoint: address of the one that was saved; empty = none was.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    file = _file()
+    if file is None:
+        return
+    told = {"step": step, "steps": steps, "signal": signal.Signals(stopped_by).name, "checkpoint": checkpoint}
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise _problem(file, error) from error
+
+
+def _file() -> Path | None:
+    name = os.environ.get(VARIABLE, "")
+    return Path(name) if name and os.environ.get("RANK", "0") == "0" else None
+
+
+def _problem(file: Path, error: OSError) -> StorageError:
+    return StorageError(f"{VARIABLE}={file}: {error.strerror}", "name a file that can be written, in a folder there is")
