@@ -15,7 +15,7 @@ from pipeline.config.jobs import (
     TrainConfig,
 )
 from pipeline.config.latents import DataSetConfig, LoaderConfig
-from pipeline.config.models import AutoencoderModelConfig, UNetConfig
+from pipeline.config.models import PER_LEVEL, AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
@@ -37,6 +37,7 @@ from pipeline.config.validation import RAW, ValidationConfig
 
 __all__ = [
     "JOBS",
+    "PER_LEVEL",
     "RAW",
     "SIGMA_REL",
     "AutoencoderModelConfig",

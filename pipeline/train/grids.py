@@ -13,10 +13,10 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.objective import objective_of
 from pipeline.generate import generate
-from pipeline.models.text import Tokenizer
+from pipeline.models.conditioning import FrozenTowers, Remembered
 from pipeline.models.unet import TextToImage
 from pipeline.runtime.process import Process
-from pipeline.train.trained_model import load_autoencoder
+from pipeline.train.trained_model import load_autoencoder, prompt_encoder
 
 
 class Grids:
@@ -28,20 +28,30 @@ class Grids:
         manifest: of the latents.
         scale: how they are whitened.
         batch_size: pictures made together.
+        towers: that run while training; None = none do.
 
     Raises:
+        ConfigError: the run file does not say where the text towers are that prompts need.
         DataError: the autoencoder is not the one that made the latents.
         StorageError: it cannot be read.
     """
 
     def __init__(
-        self, config: TrainConfig, ranks: Process, manifest: Manifest, scale: Scale, *, batch_size: int
+        self,
+        config: TrainConfig,
+        ranks: Process,
+        manifest: Manifest,
+        scale: Scale,
+        *,
+        batch_size: int,
+        towers: FrozenTowers | None,
     ) -> None:
         self._settings, self._ranks, self._batch_size = config.validation, ranks, batch_size
         self._autoencoder = load_autoencoder(config.validation.autoencoder, manifest)
         self._mean, self._std = torch.tensor(list(scale.mean)), torch.tensor(list(scale.std))
         self._objective = objective_of(config.objective, ranks.device)
-        self._tokenizer = Tokenizer(config.text.context_length)
+        encode = towers or prompt_encoder(config, manifest)
+        self._encode = Remembered(encode, [*config.validation.prompts, ""])
         prompts = len(config.validation.prompts)
         share = -(-prompts // ranks.world_size)
         self._places = [min(ranks.rank * share + place, prompts - 1) for place in range(share)]
@@ -60,7 +70,7 @@ class Grids:
                 self._autoencoder.to(self._ranks.device),
                 self._mean,
                 self._std,
-                self._tokenizer,
+                self._encode,
                 [prompts[place] for place in self._places],
                 objective=self._objective,
                 sampling=self._settings.sampling,

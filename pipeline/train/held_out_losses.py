@@ -21,6 +21,7 @@ from pipeline.diffusion import variational_bound
 from pipeline.diffusion.loss import squared_error
 from pipeline.diffusion.objective import objective_of
 from pipeline.diffusion.path import VariancePreserving
+from pipeline.models.conditioning import FrozenTowers
 from pipeline.runtime.process import Process
 from pipeline.train.draws import edges, fixed_draw
 from pipeline.train.examples import Examples
@@ -44,19 +45,27 @@ class HeldOutLosses:
         datasets: the latents.
         scale: how they are whitened.
         batch_size: samples of a forward pass.
+        towers: that run while training; None = none do.
 
     Raises:
         ConfigError, DataError, StorageError: see `read_held_out`.
     """
 
     def __init__(
-        self, config: TrainConfig, ranks: Process, datasets: DataSets, scale: Scale, *, batch_size: int
+        self,
+        config: TrainConfig,
+        ranks: Process,
+        datasets: DataSets,
+        scale: Scale,
+        *,
+        batch_size: int,
+        towers: FrozenTowers | None,
     ) -> None:
         self._ranks, self._settings = ranks, config.validation
         self._objective = objective_of(config.objective, ranks.device)
         without_dropout = config.objective.model_copy(update={"caption_dropout": 0.0})
         fixed = config.model_copy(update={"seed": config.validation.seed, "objective": without_dropout})
-        self._examples = Examples(fixed, datasets, scale, ranks.device)
+        self._examples = Examples(fixed, datasets, scale, ranks.device, towers)
         self._batches = read_held_out(
             datasets,
             config.validation.samples,

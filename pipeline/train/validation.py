@@ -16,6 +16,7 @@ from pipeline.data.datasets import DataSets
 from pipeline.data.prepare import Scale
 from pipeline.errors import StorageError
 from pipeline.metrics import Metrics
+from pipeline.models.conditioning import FrozenTowers
 from pipeline.models.unet import TextToImage
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
@@ -46,6 +47,7 @@ class Validator:
         datasets: the latents.
         scale: how they are whitened.
         batch_size: samples of a forward pass: a micro batch of the training, which fits.
+        towers: that run while training; None = none do.
         metrics: where numbers and pictures go.
         store: the run's output.
         stopped: whether this process was asked to stop.
@@ -63,6 +65,7 @@ class Validator:
         datasets: DataSets,
         scale: Scale,
         batch_size: int,
+        towers: FrozenTowers | None,
         metrics: Metrics,
         store: Store,
         stopped: Callable[[], bool],
@@ -75,10 +78,11 @@ class Validator:
         self._grids: Grids | None = None
 
         def read() -> None:
-            self._held_out = HeldOutLosses(config, ranks, datasets, scale, batch_size=batch_size)
+            self._held_out = HeldOutLosses(config, ranks, datasets, scale, batch_size=batch_size, towers=towers)
             if config.validation.prompts:
                 together = max(1, batch_size // 2)  # guidance runs each of them twice
-                self._grids = Grids(config, ranks, datasets.manifests[0], scale, batch_size=together)
+                manifest = datasets.manifests[0]
+                self._grids = Grids(config, ranks, manifest, scale, batch_size=together, towers=towers)
 
         sharded.together(ranks, read)
 
