@@ -46,7 +46,8 @@ def test_what_a_newcomer_sees(undisturbed):
         r"  engine      DeepSpeedEngine, ZeRO stage 2, float32 \(checked\)\n"
         r"  metrics     http://127\.0\.0\.1:\d+/metrics\n"
         r"  output      .*/run\n"
-        r"train: 30/30 steps after \d+ s  loss \d\.\d+  \d+ images/s\n"
+        r"(train: \d+/30 steps after \d+ s, .* left  loss .*\n)*"
+        r"train: 30/30 steps after \d+ s  loss \d\.\d{4}  rate .*  norm .*  images/s \d+  wait \d+%  epoch 6\.00\n"
         r"finished: .*/run/step-00000030\n",
         undisturbed.said,
     )
