@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: one progress line per job, live on a terminal, plain lines in a log."""
+"""What a person sees in the terminal: one progress line per job, live on a terminal, plain lines in a log; figures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from rich.text import Text
 PLAIN_LINE_SECONDS = 15.0
 _WIDEST_BAR = 40
 _BESIDE_THE_BAR = 60  # columns that name, counts and times take
+_COUNT_WIDTH, _LEFT_WIDTH = 8, 11
+_ROWS_BELOW_A_HEADER = 20
 # Control characters, line ends that are not ours, reversed writing, and halves of characters, which cannot be printed.
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -76,6 +78,7 @@ class ProgressLine:
         self._started = self._last_line = time.monotonic()
         self._done, self._total, self._note = 0.0, 0, ""
         self._eta_seconds: float | None = None
+        self._printed: tuple[float, int, str] | None = None
         self._bar: Progress | None = None
         if visible and sys.stderr is not None and sys.stderr.isatty():
             console = Console(stderr=True)
@@ -100,7 +103,7 @@ class ProgressLine:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None and self._total:
+        elif kind is None and self._total and self._printed != (self._done, self._total, self._note):
             self._print()
 
     def update(self, done: float, total: int, note: str = "", eta_seconds: float | None = None) -> None:
@@ -120,11 +123,62 @@ class ProgressLine:
             self._print()
 
     def _print(self) -> None:
+        self._printed = (self._done, self._total, self._note)
         if self._visible:
             done, total, seconds = int(self._done), self._total, time.monotonic() - self._started
             left = f", {duration(self._eta_seconds)} left" if self._eta_seconds and done < total else ""
             line = f"{self._name}: {done}/{total} {self._unit} after {duration(seconds)}{left}  {self._note}"
             tell(line.rstrip())
+
+
+class ProgressTable(ProgressLine):
+    """A progress line with figures now and then: on a terminal a row of a table above the bar, in a log part of a line.
+
+    Args:
+        name: what is going on, such as "train".
+        unit: what is counted, such as "steps".
+        columns: names of the figures and how wide they are; what is done stands before them, and what is left after.
+    """
+
+    def __init__(self, name: str, unit: str, columns: Mapping[str, int], *, visible: bool = True) -> None:
+        super().__init__(name, unit, visible=visible)
+        self._widths = {unit: _COUNT_WIDTH, **columns, "left": _LEFT_WIDTH}
+        self._rows = 0
+
+    def move(self, done: int, total: int) -> None:
+        """Move the bar, and say nothing."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def row(
+        self, done: int, total: int, figures: Mapping[str, str], note: str = "", eta_seconds: float | None = None
+    ) -> None:
+        """Show some figures.
+
+        Args:
+            done: of `total`.
+            total: to be done.
+            figures: by column.
+            note: a few words, where something is out of the ordinary.
+            eta_seconds: what is left; None = it is not known.
+        """
+        if not self._bar:
+            told = "  ".join(f"{name} {figure}" for name, figure in figures.items())
+            self.update(done, total, f"{told}  {note}".rstrip(), eta_seconds)
+            return
+        if self._rows % _ROWS_BELOW_A_HEADER == 0:
+            self._draw({name: name for name in self._widths}, "bold")
+        left = duration(eta_seconds) if eta_seconds is not None and done < total else ""
+        self._draw({self._unit: str(done), **figures, "left": left}, "")
+        if note:
+            self._bar.console.print(Text(f"  {printable(note, one_line=True)}", style="yellow"))
+        self._rows += 1
+        self.move(done, total)
+
+    def _draw(self, cells: Mapping[str, str], style: str) -> None:
+        line = "  ".join(cells.get(name, "").rjust(width) for name, width in self._widths.items())
+        if self._bar:
+            self._bar.console.print(Text(line, style=style, no_wrap=True, overflow="ellipsis"))
 
 
 class _NotedProgress(Progress):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import console
-from pipeline.console import ProgressLine, duration, printable, tell
+from pipeline.console import ProgressLine, ProgressTable, duration, printable, tell
+from pipeline.train.reporting import COLUMNS
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -84,7 +85,37 @@ def test_without_an_estimate_a_log_says_none(clock: list[float], capsys: pytest.
     with ProgressLine("train", "steps") as line:
         clock[0] += 20
         line.update(3, 12)
-    assert capsys.readouterr().err.splitlines() == ["train: 3/12 steps after 20 s"] * 2
+    assert capsys.readouterr().err.splitlines() == ["train: 3/12 steps after 20 s"]
+
+
+def test_figures_are_part_of_a_log_s_line(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressTable("train", "steps", {"loss": 8, "wait": 4}) as line:
+        for step in range(1, 31):
+            clock[0] += 1
+            line.move(step, 30)
+            line.row(step, 30, {"loss": f"{1 / step:.4f}", "wait": "3%"}, "a spike" * (step == 15), 120.0 - step)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 15/30 steps after 15 s, 105 s left  loss 0.0667  wait 3%  a spike",
+        "train: 30/30 steps after 30 s  loss 0.0333  wait 3%",
+    ]
+
+
+def test_a_terminal_gets_a_table_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch, columns=80)
+    figures = {"loss": "0.1234", "rate": "1.50e-03", "norm": "0.812", "images/s": "1234", "wait": "2%", "epoch": "3.25"}
+    with ProgressTable("train", "steps", COLUMNS) as line:
+        for step in range(1, 24):
+            line.row(step, 23, figures, eta_seconds=82_800.0)
+        line.row(23, 23, figures, "spike", eta_seconds=0.0)
+    drawn = [ESCAPES.sub("", text).rstrip() for text in re.split(r"[\r\n]", screen.getvalue())]
+    header = "   steps      loss      rate      norm  images/s  wait    epoch         left"
+    assert drawn.count(header) == 2
+    row = "       1    0.1234  1.50e-03     0.812      1234    2%     3.25  23 h 00 min"
+    assert row in drawn
+    assert len(row) < 80
+    assert "      23    0.1234  1.50e-03     0.812      1234    2%     3.25" in drawn
+    assert "  spike" in drawn
+    assert any(re.fullmatch(r"train ━+ 23/23 steps 0:00:00", text) for text in drawn)
 
 
 def test_a_failure_is_not_followed_by_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,15 @@ class EncodeConfig(RunConfig):
     metrics: MetricsConfig = MetricsConfig()
 
 
+class InitFromConfig(Section):
+    """The weights that a new run begins with: those of another run of the same geometry."""
+
+    run: str = Field(
+        min_length=1, description="a training run's output, one checkpoint in it, or what `lathe ema` made"
+    )
+    weights: str = Field("", description="an average by its name there, or raw; empty = the first average")
+
+
 class TrainConfig(RunConfig):
     """`lathe train`: latent shards to a text-to-image diffusion model."""
 
@@ -129,6 +138,11 @@ class TrainConfig(RunConfig):
     manifest: str = Field("", description="manifest.json of the latents; of several data sets, set `datasets`")
     datasets: tuple[DataSetConfig, ...] = Field((), description="several data sets, or a part of one, for `manifest`")
     output: str = Field(description="folder or s3:// prefix for checkpoints and the metrics log")
+    init_from: InitFromConfig | None = Field(
+        None,
+        description="weights of another run to begin with, at step 0 with a fresh optimizer; a run that has checkpoints"
+        " of its own goes on from those",
+    )
     restart_order: bool = Field(
         False,
         description="go on although the checkpoint was trained on other samples, since data grew, or were taken down:"

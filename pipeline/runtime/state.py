@@ -67,6 +67,11 @@ def shapes(engine: Engine) -> dict[str, list[int]]:
     return {name: list(_shape(p)) for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
+def geometry(engine: Engine) -> dict[str, list[int]]:
+    """Whole shapes of all parameters and persistent buffers, trained or not, by name."""
+    return {name: list(_shape(tensor)) for name, tensor in engine.module.state_dict(keep_vars=True).items()}
+
+
 def frozen(engine: Engine, *, keep: bool = True) -> dict[str, Tensor]:
     """Whole copies of what the optimizer does not know: frozen parameters and persistent buffers. A collective.
 

@@ -166,14 +166,27 @@ def load_weights(store: Store, name: str, which: str = "") -> dict[str, Tensor]:
         DataError: there is no such average, a file is damaged, or parts of a parameter are missing.
     """
     checkpoint = open_checkpoint(store, name)
+    _, key = weights_key(checkpoint, which)
+    whole = combine([(checkpoint, {key: 1.0})], checkpoint.run()["parameters"])
+    frozen = read_tensors(checkpoint.read(FROZEN))
+    return {**whole, **{n: t.float() if t.is_floating_point() else t for n, t in frozen.items()}}
+
+
+def weights_key(checkpoint: Checkpoint, which: str = "") -> tuple[str, str]:
+    """The name of some weights, and the key that their tensors have.
+
+    Args:
+        checkpoint: whose.
+        which: as for `load_weights`, which raises what this does.
+    """
     run = checkpoint.run()
     there = _named_weights(run)
     which = which or default_weights(run)
     if which not in there:
-        raise DataError(f"{store.url}/{name} has no weights named {which}", f"use one of: {', '.join(there)}")
-    whole = combine([(checkpoint, {there[which]: 1.0})], run["parameters"])
-    frozen = read_tensors(checkpoint.read(FROZEN))
-    return {**whole, **{n: t.float() if t.is_floating_point() else t for n, t in frozen.items()}}
+        raise DataError(
+            f"{checkpoint.store.url}/{checkpoint.name} has no weights named {which}", f"use one of: {', '.join(there)}"
+        )
+    return which, there[which]
 
 
 def default_weights(run: Mapping[str, Any]) -> str:

@@ -1,8 +1,10 @@
-"""What is told of each interval of steps: metrics, their log, and a few words for the progress line."""
+"""What is told of each interval of steps: metrics, their log, and a row of figures for a person."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import psutil
 
@@ -15,6 +17,18 @@ from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.progress import Progress
 from pipeline.train.spikes import Spikes
+from pipeline.train.telling import say
+
+COLUMNS = {"loss": 8, "rate": 8, "norm": 8, "images/s": 8, "wait": 4, "epoch": 7}
+"""Figures that a person follows, and how wide they are: 76 columns with steps and time left. `rate` is of learning,
+`norm` of the gradient, `wait` the share of the time that steps waited for data."""
+
+
+class Figures(NamedTuple):
+    """Of an interval."""
+
+    by_column: dict[str, str]
+    left_seconds: float  # until the run is finished, as this start's pace has it
 
 
 class Reporter:
@@ -33,16 +47,18 @@ class Reporter:
         self._samples = samples
         self._watched = {"loss": Spikes(), "gradient_norm": Spikes()}
         self._spikes = 0
+        self._started, self._first_step = time.monotonic(), 0
 
     def start(self, step: int) -> None:
         """Before the first step of this start; `step` were done before."""
+        self._started, self._first_step = time.monotonic(), step
         self._metrics.resume(step)
         self._metrics.set("world_size", self._ranks.world_size)
         self._metrics.set("target_steps", self._config.steps)
         self._metrics.set("step", step)
 
-    def report(self, progress: Progress, interval: Interval, loader: LatentLoader) -> str:
-        """Log the interval on rank 0, after a reduction over all; returns a few words for the progress line."""
+    def report(self, progress: Progress, interval: Interval, loader: LatentLoader) -> Figures:
+        """Log the interval on rank 0, after a reduction over all."""
         config, step = self._config, progress.step
         total, count = self._ranks.sum(interval.loss).tolist()
         values = {
@@ -69,5 +85,18 @@ class Reporter:
         self._metrics.log(step, values)
         self._metrics.set("step", step)
         self._metrics.set("last_step_timestamp_seconds", time.time())
-        spike = f"  spike: {'; '.join(told)}" if told else ""
-        return f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s{spike}"
+        if told:
+            say(f"step {step}: {'; '.join(told)}")
+        pace = (time.monotonic() - self._started) / (step - self._first_step)
+        return Figures(_by_column(values), pace * (config.steps - step))
+
+
+def _by_column(values: Mapping[str, float]) -> dict[str, str]:
+    return {
+        "loss": f"{values['loss']:.4f}",
+        "rate": f"{values['learning_rate']:.2e}",
+        "norm": f"{values['gradient_norm']:.3g}",
+        "images/s": f"{values['images_per_second']:.0f}",
+        "wait": f"{values['data_wait_seconds'] / values['step_seconds']:.0%}",
+        "epoch": f"{values['epoch']:.2f}",
+    }

@@ -17,6 +17,7 @@ from pipeline.runtime.process import Process
 from pipeline.storage import Store
 from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_resume
+from pipeline.train.initial import ORIGIN, begin, origin_of
 from pipeline.train.progress import Progress
 from pipeline.train.snapshots import Snapshots
 from pipeline.train.telling import say
@@ -50,17 +51,20 @@ class Saves:
         self._store, self._ranks, self._engine, self._metrics = store, ranks, engine, metrics
         self._engine_config, self._config, self._datasets = engine_config, config, datasets
         self._snapshots = Snapshots(store, ranks, engine, config)
+        self._origin: dict[str, Any] | None = None
         self.newest = 0
         """Step of the newest checkpoint; 0 = none."""
 
     def resume(self, progress: Progress) -> None:
         """Load the newest checkpoint that is whole; a damaged one is passed over, and one rank says so.
 
+        Where there is none, the run begins with what `init_from` names.
+
         Raises:
             DataError, ConfigError: the checkpoint is of another run.
             LatheError: there are checkpoints, and none can be read.
         """
-        there = checkpoint.find(self._store, warn=self._ranks.is_main)
+        config, there = self._config, checkpoint.find(self._store, warn=self._ranks.is_main)
         for found in there:
             saved: list[TrainedOn] = []
             notes: list[dict[str, Any]] = []
@@ -73,11 +77,13 @@ class Saves:
                     self._engine.loss_scale = LossScale(counters["loss_scale"], counters["loss_scale_good_steps"])
                 progress.mean, progress.std = saved[0].mean, saved[0].std
                 self._resume_order(progress, saved[0].order, counters["order_origin"], notes)
-                say(f"going on from {self._store.url}/{found.name}")
+                self._origin = origin_of(found)
+                say(f"going on from {self._store.url}/{found.name}" + ", without init_from" * bool(config.init_from))
                 break
         else:
             if there:
                 raise LatheError(f"no checkpoint of {self._store.url} can be read", "train into another output")
+            self._origin = begin(config, self._ranks, self._engine)
         if gone := self._snapshots.resume(progress.step, self._texts(progress)):
             say(
                 f"deleted {len(gone)} snapshots of averages later than step {progress.step}: their course was left"
@@ -153,5 +159,6 @@ class Saves:
         return {
             checkpoint.CONFIG: runfile.dump(self._config).encode(),
             checkpoint.ENGINE: checkpoint.as_json(self._engine_config),
+            **({ORIGIN: checkpoint.as_json(self._origin)} if self._origin else {}),
             **files(self._datasets, progress.mean, progress.std),
         }

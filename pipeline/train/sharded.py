@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError
@@ -119,7 +119,7 @@ def restore(
             run = checkpoint.run()
             _check_keys(checkpoint, run["keys"], state.keys(engine))
             _check_geometry(checkpoint, run["parameters"], state.shapes(engine))
-            _fill(checkpoint, engine)
+            fill(checkpoint, engine, {key: key for key in state.keys(engine)}, run["parameters"])
             frozen.update(read_tensors(checkpoint.read(FROZEN)))
             counters.update(run["counters"])
         except DamagedError as error:
@@ -180,9 +180,19 @@ def _collect(store: Store, name: str, world_size: int) -> dict[str, dict[str, An
     return files
 
 
-def _fill(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Copy into this rank's fragments what overlaps them, file by file; at the same world size that is one file."""
-    wanted = {fragment.parameter: fragment for fragment in state.fragments(engine)}
+def fill(checkpoint: Checkpoint, engine: Engine, sources: Mapping[str, str], names: Container[str]) -> None:
+    """Copy into this rank's fragments what overlaps them, file by file; at the same world size that is one file.
+
+    Args:
+        checkpoint: of parameters of the same shapes.
+        engine: whose fragments; tell all ranks by `state.restore`.
+        sources: which of the checkpoint's keys goes into each of the engine's.
+        names: of the parameters; others are left as they are.
+
+    Raises:
+        DamagedError: a file is damaged, or elements are missing.
+    """
+    wanted = {fragment.parameter: fragment for fragment in state.fragments(engine) if fragment.parameter in names}
     missing = {name: fragment.length for name, fragment in wanted.items()}
     for file, saved in checkpoint.fragment_files():
         overlaps = [(s, wanted[s[0]]) for s in saved if s[0] in wanted and _overlap(s, wanted[s[0]])]
@@ -191,8 +201,9 @@ def _fill(checkpoint: Checkpoint, engine: Engine) -> None:
         tensors = read_tensors(checkpoint.read(file))
         for (name, offset, length), mine in overlaps:
             first, end = max(offset, mine.offset), min(offset + length, mine.offset + mine.length)
-            for key, target in mine.tensors.items():
-                source = tensors[f"{name}:{offset}:{key}"][first - offset : end - offset]
+            for key, source_key in sources.items():
+                target = mine.tensors[key]
+                source = tensors[f"{name}:{offset}:{source_key}"][first - offset : end - offset]
                 target[first - mine.offset : end - mine.offset].copy_(source)
             missing[name] -= end - first
     for name, count in missing.items():

@@ -90,7 +90,7 @@ def load_trained(run: str, which: str = "", towers: Sequence[TowerConfig] = ()) 
         ConfigError: its run file says what this Lathe refuses; the towers are missing, or not the run's.
         StorageError: it cannot be read.
     """
-    store, name = _find(run)
+    store, name = find_run(run)
     saved = checkpoint.open_checkpoint(store, name)
     which = which or checkpoint.default_weights(saved.run())
     config = _config(saved)
@@ -130,7 +130,8 @@ def _config(saved: checkpoint.Checkpoint) -> TrainConfig:
         raise runfile.explain(TrainConfig, f"{saved.store.url}/{saved.name}/{checkpoint.CONFIG}", error) from error
 
 
-def _find(run: str) -> tuple[Store, str]:
+def find_run(run: str) -> tuple[Store, str]:
+    """Folder and name of a run's newest complete checkpoint, or of the one that `run` names. Raises DataError."""
     if checkpoint.is_name(run.rstrip("/").rpartition("/")[2]):
         parent, name = split(run)
         return open_store(parent), name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.console import ProgressLine, table
+from pipeline.console import ProgressLine, ProgressTable, table
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets, open_datasets
 from pipeline.data.held_out import places
@@ -35,7 +35,7 @@ from pipeline.train.network import build_network, start_from_pretrained
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
 from pipeline.train.progress import Progress
-from pipeline.train.reporting import Reporter
+from pipeline.train.reporting import COLUMNS, Reporter
 from pipeline.train.saves import Saves
 from pipeline.train.snapshots import due, is_missing
 from pipeline.train.telling import conclusion, introduction, say
@@ -167,7 +167,7 @@ class Trainer:
         self._introduce()
         with (
             StopRequest() as request,
-            ProgressLine("train", "steps", visible=self.ranks.is_main) as line,
+            ProgressTable("train", "steps", COLUMNS, visible=self.ranks.is_main) as line,
             self._open_loader() as self.loader,
         ):
             self.validator = self._open_validator(whitening, request)
@@ -183,18 +183,20 @@ class Trainer:
             requeue.ask(step=progress.step, steps=config.steps, stopped_by=self.stopped_by, checkpoint=where)
         say(conclusion(where, progress.step, self.stopped_by))
 
-    def _train(self, feed: Feed, line: ProgressLine) -> Iterator[int]:
+    def _train(self, feed: Feed, line: ProgressTable) -> Iterator[int]:
         """Steps for as long as there are batches; the last one is saved, unless there are no more for a failure."""
         config, progress, interval = self.config, self.progress, Interval.start(self.ranks.device)
         batch = feed.next()
         while batch is not None:
             started = time.perf_counter()
             loss = self.train_step(batch)
+            line.move(progress.step, config.steps)
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
             self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
             if progress.step % config.log_every == 0 or batch is None:
-                line.update(progress.step, config.steps, self.reporter.report(progress, interval, self.loader))
+                figures, left = self.reporter.report(progress, interval, self.loader)
+                line.row(progress.step, config.steps, figures, eta_seconds=left)
                 interval = Interval.start(self.ranks.device)
             if feed.failed:
                 break

@@ -126,6 +126,18 @@ def test_every_engine_at_each_world_size_takes_over_from_every_other(matrix):
 
 
 @pytest.mark.ranks
+def test_a_new_run_begins_with_the_weights_of_any_engine_and_nothing_else(results):
+    for result in results:
+        found = result["beginning"]
+        assert len(found["found"]) == 12
+        for way, facts in found["found"].items():
+            assert (way, [name for name, right in facts.items() if not right]) == (way, [])
+        first, *others = found["losses"]
+        assert all(losses == pytest.approx(first, rel=1e-5) for losses in others)
+        assert "is of another model: extra has shape none there and [2, 3] here" in found["refused"]
+
+
+@pytest.mark.ranks
 def test_float16_goes_on_with_its_loss_scale(results):
     for result in results:
         assert all(found["same"] for found in result["scaled"].values())

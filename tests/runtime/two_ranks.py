@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rank_checks import averages, elastic, memory, nets, saving, skipping, swapping
+from rank_checks import averages, beginning, elastic, memory, nets, saving, skipping, swapping
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
@@ -57,6 +57,7 @@ def by_two(ranks: Process, folder: Path) -> dict[str, Any]:
         "averages": averages.checks(ranks),
         "skipping": skipping.checks(ranks),
         "elastic": elastic.read(ranks, folder, 2, elastic.ALL) | elastic.read(ranks, folder, 1, elastic.ONE_EACH),
+        "beginning": beginning.checks(ranks, folder),
         "accumulated": elastic.accumulated(ranks),
         "scaled": elastic.scaled(ranks, folder),
         "memory": memory.checks(ranks),

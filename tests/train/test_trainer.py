@@ -47,7 +47,8 @@ def test_what_a_newcomer_sees(undisturbed):
         r"  engine      DeepSpeedEngine, ZeRO stage 2, float32 \(checked\)\n"
         r"  metrics     http://127\.0\.0\.1:\d+/metrics\n"
         r"  output      .*/run\n"
-        r"train: 30/30 steps after \d+ s  loss \d\.\d+  \d+ images/s\n"
+        r"(train: \d+/30 steps after \d+ s, .* left  loss .*\n)*"
+        r"train: 30/30 steps after \d+ s  loss \d\.\d{4}  rate .*  norm .*  images/s \d+  wait \d+%  epoch 6\.00\n"
         r"finished: .*/run/step-00000030\n",
         undisturbed.said,
     )
@@ -290,6 +291,22 @@ def test_the_checkpoint_comes_before_the_snapshot_which_is_taken_later_where_it_
     assert f"going on from {run.output}/step-00000008" in finish(run.start(*chosen, ranks=1))
     assert [found.step for found in checkpoint.find(snapshots)] == [8, 4]
     assert "finished already" in finish(run.start(*chosen, ranks=1))
+
+
+def test_a_run_begins_with_another_ones_weights_and_then_has_its_own(undisturbed, tmp_path, make_latents):
+    run = Run(tmp_path, make_latents(tmp_path / "other", seed=1), init_from={"run": str(undisturbed.output)})
+    how = ("engine.zero_stage=0", "objective={kind: ddpm}", "metrics.tensorboard=true")
+    said = finish(run.start(*how, "steps=4", "optimizer.learning_rate=1e-9", ranks=1))
+    source = f"{undisturbed.output}/step-00000030"
+    assert f"beginning with weights main of {source}, which learned rectified_flow velocity; steps and" in said
+    assert run.steps() == [4]
+    before, after = (load_trained(str(one.output), "main").model.state_dict() for one in (undisturbed, run))
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-6
+    said = finish(run.start(*how, "steps=6", ranks=1))
+    assert f"going on from {run.output}/step-00000004, without init_from\n" in said
+    noted = checkpoint.open_checkpoint(run.store, checkpoint.step_name(6)).read("init_from.json")
+    assert json.loads(noted) == {"checkpoint": source, "weights": "main", "step": STEPS}
+    assert len(list((run.output / "tensorboard").iterdir())) == 2
 
 
 def test_a_finished_run_says_so(undisturbed, capfd):

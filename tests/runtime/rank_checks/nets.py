@@ -65,12 +65,16 @@ def build(
     clip: float = 0.0,
     ratios: Mapping[str, float] | None = None,
     module: nn.Module | None = None,
+    other_way: bool = False,
     **settings: Any,
 ) -> Engine:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one engine a process is the rule; here several are tried
     module = module or net()
+    if other_way:  # what was frozen is trained, and the other way round
+        module.table.requires_grad_(True)
+        module.inner[3].requires_grad_(False)
     optimizer = AdamWithEMA(
         parameter_groups(module, WEIGHT_DECAY, ratios),
         OptimizerConfig(learning_rate=RATE),
