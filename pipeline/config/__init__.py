@@ -31,6 +31,7 @@ from pipeline.config.training import (
     MetricsConfig,
     OptimizerConfig,
     TrackedMetricsConfig,
+    TrainCheckpointConfig,
     WandbConfig,
     sigma_rel_problem,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "Threads",
     "TowerConfig",
     "TrackedMetricsConfig",
+    "TrainCheckpointConfig",
     "TrainConfig",
     "UNetConfig",
     "ValidationConfig",

@@ -21,6 +21,7 @@ from pipeline.config.training import (
     MetricsConfig,
     OptimizerConfig,
     TrackedMetricsConfig,
+    TrainCheckpointConfig,
 )
 from pipeline.config.validation import RAW, ValidationConfig
 
@@ -164,7 +165,7 @@ class TrainConfig(RunConfig):
     global_batch: Count = Field(64, description="samples per optimizer step, over all ranks")
     shuffle_window: Count = Field(256, description="samples shuffled together within each run of an epoch")
     seed: Seed = 0
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: TrainCheckpointConfig = TrainCheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     metrics: TrackedMetricsConfig = TrackedMetricsConfig()
     log_every: Count = 20

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -64,31 +66,46 @@ def plain(value: Value) -> Any:
 
 
 class _FolderLog:
-    """One file, appended to line by line, so that a reader sees each line at once."""
+    """One file, appended to line by line, so that a reader sees each line at once.
+
+    A line that the disk does not take waits for the next one: `flush` alone raises.
+    """
 
     def __init__(self, store: LogStore) -> None:
         self._store = store
         self._path = Path(store.url) / LOG
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._waiting = b""
+        self._lock = threading.Lock()
 
     def append(self, _step: int, line: str) -> None:
-        try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a", encoding="utf-8")
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(f"{self._path}: {error.strerror}", "make room or mend the folder's rights") from error
+        with self._lock:
+            self._waiting += f"{line}\n".encode()
+            with suppress(OSError):
+                self._write()
 
     def drop_after(self, step: int) -> None:
         kept = [line for line in read_log(self._store) if line["step"] <= step]
         self._store.write(LOG, _encode(kept))
 
     def flush(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        with self._lock:
+            try:
+                self._write()
+                if self._file is not None:
+                    self._file.close()
+            except OSError as error:
+                raise StorageError(
+                    f"{self._path}: {error.strerror}", "make room or mend the folder's rights"
+                ) from error
             self._file = None
+
+    def _write(self) -> None:
+        while self._waiting:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            self._waiting = self._waiting[self._file.write(self._waiting) :]  # a disk that fills up takes a part
 
 
 class _PartsLog:
@@ -96,13 +113,10 @@ class _PartsLog:
 
     def __init__(self, store: LogStore) -> None:
         self._store = store
-        self._lines: list[str] = []
-        self._first = 0
+        self._lines: list[tuple[int, str]] = []
 
     def append(self, step: int, line: str) -> None:
-        if not self._lines:
-            self._first = step
-        self._lines.append(line)
+        self._lines.append((step, line))
 
     def drop_after(self, step: int) -> None:
         for name in reversed(_log_files(self._store)):
@@ -116,9 +130,10 @@ class _PartsLog:
                 self._store.delete([name])
 
     def flush(self) -> None:
-        if self._lines:
-            self._store.write(f"{PARTS}{self._first:08d}.jsonl", "".join(f"{x}\n" for x in self._lines).encode())
-            self._lines = []
+        lines = list(self._lines)
+        if lines:
+            self._store.write(f"{PARTS}{lines[0][0]:08d}.jsonl", "".join(f"{line}\n" for _, line in lines).encode())
+            del self._lines[: len(lines)]  # others were appended meanwhile
 
 
 def open_log(store: LogStore) -> _FolderLog | _PartsLog:

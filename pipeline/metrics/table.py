@@ -62,7 +62,9 @@ DEFINITIONS = (
     Definition(
         "data_wait_seconds", "s", "Time a step waited for its batch, mean over the logging interval", ("train",)
     ),
-    Definition("checkpoint_seconds", "s", "Wall time of the last checkpoint", TRAINING),
+    Definition("checkpoint_seconds", "s", "Wall time of the last checkpoint, until it was stored", TRAINING),
+    Definition("checkpoint_stall_seconds", "s", "Time that training stood still for the last checkpoint", ("train",)),
+    Definition("checkpoint_failures", "saves", "Checkpoints and snapshots of this start that failed", ("train",)),
     Definition("checkpoint_bytes", "bytes", "Size of the last checkpoint, all files", TRAINING),
     Definition("checkpoint_step", "steps", "Step of the last complete checkpoint", TRAINING),
     Definition("checkpoint_timestamp_seconds", "s", "Unix time of the last complete checkpoint", TRAINING),

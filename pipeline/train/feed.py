@@ -9,6 +9,7 @@ none is in a collective for longer than that, deaf to signals of its own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from pipeline.data.batch import Batch
 from pipeline.data.loader import LatentLoader
@@ -28,15 +29,25 @@ class Feed:
         ranks: this rank among the others.
         request: whether this process was asked to stop.
         steps: how many batches are wanted.
+        own: further flags of this rank, which travel with the others.
     """
 
-    def __init__(self, loader: LatentLoader, ranks: Process, request: StopRequest, steps: int) -> None:
-        self._loader, self._ranks, self._request, self._left = loader, ranks, request, steps
+    def __init__(
+        self,
+        loader: LatentLoader,
+        ranks: Process,
+        request: StopRequest,
+        steps: int,
+        own: Callable[[], tuple[int, ...]] = tuple,
+    ) -> None:
+        self._loader, self._ranks, self._request, self._left, self._own = loader, ranks, request, steps, own
         self._problem: LatheError | None = None
         self._held: Batch | None = None
         self._flag, self._over = 0, False
         self.waited_seconds = 0.0
         """What the last `next` waited for data, in seconds."""
+        self.told: tuple[int, ...] = ()
+        """The largest that a rank had of each further flag, a step ago; the same on all ranks after each `next`."""
         self._hold()
 
     @property
@@ -77,7 +88,8 @@ class Feed:
         """Hear what all ranks have posted; whether one of them has no batch yet, and nothing ends the run."""
         if self._held is not None:
             self._ranks.watch.note("waits for other ranks")
-        self._flag, waiting = self._ranks.posted()
+        self._flag, waiting, *told = self._ranks.posted()
+        self.told = tuple(told)
         return bool(waiting) and not self._flag
 
     def _hold(self) -> None:
@@ -94,7 +106,7 @@ class Feed:
             self.waited_seconds += time.perf_counter() - started
         waiting = self._held is None and self._left > 0
         try:
-            self._ranks.post(_FAILED if self._problem else self._request.signal, waiting)
+            self._ranks.post(_FAILED if self._problem else self._request.signal, waiting, *self._own())
         except RuntimeError:
             if self._problem is None:
                 raise

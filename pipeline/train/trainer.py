@@ -23,8 +23,8 @@ from pipeline.metrics import Metrics
 from pipeline.models.pretrained_unet import with_geometry
 from pipeline.runtime import engine, process, requeue
 from pipeline.runtime.process import Process
-from pipeline.storage import Store, open_store
-from pipeline.train import checkpoint
+from pipeline.storage import Lease, Store, open_store
+from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_alike, check_data
 from pipeline.train.diagnosis import Suspects
 from pipeline.train.examples import Examples
@@ -76,17 +76,19 @@ def _fit(config: TrainConfig) -> int:
         check_data(config, manifest)
     if config.validation.every is not None:
         places(datasets.manifests, config.validation.samples)  # raises where nothing is held out
-    ranks = None
+    ranks, lease = None, Lease(store, say)
     try:
         ranks = process.start(config.engine)
         check_alike(config, datasets, ranks)
-        return Trainer(config, ranks, datasets, store).run()
+        sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
+        return Trainer(config, ranks, datasets, store, lease).run()
     except RuntimeError as error:
         lost = process.lost_rank(error, ranks)
         if lost is None:
             raise
         raise lost from error
     finally:
+        lease.release()
         if ranks is not None:
             ranks.finish()
 
@@ -109,9 +111,10 @@ class Trainer:
         ranks: this rank among the others.
         datasets: the latents.
         store: the run's output.
+        lease: rank 0's, of the output.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store) -> None:
+    def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store, lease: Lease) -> None:
         config, self.towers = load_online(config, datasets.manifests[0], ranks)
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.progress = Progress(*datasets.mean_and_std(config.normalisation))
@@ -148,6 +151,7 @@ class Trainer:
             config=config,
             datasets=datasets,
             metrics=self.metrics,
+            check=lease.check,
         )
 
     def run(self) -> int:
@@ -171,11 +175,12 @@ class Trainer:
             self._open_loader() as self.loader,
         ):
             self.validator = self._open_validator(whitening, request)
-            feed = Feed(self.loader, self.ranks, request, config.steps - progress.step)
+            feed = Feed(self.loader, self.ranks, request, config.steps - progress.step, own=self.saves.flags)
             yield from self._train(feed, line)
             if feed.failed:
                 self.saves.save_before_failing(progress, self.loader.skipped)
                 feed.raise_failure()
+            self.saves.finish()
         self.metrics.close()
         self.stopped_by = feed.stopped_by if progress.step < config.steps else 0
         where = f"{self.store.url}/{checkpoint.step_name(progress.step)}" if progress.step else ""
@@ -194,6 +199,7 @@ class Trainer:
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
             self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
+            self.saves.hear(feed.told)
             if progress.step % config.log_every == 0 or batch is None:
                 figures, left = self.reporter.report(progress, interval, self.loader)
                 line.row(progress.step, config.steps, figures, eta_seconds=left)
@@ -231,6 +237,7 @@ class Trainer:
         self.suspects.look(told)
         self.progress.skipped.count(told)
         if self.progress.skipped.too_many:
+            self.saves.finish()  # of the steps before
             self.suspects.explain(self.progress.step)
 
     def _is_told_or_saved(self) -> bool:
