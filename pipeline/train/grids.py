@@ -44,7 +44,7 @@ class Grids:
         scale: Scale,
         *,
         batch_size: int,
-        towers: FrozenTowers | None,
+        towers: FrozenTowers | None = None,
     ) -> None:
         self._settings, self._ranks, self._batch_size = config.validation, ranks, batch_size
         self._autoencoder = load_autoencoder(config.validation.autoencoder, manifest)

@@ -59,7 +59,7 @@ class HeldOutLosses:
         scale: Scale,
         *,
         batch_size: int,
-        towers: FrozenTowers | None,
+        towers: FrozenTowers | None = None,
     ) -> None:
         self._ranks, self._settings = ranks, config.validation
         self._objective = objective_of(config.objective, ranks.device)

@@ -34,7 +34,7 @@ class Net(nn.Module):
         super().__init__()
         self.share = share
 
-    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, *_shown: Tensor | None) -> Tensor:
         return self.share * noisy
 
 
