@@ -17,8 +17,8 @@ from pipeline.diffusion.guidance import guided
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.sampler import sample
 from pipeline.latents import unwhiten
-from pipeline.models.autoencoder import AutoencoderKL, decode
-from pipeline.models.text import Tokenizer
+from pipeline.models.autoencoder import AutoencoderKL, decode, downscale
+from pipeline.models.conditioning import Conditioning, PromptEncoder
 from pipeline.models.unet import TextToImage
 from pipeline.randomness import Purpose, normal
 
@@ -49,7 +49,7 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     autoencoder: AutoencoderKL,
     mean: Tensor,
     std: Tensor,
-    tokenizer: Tokenizer,
+    encode: PromptEncoder,
     prompts: Sequence[str],
     *,
     objective: Objective,
@@ -67,7 +67,7 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
         autoencoder: decodes raw latents; on the same device.
         mean: of the raw latents by channel [C].
         std: of the raw latents by channel [C].
-        tokenizer: the one the model was trained with.
+        encode: prompts to what the model is shown of them.
         prompts: one or more.
         objective: what it was trained with; its tables on any device.
         sampling: sampler, steps and guidance.
@@ -81,26 +81,36 @@ def generate(  # noqa: PLR0917  (the first five go together and are passed on as
     device = next(model.parameters()).device
     shape = (model.unet.config.in_channels, model.unet.config.sample_size, model.unet.config.sample_size)
     mean, std = mean.to(device), std.to(device)
-    empty = torch.from_numpy(tokenizer.empty.astype(np.int64)).to(device)
+    side = shape[1] * downscale(autoencoder)
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32) if model.sees_sizes else None
+    empty = _shown(encode, [""], sizes, device)
     latents, pictures = [], []
     for first in range(0, len(prompts), batch_size):
-        tokens = torch.from_numpy(tokenizer(prompts[first : first + batch_size]).astype(np.int64)).to(device)
-        places = torch.arange(first, first + len(tokens), device=device)
+        shown = _shown(encode, prompts[first : first + batch_size], sizes, device)
+        places = torch.arange(first, first + len(shown.text), device=device)
         denoiser = guided(
             model,
             objective,
-            tokens,
+            shown,
             empty,
             scale=sampling.guidance,
             rescale=sampling.guidance_rescale,
             interval=sampling.guidance_interval,
         )
         draw = partial(normal, seed, Purpose.INITIAL_NOISE, positions=places, shape=shape)
-        report = partial(_report, progress, first, len(tokens), len(prompts)) if progress else None
+        report = partial(_report, progress, first, len(places), len(prompts)) if progress else None
         whitened = sample(sampling, objective.path, denoiser, draw, report).float()
         latents.append(whitened.cpu())
         pictures.append(to_uint8(decode(autoencoder, unwhiten(whitened, mean, std))))
     return torch.cat(latents), np.concatenate(pictures)
+
+
+def _shown(encode: PromptEncoder, prompts: Sequence[str], sizes: Tensor | None, device: torch.device) -> Conditioning:
+    """As stock pipelines have it: where sizes are seen, a picture of the base resolution that nothing was cut off."""
+    shown = encode(prompts)
+    if sizes is None:
+        return shown._replace(pooled=None).to(device)
+    return shown._replace(time_ids=sizes.expand(len(prompts), -1)).to(device)
 
 
 def _report(progress: Callable[[float, int], None], before: int, batch: int, prompts: int, share: float) -> None:

@@ -16,6 +16,7 @@ def model_card(
     steps: int,
     attributions: Sequence[str],
     trained_on: str,
+    padding: str = "full",
 ) -> str:
     """The text of README.md.
 
@@ -27,6 +28,7 @@ def model_card(
         steps: sampler steps to suggest.
         attributions: of each data set, whom its pictures are by, under which licence; "" = not recorded.
         trained_on: what and how long, in a few words.
+        padding: of the captions it was trained on, "full" or "trimmed".
     """
     return f"""---
 library_name: diffusers
@@ -53,14 +55,24 @@ variant = AutoPipelineForImage2Image.from_pipe(pipeline)(
 ```
 
 - Prompts are cut after {context_length} tokens, start and end token included.
-- {_of_schedulers(objective)}
-- Latents are whitened inside the autoencoder's first and last 1x1 convolution; `scaling_factor` is 1.
+{_of_padding(padding)}- {_of_schedulers(objective)}
+- Latents are brought to their scale by the autoencoder: its `scaling_factor`, or its first and last 1x1 convolution.
 - There is no safety checker.
 
 ## Licence and attribution
 
 Training pictures:{_sources(attributions)}
 """
+
+
+def _of_padding(padding: str) -> str:
+    """A line on captions that were trained on without their padding, which stock pipelines show the UNet."""
+    if padding == "full":
+        return ""
+    return (
+        "- The model was trained without padding behind the prompt: pass `prompt_embeds` cut to the prompt's tokens,"
+        " since a plain call shows it the padding, which it does not know.\n"
+    )
 
 
 def training_pictures(samples: Sequence[int], sources: Sequence[DataSetConfig]) -> str:

@@ -45,14 +45,14 @@ def sample(config: SampleConfig, progress: Callable[[float, int], None] | None =
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    trained = load_trained(config.run, config.weights)
+    trained = load_trained(config.run, config.weights, config.towers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, pictures = generate(
         trained.model.to(device),
         trained.load_autoencoder(config.autoencoder).to(device),
         trained.mean,
         trained.std,
-        trained.tokenizer,
+        trained.prompts,
         config.prompts,
         objective=trained.objective,
         sampling=config,

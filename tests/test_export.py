@@ -30,11 +30,15 @@ from pipeline.config import (
 from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
 from pipeline.diffusion.objective import objective_of
 from pipeline.errors import DataError
-from pipeline.export import clip_tokenizer, export, fold_whitening, scheduler_of, write_pipeline
+from pipeline.export.autoencoder import fold_whitening
+from pipeline.export.job import export, write_pipeline
+from pipeline.export.scheduler import scheduler_of
+from pipeline.export.text import clip_tokenizer
 from pipeline.generate import generate
 from pipeline.model_card import model_card, training_pictures
 from pipeline.models import autoencoder, unet
 from pipeline.models.autoencoder import AutoencoderKL
+from pipeline.models.conditioning import TokenIds
 from pipeline.models.text import TextTower, Tokenizer
 from pipeline.models.unet import TextToImage
 from pipeline.storage import open_store
@@ -134,7 +138,7 @@ def folder(
         attributions=["Ann Example, CC-BY 4.0"],
         trained_on="x",
     )
-    parts = {"model": model, "autoencoder": vae, "mean": MEAN, "std": STD, "tokenizer": tokenizer}
+    parts = {"model": model, "autoencoder": vae, "mean": MEAN, "std": STD, "prompts": TokenIds(tokenizer)}
     write_pipeline(place, objective=OBJECTIVE, card=card, **parts)
     return place
 
@@ -207,7 +211,7 @@ def test_stock_sampler_follows_the_same_flow(
 ) -> None:
     """Two solvers of one equation, with many steps and from the same noise, end at nearly the same latents."""
     monkeypatch.setattr("pipeline.generate.normal", lambda *_, **__: given["noise"])
-    parts, sampling = (model, vae, MEAN, STD, tokenizer), SamplingConfig(guidance=2.0, steps=60)
+    parts, sampling = (model, vae, MEAN, STD, TokenIds(tokenizer)), SamplingConfig(guidance=2.0, steps=60)
     objective = objective_of(OBJECTIVE)
     ours, _ = generate(*parts, PROMPTS[:2], objective=objective, sampling=sampling, seed=0, batch_size=2)
     moved = (ours - given["noise"]).norm()
@@ -244,7 +248,7 @@ def test_stock_pipeline_of_other_objectives_agrees_with_our_sampler(
     how = {"num_inference_steps": 60, "guidance_scale": 2.0, "output_type": "latent"}
     theirs = pipe(PROMPTS[:2], latents=given["noise"], **how).images
     monkeypatch.setattr("pipeline.generate.normal", lambda *_, **__: given["noise"])
-    parts, sampling = (model, vae, MEAN, STD, tokenizer), SamplingConfig(guidance=2.0, steps=60)
+    parts, sampling = (model, vae, MEAN, STD, TokenIds(tokenizer)), SamplingConfig(guidance=2.0, steps=60)
     ours, _ = generate(*parts, PROMPTS[:2], objective=objective_of(objective), sampling=sampling, seed=0, batch_size=2)
     moved = (ours - objective_of(objective).path.prior_std * given["noise"]).norm()
     assert (theirs - ours).norm() < 0.05 * moved
@@ -289,7 +293,7 @@ def test_autoencoder_without_quant_conv_is_refused(model: TextToImage, tmp_path:
             autoencoder=bare,
             mean=MEAN,
             std=STD,
-            tokenizer=tokenizer,
+            prompts=TokenIds(tokenizer),
             card="",
         )
     assert not (tmp_path / "x").exists()
@@ -326,7 +330,7 @@ def manifest_of(weights: str, attribution: str, train: int) -> Manifest:
 def trained(model: TextToImage, tokenizer: Tokenizer, *manifests: Manifest) -> TrainedModel:
     sources = tuple(DataSetConfig(manifest=str(number)) for number in range(len(manifests)))
     config = TrainConfig(datasets=sources, output="o")
-    return TrainedModel(7, "main", config, manifests, MEAN, STD, model, tokenizer)
+    return TrainedModel(7, "main", config, manifests, MEAN, STD, model, TokenIds(tokenizer))
 
 
 def test_export_writes_index_last_and_only_for_the_right_autoencoder(
@@ -336,7 +340,7 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
     config = ExportConfig(run="run", autoencoder=str(tmp_path / "vae"), output=str(tmp_path / "out"))
     # a checkpoint needs a training run with its engine: the demo's test goes that way
     monkeypatch.setattr(
-        "pipeline.export.load_trained", lambda *_: trained(model, tokenizer, manifest_of("of another", "", 0))
+        "pipeline.export.job.load_trained", lambda *_: trained(model, tokenizer, manifest_of("of another", "", 0))
     )
     with pytest.raises(DataError, match="the/right/one"):
         export(config)
@@ -344,7 +348,7 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
 
     right = autoencoder.weights_hash(vae)
     both = manifest_of(right, "Ann Example, CC-BY", 1000), manifest_of(right, "Bob Example, CC-BY", 234)
-    monkeypatch.setattr("pipeline.export.load_trained", lambda *_: trained(model, tokenizer, *both))
+    monkeypatch.setattr("pipeline.export.job.load_trained", lambda *_: trained(model, tokenizer, *both))
     assert str(tmp_path / "out") in export(config)
     files = sorted((tmp_path / "out").rglob("*.*"), key=lambda path: path.stat().st_mtime_ns)
     assert files[-1].name == "model_index.json"

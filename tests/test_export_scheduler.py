@@ -12,7 +12,7 @@ from pipeline.config import ObjectiveConfig
 from pipeline.diffusion.objective import Objective, objective_of
 from pipeline.diffusion.path import RectifiedFlow, VariancePreserving
 from pipeline.diffusion.prediction import input_scale, target
-from pipeline.export import scheduler_of
+from pipeline.export.scheduler import scheduler_of
 from pipeline.randomness import Purpose, normal
 
 MEAN, STD = 0.6, 0.8

@@ -12,6 +12,7 @@ from pipeline.data.images import to_uint8
 from pipeline.diffusion.objective import objective_of
 from pipeline.generate import generate
 from pipeline.models import autoencoder, unet
+from pipeline.models.conditioning import TokenIds
 from pipeline.models.text import TextTower, Tokenizer
 from pipeline.models.unet import TextToImage
 
@@ -38,12 +39,12 @@ def sampling(**changed: Any) -> SamplingConfig:
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[TextToImage, AutoencoderKL, torch.Tensor, torch.Tensor, Tokenizer]:
+def parts() -> tuple[TextToImage, AutoencoderKL, torch.Tensor, torch.Tensor, TokenIds]:
     torch.manual_seed(0)
     vae = autoencoder.build(AutoencoderModelConfig(latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4))
     net = unet.build(UNetConfig(block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8), 2, 4, 16)
     model = TextToImage(net, TextTower(TextConfig(width=16, layers=1, heads=2, context_length=8)))
-    return model.eval(), vae.eval(), MEAN, STD, Tokenizer(8)
+    return model.eval(), vae.eval(), MEAN, STD, TokenIds(Tokenizer(8))
 
 
 def test_pictures_are_the_decoded_raw_latents(parts) -> None:  # type: ignore[no-untyped-def]

@@ -137,6 +137,6 @@ def export(config: Config, overrides: Overrides = None) -> None:
     ```
     """
     settings = runfile.load(ExportConfig, config, overrides)
-    from pipeline.export import export as run
+    from pipeline.export.job import export as run
 
     say(run(settings))

@@ -15,7 +15,7 @@ from pipeline.config.jobs import (
     TrainConfig,
 )
 from pipeline.config.latents import DataSetConfig, LoaderConfig
-from pipeline.config.models import AutoencoderModelConfig, UNetConfig
+from pipeline.config.models import PER_LEVEL, AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
@@ -34,6 +34,7 @@ from pipeline.config.training import (
 
 __all__ = [
     "JOBS",
+    "PER_LEVEL",
     "SIGMA_REL",
     "AutoencoderModelConfig",
     "AverageConfig",

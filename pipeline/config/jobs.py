@@ -12,7 +12,7 @@ from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
-from pipeline.config.text import EncodeTextConfig, TextConfig
+from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
 from pipeline.config.training import (
     CheckpointConfig,
     EMAConfig,
@@ -22,6 +22,10 @@ from pipeline.config.training import (
     OptimizerConfig,
 )
 
+TOWERS = (
+    "the run's frozen text towers (text.towers of the encode run file), if its own run file does not name them, or they"
+    " have moved"
+)
 WEIGHTS = "an average by its name in ema.averages, or raw for the weights themselves; empty = the first average"
 
 
@@ -129,6 +133,11 @@ class TrainConfig(RunConfig):
         " the order begins anew with the samples of now; false = refuse",
     )
     loader: LoaderConfig = LoaderConfig()
+    normalisation: Literal["whiten", "scaling_factor"] = Field(
+        "whiten",
+        description="what latents are brought to: mean 0 and variance 1 by channel; or by the autoencoder's own shift"
+        " and scale, as diffusers' pretrained UNets know them",
+    )
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -149,7 +158,7 @@ class TrainConfig(RunConfig):
         return self.datasets or (DataSetConfig(manifest=self.manifest),)
 
     @model_validator(mode="after")
-    def _data_sets_agree(self) -> TrainConfig:
+    def _sections_agree(self) -> TrainConfig:
         if not self.manifest and not self.datasets:
             raise ValueError("manifest: missing; set it to a manifest.json, or set datasets to several")
         if self.manifest and self.datasets:
@@ -158,6 +167,10 @@ class TrainConfig(RunConfig):
         for place, manifest in enumerate(manifests):
             if manifest in manifests[:place]:
                 raise ValueError(f"datasets.{place}.manifest: {manifest} is named twice; leave one out")
+        if self.text.mode != "joint" and self.optimizer.text_learning_rate_ratio != 1.0:
+            raise ValueError(
+                f"optimizer.text_learning_rate_ratio: text.mode={self.text.mode} trains no text tower; leave it out"
+            )
         weightless = [place for place, source in enumerate(self.datasets) if source.weight is None]
         if 0 < len(weightless) < len(manifests):
             raise ValueError(f"datasets.{weightless[0]}.weight: missing; give every data set a weight, or none")
@@ -169,6 +182,7 @@ class GenerateConfig(SamplingConfig, RunConfig):
 
     run: str = Field(description="the training run's output, one checkpoint in it, or what `lathe ema` made of it")
     weights: str = Field("", description=WEIGHTS)
+    towers: tuple[TowerConfig, ...] = Field((), description=TOWERS)
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
     batch_size: Count = 64
     seed: Seed = 0
@@ -200,6 +214,7 @@ class ExportConfig(RunConfig):
     job: Literal["export"] = "export"
     run: str = Field(description="the training run's output, one checkpoint in it, or what `lathe ema` made of it")
     weights: str = Field("", description=WEIGHTS)
+    towers: tuple[TowerConfig, ...] = Field((), description=TOWERS)
     autoencoder: str = Field(description="folder, s3:// prefix or hub id of the autoencoder the latents came from")
     output: str = Field(description="folder or s3:// prefix for the pipeline")
     guidance: float = Field(2.0, ge=1, description="guidance scale noted in the exported model card")

@@ -26,6 +26,11 @@ class TowerConfig(Section):
     pad: Literal["zero", "end"] = Field(
         "zero", description="token behind the caption: open_clip's 0, or end of text (SD 1.5, SDXL's first tower)"
     )
+    sha256: str = Field(
+        "",
+        pattern="^([0-9a-f]{64})?$",
+        description="hash that its weights must have, as manifests and checkpoints note it",
+    )
 
 
 class EncodeTextConfig(Section):
@@ -43,31 +48,56 @@ class EncodeTextConfig(Section):
 
     @model_validator(mode="after")
     def _towers_fit_the_mode(self) -> EncodeTextConfig:
-        names = [tower.name for tower in self.towers]
-        if self.mode == "joint" and names:
-            raise ValueError("towers: joint trains its own tower; leave towers out, or set mode to cached or online")
-        if self.mode != "joint" and not names:
-            raise ValueError(f"towers: mode={self.mode} needs at least one, for example [{{model: ViT-L-14, ...}}]")
-        if len(set(names)) < len(names):
-            raise ValueError("towers: two have the same name; give each its own")
+        _check_towers(self.mode, self.towers, needed=self.mode != "joint")
         if self.padding == "trimmed" and self.mode != "cached":
             raise ValueError(f"padding: trimmed is for mode=cached, not for {self.mode}")
         return self
 
 
 class TextConfig(Section):
-    """The text tower: open_clip's text transformer, trained together with the UNet (`joint`)."""
+    """What the UNet knows of captions: by a tower trained with it, by frozen ones that run meanwhile, or ran before."""
 
-    mode: Literal["joint"] = "joint"
-    width: Count = 128
-    layers: Count = 2
-    heads: Count = 4
+    mode: Literal["joint", "online", "cached"] = Field(
+        "joint", description="as the latents were encoded for: own tower, frozen towers running now, stored embeddings"
+    )
     context_length: int = Field(77, ge=8, le=77, description="tokens a caption is padded or cut to")
-    train_token_embedding: bool = Field(True, description="off: the table of token codes keeps its random start")
-    token_embedding_std: Positive = Field(0.02, description="spread of that random start; positions get half of it")
+    towers: tuple[TowerConfig, ...] = Field(
+        (),
+        description="as the latents' run file has them. online: the frozen towers; cached: only pictures need them, and"
+        " they may be named then",
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which online towers run")
+    width: Count = Field(128, description="joint: of the tower")
+    layers: Count = Field(2, description="joint")
+    heads: Count = Field(4, description="joint")
+    train_token_embedding: bool = Field(True, description="joint; off: the table of token codes keeps its random start")
+    token_embedding_std: Positive = Field(
+        0.02, description="joint: spread of that random start; positions get half of it"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TextConfig:
         if self.width % self.heads:
             raise ValueError(f"width: {self.width} is not a multiple of heads={self.heads}")
         return self
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_mode(self) -> TextConfig:
+        _check_towers(self.mode, self.towers, needed=self.mode == "online")
+        if self.mode != "joint":
+            for name in ("width", "layers", "heads", "train_token_embedding", "token_embedding_std"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: mode={self.mode} trains no tower; leave {name} out")
+        if self.mode != "online" and self.precision != "float32":
+            raise ValueError(f"precision: mode={self.mode} runs no frozen towers; leave precision out")
+        return self
+
+
+def _check_towers(mode: str, towers: tuple[TowerConfig, ...], *, needed: bool) -> None:
+    names = [tower.name for tower in towers]
+    if mode == "joint" and names:
+        raise ValueError("towers: joint trains its own tower; leave towers out, or set mode to cached or online")
+    if needed and not names:
+        raise ValueError(f"towers: mode={mode} needs at least one, for example [{{model: ViT-L-14, ...}}]")
+    if len(set(names)) < len(names):
+        raise ValueError("towers: two have the same name; give each its own")

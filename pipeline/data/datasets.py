@@ -69,6 +69,19 @@ class DataSets:
         """How many take part, of all data sets."""
         return sum(stream.samples for stream in self.streams)
 
+    def mean_and_std(
+        self, normalisation: Literal["whiten", "scaling_factor"]
+    ) -> tuple[Sequence[float], Sequence[float]]:
+        """By which latents are brought to their scale, (z - mean) / std, each [C].
+
+        Args:
+            normalisation: "whiten" = their own; "scaling_factor" = the autoencoder's, as diffusers' pipelines have it.
+        """
+        if normalisation == "whiten":
+            return self.mean, self.std
+        first = self.manifests[0]
+        return (first.shift_factor,) * len(self.mean), (1.0 / first.scaling_factor,) * len(self.std)
+
     def selected(self, dataset: int, shard: int, bucket: Bucket) -> Integers | None:
         """Which of a shard's training samples of a bucket take part: ascending numbers; None where all do."""
         if (selection := self._selections[dataset]) is None:

@@ -56,6 +56,11 @@ def canonical(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, hexadecimal."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
 class Record(BaseModel):
     """A frozen model with canonical JSON bytes."""
 
@@ -291,14 +296,19 @@ class Manifest(Record):
         return self.fingerprint.context_length
 
     @property
+    def base_side(self) -> int:
+        """h = w of the latents of square pictures at the resolution, whether there are other shapes or not."""
+        return self.fingerprint.resolution // self.downsampling_factor
+
+    @property
     def latent_side(self) -> int:
-        """h = w of the latents of square pictures. Raises DataError where there are buckets."""
+        """The same, of data that are all square. Raises DataError where there are buckets."""
         if self.fingerprint.buckets != ((self.fingerprint.resolution,) * 2,):
             raise DataError(
                 "the latents are of several shapes, by aspect ratio, and this command takes squares only",
                 "encode them without images.buckets",
             )
-        return self.fingerprint.resolution // self.downsampling_factor
+        return self.base_side
 
 
 def key_hash(key: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,15 +10,18 @@ from torch import Tensor
 from pipeline.diffusion.objective import Denoiser, Objective
 from pipeline.diffusion.prediction import over
 
-Conditional = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(input [b, C, h, w], embedding time [b], tokens [b, L]) -> output [b, C, h, w]."""
+Conditional = Callable[..., Tensor]
+"""(input [b, C, h, w], embedding time [b], conditions [b, ...]) -> output [b, C, h, w]."""
+
+Conditions = Sequence[Tensor | None]
+"""What a network is told beside input and time, each [b, ...] or None: token ids, sizes."""
 
 
 def guided(
     network: Conditional,
     objective: Objective,
-    tokens: Tensor,
-    empty: Tensor,
+    prompts: Conditions,
+    empty: Conditions,
     *,
     scale: float,
     rescale: float = 0.0,
@@ -32,17 +35,18 @@ def guided(
     Args:
         network: called once for each time, with both prompts in one batch where guidance acts.
         objective: what it was trained with.
-        tokens: the prompts [b, L].
-        empty: the empty prompt [L].
+        prompts: the conditions of b prompts.
+        empty: of the empty prompt, [1, ...] each, or [b, ...].
         scale: 1 = no guidance, and the empty prompt is not evaluated.
         rescale: share of `rescaled` in the result; 0 = off.
         interval: sigma / alpha between which guidance acts, the lower end left out; beyond it the empty prompt is not
             evaluated. Kynkaanniemi et al. 2024 (https://arxiv.org/abs/2404.07724), eq. 6. None = everywhere.
     """
-    plain = objective.denoiser(lambda x, time: network(x, time, tokens))
+    plain = objective.denoiser(lambda x, time: network(x, time, *prompts))
     if scale == 1.0:
         return plain
-    both = objective.denoiser(lambda x, time: network(x, time, torch.cat([tokens, empty.to(tokens).expand_as(tokens)])))
+    pairs = [_pair(*told) for told in zip(prompts, empty, strict=True)]
+    both = objective.denoiser(lambda x, time: network(x, time, *pairs))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         acts = torch.ones_like(t, dtype=torch.bool)
@@ -57,6 +61,13 @@ def guided(
         return torch.where(over(acts, x), strong, text)
 
     return denoise
+
+
+def _pair(prompts: Tensor | None, empty: Tensor | None) -> Tensor | None:
+    """Prompts, then as many times the empty one [2b, ...]."""
+    if prompts is None or empty is None:
+        return None
+    return torch.cat([prompts, empty.to(prompts).expand_as(prompts)])
 
 
 def rescaled(strong: Tensor, text: Tensor) -> Tensor:

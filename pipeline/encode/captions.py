@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import EncodeTextConfig, TowerConfig
-from pipeline.data.manifest import Tower, canonical
+from pipeline.data.manifest import Tower, digest_of
 from pipeline.encode.latent_shard import Text
 from pipeline.errors import ConfigError
 from pipeline.models.frozen_text import FrozenTower
@@ -77,7 +76,7 @@ class CaptionEncoder:
         return frozen
 
     def _describe(self, tower: TowerConfig) -> Tower:
-        tokenizer = hashlib.sha256(canonical(self._tokenizers[tower.name].fingerprint())).hexdigest()
+        tokenizer = digest_of(self._tokenizers[tower.name].fingerprint())
         frozen = self._frozen.get(tower.name)
         if frozen is None:
             return Tower(name=tower.name, tokenizer=tokenizer, context_length=self._config.context_length)

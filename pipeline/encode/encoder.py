@@ -6,7 +6,6 @@ Legend: N pictures, C latent channels, H and W sides of a picture, h and w of it
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from pipeline import __version__
 from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.buckets import bucket_sizes
-from pipeline.data.manifest import Environment, Fingerprint, canonical
+from pipeline.data.manifest import Environment, Fingerprint, digest_of
 from pipeline.encode.captions import CaptionEncoder
 from pipeline.encode.claim import settings
 from pipeline.encode.latent_shard import Text
@@ -88,7 +87,7 @@ class Encoder:
         return Fingerprint(
             autoencoder_weights=self._weights_hash,
             # Names with "_" tell where and by which version it was saved, not what it computes.
-            autoencoder_config=_digest({k: v for k, v in self._float32.config.items() if not k.startswith("_")}),
+            autoencoder_config=digest_of({k: v for k, v in self._float32.config.items() if not k.startswith("_")}),
             normalisation=images.NORMALISATION,
             resize_filter=images.RESIZE_FILTER,
             crop_rule=images.CROP_RULE,
@@ -271,7 +270,3 @@ def _processor() -> str:
 
 def _mirrored(pixels: images.Pixels) -> images.Pixels:
     return pixels[:, :, ::-1]
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(canonical(value)).hexdigest()

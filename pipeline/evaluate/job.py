@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[float, int], None] | No
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    trained = load_trained(config.run, config.weights)
+    trained = load_trained(config.run, config.weights, config.towers)
     _check_data(config, trained.manifest, load_manifest(config.manifest))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = trained.load_autoencoder(config.autoencoder).to(device)
@@ -100,7 +100,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[float, int], None] | No
         autoencoder,
         trained.mean,
         trained.std,
-        trained.tokenizer,
+        trained.prompts,
         captions,
         objective=trained.objective,
         sampling=config,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,8 +10,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pipeline.config import AutoencoderModelConfig
-from pipeline.errors import DataError, StorageError
-from pipeline.storage import Store, fetch_folder, local_path, open_store, temporary_folder
+from pipeline.errors import DataError
+from pipeline.models.diffusers_folder import CONFIG, Part
+from pipeline.storage import Store, temporary_folder
 
 # AutoencoderKL too: its type, for rooms that may not import diffusers
 __all__ = [
@@ -31,9 +30,7 @@ __all__ = [
 ]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONFIG = "config.json"
-PIPELINE_PART = "vae"  # the autoencoder's folder in that of a whole pipeline
-
+_PART = Part(AutoencoderKL, "vae", "autoencoder")
 _LOG_VARIANCE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution has none beyond
 _TILE = 512  # side in pixels of the tiles of `tiling`
 
@@ -114,21 +111,13 @@ def load(url: str) -> AutoencoderKL:
         StorageError: the prefix cannot be read.
         DataError: there is no autoencoder at that address, or its files cannot be used.
     """
-    if "://" in url:
-        store, part = open_store(url), f"{PIPELINE_PART}/{CONFIG}"
-        whole_pipeline = not store.exists(CONFIG) and store.exists(part)
-        place = f"{url.rstrip('/')}/{PIPELINE_PART}" if whole_pipeline else url
-        with temporary_folder("autoencoder") as temporary:
-            return _read_folder(fetch_folder(place, temporary), url)
-    folder = local_path(url)
-    try:
-        if folder.is_dir():
-            return _read_folder(folder, url)
-    except OSError as error:
-        raise StorageError(f"autoencoder {url}: {error.strerror}", "check the path and its permissions") from error
-    if url.startswith((".", "/", "~")) or url.count("/") != 1:
-        raise DataError(f"autoencoder {url}: no such folder", "give a folder, an s3:// prefix or a hub id (owner/name)")
-    return _read_hub(url)
+    model: AutoencoderKL = _PART.load(url)
+    if model.config.in_channels != 3:
+        raise DataError(
+            f"autoencoder {url} takes {model.config.in_channels} channels, and pictures have 3",
+            "give an autoencoder of RGB pictures",
+        )
+    return model.eval().requires_grad_(False)
 
 
 def save(model: AutoencoderKL, store: Store) -> None:
@@ -168,61 +157,3 @@ def to_float16(moments: Tensor) -> Tensor:
     mean, log_variance = moments.float().chunk(2, dim=1)
     held = torch.where(log_variance.isfinite(), log_variance.clamp(*_LOG_VARIANCE), log_variance)
     return torch.cat([mean, held], dim=1).to(torch.float16)
-
-
-def _read_folder(folder: Path, url: str) -> AutoencoderKL:
-    if not (folder / CONFIG).is_file():
-        folder = folder / PIPELINE_PART
-    if not (folder / CONFIG).is_file():
-        raise DataError(
-            f"autoencoder {url}: the folder has no {CONFIG}, nor {PIPELINE_PART}/{CONFIG}",
-            "give the folder of one AutoencoderKL in diffusers' format, or of a pipeline that has one",
-        )
-    try:
-        return _checked(_from_pretrained(str(folder), local_files_only=True), url)
-    except DataError:
-        raise
-    except Exception as error:  # diffusers raises a dozen unrelated kinds
-        remedy = "check that it is a whole AutoencoderKL in diffusers' format, with safetensors weights"
-        raise DataError(f"autoencoder {url} cannot be loaded: {_first_line(error)}", remedy) from error
-
-
-def _read_hub(name: str) -> AutoencoderKL:
-    try:
-        loaded = _from_pretrained(name)
-    except Exception as error:  # the hub client adds its own kinds
-        try:
-            loaded = _from_pretrained(name, subfolder=PIPELINE_PART)
-        except Exception:
-            raise DataError(
-                f"autoencoder {name} cannot be loaded: {_first_line(error)}",
-                "no such folder here; a hub id needs a network: check it, or download the model and give its folder",
-            ) from error
-    return _checked(loaded, name)
-
-
-def _from_pretrained(place: str, **options: Any) -> tuple[AutoencoderKL, dict[str, list[str]]]:
-    return AutoencoderKL.from_pretrained(  # type: ignore[no-any-return]
-        place, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-    )
-
-
-def _checked(loaded: tuple[AutoencoderKL, dict[str, list[str]]], url: str) -> AutoencoderKL:
-    """The model, where every weight was there: diffusers makes up what is missing, and only warns."""
-    model, info = loaded
-    for what, kind in (("lack", "missing_keys"), ("have a strange", "unexpected_keys")):
-        if names := info[kind]:
-            raise DataError(
-                f"autoencoder {url}: its weights {what} {names[0]}" + (" and more" if len(names) > 1 else ""),
-                "check that config.json and weights belong together, and are of an AutoencoderKL",
-            )
-    if model.config.in_channels != 3:
-        raise DataError(
-            f"autoencoder {url} takes {model.config.in_channels} channels, and pictures have 3",
-            "give an autoencoder of RGB pictures",
-        )
-    return model.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -54,26 +54,36 @@ class FrozenTower:
 
     Raises:
         ConfigError: open_clip has no such model or weights.
-        DataError: the files cannot be used, or are not of a causal transformer with CLIP's tokens.
+        DataError: the files cannot be used, are not of a causal transformer with CLIP's tokens, or have another hash.
         StorageError: an `s3://` prefix cannot be read.
     """
 
     def __init__(self, config: TowerConfig, device: torch.device | None = None, precision: str = "float32") -> None:
         with _find(config) as source:
             tower = _read(source, config)
-        self._config = config
+        self.config = config
         self._hash = _hash(tower)
+        if config.sha256 and config.sha256 != self._hash:
+            raise DataError(
+                f"text tower {config.name}: {config.model} has other weights than were asked for (sha256 {self._hash})",
+                f"give the ones of sha256 {config.sha256}",
+            )
         self._device = device or torch.device("cpu")
         self._tower = tower.to(device=self._device, dtype=getattr(torch, precision))
         self.context_length = int(tower.context_length)
         self.width = int(tower.width)
         self.pooled_width = int(tower.output_dim) if config.pooled else 0
 
+    @property
+    def transformer(self) -> TextTransformer:
+        """open_clip's module."""
+        return self._tower
+
     def weights_hash(self) -> str:
         """SHA-256 of the float32 weights, and of heads and activation, which they do not show; in every precision."""
         return self._hash
 
-    @torch.inference_mode()
+    @torch.no_grad()  # what it returns takes part in training, which inference_mode would forbid
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the tower, in its precision and on its device.
 
@@ -92,15 +102,15 @@ class FrozenTower:
         for block in earlier:
             hidden = block(hidden, attn_mask=causal)
         wanted = hidden
-        if self._config.layer == "last" or self._config.pooled:
+        if self.config.layer == "last" or self.config.pooled:
             hidden = last(hidden, attn_mask=causal)
-        if self._config.layer == "last":
+        if self.config.layer == "last":
             wanted = hidden
         pooled = None
-        if self._config.pooled:
+        if self.config.pooled:
             ends = hidden[torch.arange(len(tokens), device=self._device), tokens.argmax(dim=1)]
             pooled = tower.ln_final(ends) @ tower.text_projection
-        return (tower.ln_final(wanted) if self._config.final_norm else wanted), pooled
+        return (tower.ln_final(wanted) if self.config.final_norm else wanted), pooled
 
 
 @contextmanager

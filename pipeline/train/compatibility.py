@@ -18,6 +18,7 @@ from pipeline.train.checkpoint import CONFIG, Checkpoint
 from pipeline.train.trained_on import TrainedOn, trained_on
 
 _FIXED = (
+    "normalisation",
     "unet",
     "text",
     "objective.kind",
@@ -45,30 +46,47 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
 
     Raises:
         ConfigError: naming the field.
-        DataError: the latents are of several shapes.
     """
-    encoded, again = manifest.fingerprint, "encode the shards again with text.mode=joint, to another output"
+    encoded = manifest.fingerprint
     if config.text.mode != encoded.text_mode:
         raise ConfigError(
             f"text.mode: {config.text.mode}, but the latents' captions are stored for text.mode={encoded.text_mode}",
-            again,
+            f"set text.mode={encoded.text_mode}, or encode the shards again with text.mode={config.text.mode}, to"
+            " another output",
         )
-    if encoded.text_padding == "trimmed":
-        raise ConfigError("text.padding: the latents' captions are trimmed, and training takes full ones only", again)
-    side = manifest.latent_side
     if config.text.context_length != manifest.context_length:
         raise ConfigError(
             f"text.context_length: {config.text.context_length}, but the manifest's captions have "
             f"{manifest.context_length} tokens",
             f"set text.context_length={manifest.context_length}, or encode the shards again",
         )
-    halvings = len(config.unet.block_out_channels) - 1
-    if side % 2**halvings:
+    lengths = {tower.context_length for tower in encoded.text_towers}
+    if len(lengths) > 1:
         raise ConfigError(
-            f"unet.block_out_channels: {halvings + 1} levels halve the latents {halvings} times, and "
-            f"{side}x{side} latents cannot be",
-            "use fewer levels, or another resolution",
+            f"text.towers: the latents' captions have {' and '.join(map(str, sorted(lengths)))} tokens by tower, and"
+            " states are joined token by token",
+            "encode them with towers of one context_length",
         )
+    _check_shapes(config, manifest)
+
+
+def _check_shapes(config: TrainConfig, manifest: Manifest) -> None:
+    """Every latent must halve as often as the UNet does it."""
+    halvings = config.unet.levels - 1
+    for bucket in manifest.buckets():
+        _, height, width = manifest.latent_shape(bucket)
+        if height % 2**halvings or width % 2**halvings:
+            which = f", those of {bucket[0]}x{bucket[1]} pictures," if len(manifest.fingerprint.buckets) > 1 else ""
+            raise ConfigError(
+                f"unet.block_out_channels: {halvings + 1} levels halve the latents {halvings} times, and "
+                f"{height}x{width} latents{which} cannot be",
+                "use fewer levels, or another resolution"
+                + (
+                    f", or encode with images.buckets.step={manifest.downsampling_factor * 2**halvings}"
+                    if which
+                    else ""
+                ),
+            )
 
 
 def check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None:
@@ -110,8 +128,8 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
             "set restart_order=true to go on with these, in an order that begins anew; or use those of the earlier"
             " steps, or train into another output",
         )
-    before = yaml.safe_load(checkpoint.read(CONFIG))
-    now = config.model_dump(mode="json")
+    before = _kept(yaml.safe_load(checkpoint.read(CONFIG)))
+    now = _kept(config.model_dump(mode="json"))
     for field in _FIXED:
         changed = _first_difference(field, _get(before, field), _get(now, field))
         if changed:
@@ -122,6 +140,19 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
                 f"set {_override(listed, _get(before, listed))}, or train into another output",
             )
     return saved
+
+
+def _kept(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without what says where something lies: a tower is known by its hash, and what a UNet began with is past.
+
+    With text.mode=cached no tower runs, and naming them, for pictures, changes nothing.
+    """
+    unet, text = dict(_get(tree, "unet") or {}), dict(_get(tree, "text") or {})
+    unet.pop("pretrained", None)
+    towers = text.pop("towers", None) or []
+    if text.get("mode") == "online":
+        text["towers"] = [{k: v for k, v in tower.items() if k not in ("model", "pretrained")} for tower in towers]
+    return {**tree, "unet": unet, "text": text}
 
 
 def _override(field: str, value: Any) -> str:

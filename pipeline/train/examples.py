@@ -1,23 +1,25 @@
 """Batches of latents to what the network sees of them, and what it should say.
 
-Legend: b samples of this rank in a step, C latent channels, h and w sides of the latent, L tokens of a caption.
+Legend: b samples of this rank in a step, C latent channels, h and w sides of the latent, L tokens of a caption,
+D width of all text towers' states, P width of the pooled text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, TowerText
 from pipeline.data.datasets import DataSets
 from pipeline.data.prepare import Preparation, Scale, read_empty
 from pipeline.diffusion.objective import objective_of
 from pipeline.errors import DataError
+from pipeline.models.conditioning import Conditioning, FrozenTowers, States, joined
 from pipeline.runtime.process import Process
 from pipeline.train.draws import draw
 
@@ -27,14 +29,17 @@ class Example(NamedTuple):
 
     noisy: Tensor  # float32 [b, C, h, w]
     timestep: Tensor  # float32 [b], what the timestep embedding is given
-    text: Tensor  # int64 [b, L], token ids for the network's own tower
+    text: Tensor  # token ids int64 [b, L] for the network's own tower, or hidden states [b, L, D] of frozen ones
+    mask: Tensor | None  # bool [b, L], True = token; None where padding is shown
+    pooled: Tensor | None  # [b, P]; None where the UNet does not see sizes, as
+    time_ids: Tensor | None  # float32 [b, 6]
     target: Tensor  # float32 [b, C, h, w]
     weight: Tensor  # float32 [b], of each sample's loss
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What the network is called with, in its order."""
-        return self.noisy, self.timestep, self.text
+        return self.noisy, self.timestep, self.text, self.mask, self.pooled, self.time_ids
 
     def chunks(self, count: int) -> Iterator[Example]:
         """The example in `count` equal micro batches; what there is not, is in none of them."""
@@ -50,13 +55,21 @@ class Examples:
         datasets: the latents; the first one's empty prompt is taken.
         scale: how they are whitened.
         device: where the network is.
+        towers: frozen ones that run on token ids, on the same device; None = none do.
 
     Raises:
         StorageError: the empty prompt cannot be read.
     """
 
-    def __init__(self, config: TrainConfig, datasets: DataSets, scale: Scale, device: torch.device) -> None:
-        self._config, self._device = config, device
+    def __init__(
+        self,
+        config: TrainConfig,
+        datasets: DataSets,
+        scale: Scale,
+        device: torch.device,
+        towers: FrozenTowers | None = None,
+    ) -> None:
+        self._config, self._device, self._towers = config, device, towers
         self._objective = objective_of(config.objective, device)
         self._prepare = Preparation(
             config.seed,
@@ -76,7 +89,8 @@ class Examples:
         """
         config, batch = self._config, batch.to(self._device)
         latents = self._prepare.latents(batch.moments, batch.step, batch.positions)
-        (text,) = self._prepare.text(batch.text, batch.step, batch.positions).values()
+        shown = self._shown(self._prepare.text(batch.text, batch.step, batch.positions))
+        sees_sizes = bool(config.unet.addition_embed_type)
         noise, t = draw(
             self._objective,
             config.seed,
@@ -89,10 +103,24 @@ class Examples:
         return Example(
             noisy=point.input,
             timestep=point.embedding,
-            text=cast(Tensor, text.tokens),  # check_data lets token ids alone pass
+            text=shown.text,
+            mask=shown.mask,
+            pooled=shown.pooled if sees_sizes else None,
+            time_ids=batch.size.float() if sees_sizes else None,
             target=point.target,
             weight=point.weight * batch.weight / share,
         )
+
+    def _shown(self, text: dict[str, TowerText]) -> Conditioning:
+        """Captions as the text mode has them; check_data has seen to it that the batch does too."""
+        tokens = {name: tower.tokens for name, tower in text.items() if tower.tokens is not None}
+        if self._towers is not None:
+            return self._towers.run(tokens)
+        if tokens:
+            (ids,) = tokens.values()
+            return Conditioning(ids)
+        stored = [(tower.embeddings, tower.pooled, tower.mask) for tower in text.values()]
+        return joined(States(hidden, pooled, mask) for hidden, pooled, mask in stored if hidden is not None)
 
 
 @dataclass

@@ -28,18 +28,23 @@ def introduction(
 
     Args:
         config: the run file.
-        sizes: parameters of the parts "unet" and "text".
+        sizes: parameters of the parts "unet" and, where one is trained, "text".
         datasets: the latents.
         ranks: this rank among the others.
         engine: that trains.
         step: steps done.
     """
     manifest, sets = datasets.manifests[0], len(datasets.manifests)
-    channels, side = manifest.latent_channels, manifest.latent_side
+    channels, side = manifest.latent_channels, manifest.base_side
+    parts = [f"UNet {sizes['unet'] / 1e6:.2f} M"]
+    parts += [f"text tower {sizes['text'] / 1e6:.2f} M"] if "text" in sizes else []
+    parts += [f"{config.text.mode} text"] if config.text.mode != "joint" else []
+    shapes = len({stream.bucket for stream in datasets.streams})
     epochs = config.steps * config.global_batch / datasets.samples
     return {
-        "parameters": f"UNet {sizes['unet'] / 1e6:.2f} M, text tower {sizes['text'] / 1e6:.2f} M",
+        "parameters": ", ".join(parts),
         "samples": f"{datasets.samples:,} of {channels}x{side}x{side}"
+        + (f" and shapes like it, {shapes} in all" if shapes > 1 else "")
         + (f", from {sets} data sets" if sets > 1 else ""),
         "steps": f"{step} to {config.steps} of {config.global_batch} samples, {epochs:.1f} epochs",
         "ranks": f"{ranks.world_size} on {ranks.device.type}, {torch.get_num_threads()} threads each",

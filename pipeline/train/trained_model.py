@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +11,19 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline import runfile
-from pipeline.config import TrainConfig
+from pipeline.config import TowerConfig, TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.diffusion.objective import Objective, objective_of
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.models import autoencoder
 from pipeline.models.autoencoder import AutoencoderKL
+from pipeline.models.conditioning import FrozenTowers, TokenIds
 from pipeline.models.text import Tokenizer
 from pipeline.models.unet import TextToImage
 from pipeline.storage import Store, open_store, split
 from pipeline.train import checkpoint
 from pipeline.train.network import build_network
+from pipeline.train.towers import towers_of_run
 from pipeline.train.trained_on import trained_on
 
 
@@ -36,7 +39,7 @@ class TrainedModel:
         mean: of the raw latents by channel, float32 [C]; with `std` it undoes the whitening.
         std: standard deviation of the raw latents by channel, float32 [C].
         model: the network, text tower included.
-        tokenizer: the one the captions were tokenized with.
+        prompts: what the network is shown of prompts, by the tokenizers and frozen towers of its captions.
     """
 
     step: int
@@ -46,7 +49,7 @@ class TrainedModel:
     mean: Tensor
     std: Tensor
     model: TextToImage
-    tokenizer: Tokenizer
+    prompts: TokenIds | FrozenTowers
 
     @property
     def manifest(self) -> Manifest:
@@ -69,16 +72,17 @@ class TrainedModel:
         return loaded
 
 
-def load_trained(run: str, which: str = "") -> TrainedModel:
+def load_trained(run: str, which: str = "", towers: Sequence[TowerConfig] = ()) -> TrainedModel:
     """Load a run's newest complete checkpoint, or the one that `run` names (`.../step-00001000`).
 
     Args:
         run: the training's output, or what `lathe ema` made of it.
         which: an average by its name, or `raw`; empty = the first average.
+        towers: where its frozen text towers are, if its run file does not say, or they have moved.
 
     Raises:
         DataError: no complete checkpoint, or one that cannot be used.
-        ConfigError: its run file says what this Lathe refuses.
+        ConfigError: its run file says what this Lathe refuses; the towers are missing, or not the run's.
         StorageError: it cannot be read.
     """
     store, name = _find(run)
@@ -87,7 +91,8 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
     config = _config(saved)
     weights = checkpoint.load_weights(store, name, which)
     latents = trained_on(saved)
-    model = build_network(config, latents.manifests[0])
+    prompts = _prompts(config, latents.manifests[0], towers)
+    model = build_network(config, latents.manifests[0], prompts if isinstance(prompts, FrozenTowers) else None)
     model.load_state_dict(weights)
     return TrainedModel(
         step=saved.step,
@@ -97,8 +102,16 @@ def load_trained(run: str, which: str = "") -> TrainedModel:
         mean=torch.tensor(latents.mean),
         std=torch.tensor(latents.std),
         model=model.eval(),
-        tokenizer=Tokenizer(config.text.context_length),
+        prompts=prompts,
     )
+
+
+def _prompts(config: TrainConfig, manifest: Manifest, towers: Sequence[TowerConfig]) -> TokenIds | FrozenTowers:
+    if config.text.mode != "joint":
+        return towers_of_run(config, manifest, towers)
+    if towers:
+        raise ConfigError("towers: the run has a text tower of its own, in its checkpoints", "leave towers out")
+    return TokenIds(Tokenizer(config.text.context_length))
 
 
 def _config(saved: checkpoint.Checkpoint) -> TrainConfig:

@@ -19,6 +19,7 @@ from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
 from pipeline.metrics import Metrics
+from pipeline.models.pretrained_unet import with_geometry
 from pipeline.runtime import engine, process
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
@@ -28,7 +29,7 @@ from pipeline.train.examples import Examples
 from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
-from pipeline.train.network import build_network
+from pipeline.train.network import build_network, start_from_pretrained
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
 from pipeline.train.progress import Progress
@@ -36,6 +37,7 @@ from pipeline.train.reporting import Reporter
 from pipeline.train.saves import Saves
 from pipeline.train.snapshots import due, is_missing
 from pipeline.train.telling import conclusion, introduction, say
+from pipeline.train.towers import load_online
 
 
 def fit(config: TrainConfig) -> None:
@@ -61,6 +63,7 @@ def _fit(config: TrainConfig) -> int:
     if finished and not is_missing(store, config, finished[0].step):
         say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
         return 0
+    config = config.model_copy(update={"unet": with_geometry(config.unet)})
     with ProgressLine("data", "receipts", visible=os.environ.get("RANK", "0") == "0") as line:
         datasets = open_datasets(
             config.sources, global_batch=config.global_batch, mixing=config.loader.mixing, progress=line.update
@@ -103,13 +106,16 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store) -> None:
+        config, self.towers = load_online(config, datasets.manifests[0], ranks)
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
-        self.progress = Progress(datasets.mean, datasets.std)
+        self.progress = Progress(*datasets.mean_and_std(config.normalisation))
         self.stopped_by = 0
         rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
         engine_config = engine_configuration(config, ranks.world_size)
         torch.manual_seed(config.seed)
-        self.model = build_network(config, datasets.manifests[0])
+        self.model = build_network(config, datasets.manifests[0], self.towers)
+        if config.unet.pretrained:
+            start_from_pretrained(self.model, config.unet.pretrained, ranks, store)
         if config.engine.channels_last:
             self.model.use_channels_last()
         if config.engine.activation_checkpointing:
@@ -150,7 +156,7 @@ class Trainer:
         self.saves.resume(progress)
         self.reporter.start(progress.step)
         whitening = Scale("whiten", progress.mean, progress.std)
-        self.examples = Examples(config, self.datasets, whitening, self.ranks.device)
+        self.examples = Examples(config, self.datasets, whitening, self.ranks.device, self.towers)
         self._introduce()
         with (
             StopRequest() as request,

@@ -14,7 +14,7 @@ X = torch.zeros(2, 1, 2, 2)
 TOKENS, EMPTY = torch.tensor([[2, 2], [4, 4]]), torch.tensor([1, 1])
 
 
-def network(x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
+def network(x: Tensor, time: Tensor, tokens: Tensor, mask: None = None) -> Tensor:
     return x + time.reshape(-1, 1, 1, 1) + tokens.float().mean(1).reshape(-1, 1, 1, 1)
 
 
@@ -25,8 +25,8 @@ def of_data() -> Objective:
 
 def test_guidance_extrapolates_from_the_empty_prompt(of_data: Objective) -> None:
     t = torch.tensor([0.5, 0.25])
-    plain = guided(network, of_data, TOKENS, EMPTY, scale=1.0)(X, t)
-    strong = guided(network, of_data, TOKENS, EMPTY, scale=3.0)(X, t)
+    plain = guided(network, of_data, (TOKENS, None), (EMPTY[None], None), scale=1.0)(X, t)
+    strong = guided(network, of_data, (TOKENS, None), (EMPTY[None], None), scale=3.0)(X, t)
     assert plain[:, 0, 0, 0].tolist() == [502.0, 254.0]
     assert strong[:, 0, 0, 0].tolist() == [501.0 + 3 * 1, 251.0 + 3 * 3]
 
@@ -42,33 +42,33 @@ def test_guidance_of_the_data_is_guidance_of_the_output(config: dict) -> None:
     by_output = objective.denoiser(
         lambda x, time: network(x, time, empty) + 4 * (network(x, time, TOKENS) - network(x, time, empty))
     )
-    by_data = guided(network, objective, TOKENS, EMPTY, scale=4.0)
+    by_data = guided(network, objective, (TOKENS, None), (EMPTY[None], None), scale=4.0)
     torch.testing.assert_close(by_data(x, t), by_output(x, t), rtol=1e-3, atol=1e-3)
 
 
 def test_the_network_sees_the_empty_prompt_only_where_guidance_acts(of_data: Objective) -> None:
     sizes: list[int] = []
 
-    def counted(x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
+    def counted(x: Tensor, time: Tensor, tokens: Tensor, mask: None = None) -> Tensor:
         sizes.append(len(x))
         return network(x, time, tokens)
 
     within, beyond = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])  # ratios 1; 9 and 1/9
-    guided(counted, of_data, TOKENS, EMPTY, scale=1.0)(X, within)
-    guided(counted, of_data, TOKENS, EMPTY, scale=2.0)(X, within)
-    guided(counted, of_data, TOKENS, EMPTY, scale=2.0, interval=(0.5, 5.0))(X, within)
-    guided(counted, of_data, TOKENS, EMPTY, scale=2.0, interval=(0.5, 5.0))(X, beyond)
+    guided(counted, of_data, (TOKENS, None), (EMPTY[None], None), scale=1.0)(X, within)
+    guided(counted, of_data, (TOKENS, None), (EMPTY[None], None), scale=2.0)(X, within)
+    guided(counted, of_data, (TOKENS, None), (EMPTY[None], None), scale=2.0, interval=(0.5, 5.0))(X, within)
+    guided(counted, of_data, (TOKENS, None), (EMPTY[None], None), scale=2.0, interval=(0.5, 5.0))(X, beyond)
     assert sizes == [2, 4, 4, 2]
 
 
 def test_the_interval_is_of_each_sample_s_own_noise_level(of_data: Objective) -> None:
     t = torch.tensor([0.5, 1.0])  # at t = 1 the ratio is infinite
-    plain = guided(network, of_data, TOKENS, EMPTY, scale=1.0)(X, t)
-    all_over = guided(network, of_data, TOKENS, EMPTY, scale=3.0)(X, t)
-    some = guided(network, of_data, TOKENS, EMPTY, scale=3.0, interval=(0.5, 1.0))(X, t)
+    plain = guided(network, of_data, (TOKENS, None), (EMPTY[None], None), scale=1.0)(X, t)
+    all_over = guided(network, of_data, (TOKENS, None), (EMPTY[None], None), scale=3.0)(X, t)
+    some = guided(network, of_data, (TOKENS, None), (EMPTY[None], None), scale=3.0, interval=(0.5, 1.0))(X, t)
     assert torch.equal(some[0], all_over[0])
     assert torch.equal(some[1], plain[1])
-    lower_end = guided(network, of_data, TOKENS, EMPTY, scale=3.0, interval=(1.0, 5.0))(X, t)
+    lower_end = guided(network, of_data, (TOKENS, None), (EMPTY[None], None), scale=3.0, interval=(1.0, 5.0))(X, t)
     assert torch.equal(lower_end, plain)
 
 
@@ -80,15 +80,15 @@ def test_rescaling_brings_the_spread_back_and_not_the_mean_alone() -> None:
 
 
 def test_rescaling_is_blended(of_data: Objective) -> None:
-    def uneven(x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
+    def uneven(x: Tensor, time: Tensor, tokens: Tensor, mask: None = None) -> Tensor:
         return x * tokens.float().mean(1).reshape(-1, 1, 1, 1)
 
     x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.5])
     made = [
-        guided(uneven, of_data, TOKENS, EMPTY, scale=3.0, rescale=share)(x, t).flatten(1).std(1)
+        guided(uneven, of_data, (TOKENS, None), (EMPTY[None], None), scale=3.0, rescale=share)(x, t).flatten(1).std(1)
         for share in (0.0, 0.7, 1.0)
     ]
-    plain = guided(uneven, of_data, TOKENS, EMPTY, scale=1.0)(x, t).flatten(1).std(1)
+    plain = guided(uneven, of_data, (TOKENS, None), (EMPTY[None], None), scale=1.0)(x, t).flatten(1).std(1)
     assert torch.allclose(made[2], plain)
     assert torch.allclose(made[1], 0.7 * plain + 0.3 * made[0])  # Lin et al. 2023, eq. 16
     assert (made[0] > made[1]).all()

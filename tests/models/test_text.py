@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
 from pipeline.config import TextConfig
-from pipeline.export import clip_tokenizer
+from pipeline.export.text import clip_tokenizer
 from pipeline.models.text import TextTower, Tokenizer
 
 TINY = TextConfig(width=16, layers=2, heads=2, context_length=12)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import open_clip
 import pytest
 import torch
 
-from pipeline.config import TextConfig, UNetConfig
+from pipeline import runfile
+from pipeline.config import TextConfig, TrainConfig, UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.models import unet
 from pipeline.models.text import TextTower
 from pipeline.models.unet import TextToImage
+from pipeline.train.trainer import engine_configuration
 
 TEXT = TextConfig(width=16, layers=1, heads=2, context_length=8)
 UNET = UNetConfig(block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8)
@@ -50,6 +53,27 @@ def test_sample_size_is_the_latents_side() -> None:
 def test_bfloat16_weights_take_float32_latents() -> None:
     velocity = model().bfloat16()(torch.randn(1, 8, 4, 4), torch.tensor([500.0]), torch.zeros(1, 8, dtype=torch.int64))
     assert velocity.dtype == torch.bfloat16
+
+
+PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
+"""Parameters of the UNets of Stable Diffusion 1.5, 2.1 and XL."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_run_files_of_known_models_have_their_parameters_and_a_valid_engine(name: str) -> None:
+    config = runfile.load(TrainConfig, f"configs/train/{name}.yaml", [])
+    towers = [open_clip.get_model_config(tower.model) for tower in config.text.towers]
+    width = sum(tower["text_cfg"]["width"] for tower in towers)
+    pooled = sum(known["embed_dim"] for known, tower in zip(towers, config.text.towers, strict=True) if tower.pooled)
+    with torch.device("meta"):
+        net = unet.build(config.unet, 4, 64, width, pooled)
+    assert sum(parameter.numel() for parameter in net.parameters()) == PUBLISHED[name]
+    for ranks in (8, 64):
+        whole = engine_configuration(config, ranks)
+        micro, parts = whole["train_micro_batch_size_per_gpu"], whole["gradient_accumulation_steps"]
+        assert micro * parts * ranks == whole["train_batch_size"] == config.global_batch
+        assert whole["bf16"]["enabled"]
+        assert "auto" not in str(whole)
 
 
 def test_a_block_that_diffusers_does_not_have_is_told() -> None:

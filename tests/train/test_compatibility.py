@@ -11,7 +11,7 @@ import pytest
 from pipeline import runfile
 from pipeline.config import DataSetConfig, TrainConfig
 from pipeline.data.datasets import DataSets, open_datasets
-from pipeline.data.manifest import MANIFEST, Manifest, load_manifest
+from pipeline.data.manifest import MANIFEST, BucketCount, Manifest, load_manifest
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import open_store
 from pipeline.train.checkpoint import CONFIG, FORMAT_VERSION, RUN, Checkpoint, noted
@@ -80,18 +80,28 @@ def test_captions_that_are_no_token_ids_for_a_tower_in_training(manifest, mode):
         check_data(config(), other)
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind", "message"),
-    [
-        ({"text_padding": "trimmed"}, ConfigError, r"^text\.padding: .* trimmed"),
-        ({"buckets": ((16, 64), (32, 32))}, DataError, r"several shapes.*\n.*images\.buckets"),
-    ],
-)
-def test_what_the_trainer_cannot_read_yet(manifest, changes, kind, message):
-    other = manifest.model_copy(update={"fingerprint": manifest.fingerprint.model_copy(update=changes)})
-    with pytest.raises(kind, match=message) as error:
-        check_data(config(), other)
+def test_every_picture_size_must_halve_as_often_as_the_unet_does(manifest):
+    shards = tuple(
+        entry.model_copy(update={"buckets": (BucketCount(bucket=(32, 48), train=1, holdout=0), *entry.buckets)})
+        for entry in manifest.shards
+    )
+    mark = manifest.fingerprint.model_copy(update={"buckets": ((32, 48), (32, 32))})
+    wide = manifest.model_copy(update={"fingerprint": mark, "shards": shards})
+    check_data(config(), wide)
+    three = {"block_out_channels": [32] * 3, "down_block_types": ["x"] * 3, "up_block_types": ["x"] * 3}
+    with pytest.raises(ConfigError, match=r"4x6 latents, those of 32x48 pictures, cannot be\n.*step=32") as error:
+        check_data(config(unet=three), wide)
     assert "\n" not in error.value.message
+
+
+def test_towers_of_different_lengths(manifest):
+    tower = manifest.fingerprint.text_towers[0]
+    both = (tower, tower.model_copy(update={"name": "b", "context_length": 7}))
+    mark = manifest.fingerprint.model_copy(update={"text_mode": "cached", "text_towers": both})
+    with pytest.raises(ConfigError, match=r"^text\.towers: .* 7 and 8 tokens by tower"):
+        check_data(
+            config(text={"mode": "cached", "context_length": 8}), manifest.model_copy(update={"fingerprint": mark})
+        )
 
 
 def test_more_levels_than_the_latents_have_halvings(manifest):

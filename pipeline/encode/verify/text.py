@@ -9,7 +9,6 @@ Legend: L tokens of a caption, D width of its embedding.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.manifest import Manifest, Tower, canonical
+from pipeline.data.manifest import Manifest, Tower, digest_of
 from pipeline.encode.verify.report import Notes
 from pipeline.models.text import Tokenizer
 
@@ -46,7 +45,7 @@ def find_texts(manifest: Manifest, notes: Notes) -> Texts:
     tokenizers = {}
     for tower in manifest.fingerprint.text_towers:
         made = (_tokenizer(tower.context_length, pad) for pad in _PADS)
-        found = next((one for one in made if _digest(one) == tower.tokenizer), None)
+        found = next((one for one in made if digest_of(one.fingerprint()) == tower.tokenizer), None)
         if found is None:
             said = f"tower {tower.name}: its tokenizer is none of this Lathe's, so its captions were not looked at"
             notes.add("text", said, "warn")
@@ -141,7 +140,3 @@ def numbered(captions: Sequence[str]) -> dict[str, str]:
 @lru_cache(maxsize=4)  # a third of a second each
 def _tokenizer(context_length: int, pad: Literal["zero", "end"]) -> Tokenizer:
     return Tokenizer(context_length, pad)
-
-
-def _digest(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(canonical(tokenizer.fingerprint())).hexdigest()
