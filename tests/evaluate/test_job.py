@@ -51,11 +51,11 @@ def test_the_scores_lie_beside_what_they_are_of(tmp_path, monkeypatch):
         load_autoencoder=lambda url: model,
         mean=torch.zeros(1),
         std=torch.ones(1),
-        tokenizer=None,
+        prompts=None,
         objective=None,
         manifest=SimpleNamespace(latent_channels=1, fingerprint=FINGERPRINT),
     )
-    monkeypatch.setattr(job, "load_trained", lambda run, which: trained)
+    monkeypatch.setattr(job, "load_trained", lambda run, which, towers: trained)
     monkeypatch.setattr(job, "load_manifest", lambda url: trained.manifest)
     monkeypatch.setattr(job, "read_split", lambda url, split, limit=None: splits[split])
     monkeypatch.setattr(job, "_originals", lambda shards, encoded, keys: dict.fromkeys(keys, pictures[0]))
