@@ -26,8 +26,8 @@ def test_the_summary_tells_weights_and_sampler(
 ) -> None:
     model = torch.nn.Linear(1, 1)
 
-    def load(run: str, which: str) -> SimpleNamespace:
-        parts = {"model": model, "load_autoencoder": lambda url: model, "mean": None, "std": None, "tokenizer": None}
+    def load(run: str, which: str, towers: tuple[()]) -> SimpleNamespace:
+        parts = {"model": model, "load_autoencoder": lambda url: model, "mean": None, "std": None, "prompts": None}
         return SimpleNamespace(step=7, weights=which or "main", objective=None, **parts)
 
     monkeypatch.setattr(job, "load_trained", load)

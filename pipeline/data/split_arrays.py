@@ -1,17 +1,15 @@
 """All samples of a split in memory, for commands that look at them as a whole.
 
-Legend: N samples, C latent channels, h and w sides of the latent, L tokens of a caption.
+Legend: N samples, C latent channels, h and w sides of the latent.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.gather import gather
@@ -19,7 +17,6 @@ from pipeline.data.latent_block import parse_block
 from pipeline.data.layout import Layout
 from pipeline.data.manifest import Manifest, Split, load_manifest
 from pipeline.data.shard_plan import ShardPlan, load_plans
-from pipeline.errors import DataError
 from pipeline.storage import Store
 
 _REQUESTS_AT_ONCE = 8
@@ -30,7 +27,6 @@ class SplitArrays:
     """Samples of a split in manifest order, each with its first caption."""
 
     moments: NDArray[np.float16]  # [N, 2C, h, w]
-    tokens: NDArray[np.uint16]  # [N, L]
     keys: list[str]
     captions: list[str]
 
@@ -39,7 +35,7 @@ def read_split(manifest_url: str, split: Split, limit: int | None = None) -> Spl
     """The samples of a split, all in memory; none where the manifest has none.
 
     Args:
-        manifest_url: of the latents, which must be of one, square shape, with token ids for a tower in training.
+        manifest_url: of the latents, which must be of one, square shape.
         split: "train" or "holdout".
         limit: only so many, the first ones; None = all.
 
@@ -58,24 +54,18 @@ def read_split(manifest_url: str, split: Split, limit: int | None = None) -> Spl
             wanted += [(entry.name, plan, block) for block, start in enumerate(plan.starts.tolist()) if start < left]
             left -= entry.samples(split)
     moments = np.empty((count, *layout.moments), np.float16)
-    tokens = np.empty((count, manifest.context_length), np.uint16)
-    found = SplitArrays(moments, tokens, [], [])
+    found = SplitArrays(moments, [], [])
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         for part in pool.map(lambda place: _read_block(store, layout, *place), wanted):
             first, end = len(found.keys), min(len(found.keys) + len(part.keys), count)
-            moments[first:end], tokens[first:end] = part.moments[: end - first], part.tokens[: end - first]
+            moments[first:end] = part.moments[: end - first]
             found.keys.extend(part.keys[: end - first])
             found.captions.extend(part.captions[: end - first])
     return found
 
 
 def _layout(manifest: Manifest) -> Layout:
-    """The layout of square latents with token ids. Raises DataError for others."""
-    if (mode := manifest.fingerprint.text_mode) != "joint":
-        raise DataError(
-            f"the latents' captions are stored for text.mode={mode}, and this command takes joint only",
-            "encode them with text.mode=joint, to another output",
-        )
+    """The layout of square latents. Raises DataError for others."""
     side = manifest.latent_side * manifest.downsampling_factor
     return Layout.of(manifest, (side, side), flip=False)
 
@@ -85,10 +75,10 @@ def _read_block(store: Store, layout: Layout, name: str, plan: ShardPlan, number
     data = store.read(name, start, start + int(plan.length[number]))
     block = parse_block(data, plan, number, layout, f"{store.url.rstrip('/')}/{name}")
     rows = range(len(block))
-    arrays = gather([(block, row) for row in rows], [0 for _ in rows], [False for _ in rows], layout)
+    wordless = replace(layout, text=())  # their captions' arrays are not asked for
+    arrays = gather([(block, row) for row in rows], [0 for _ in rows], [False for _ in rows], wordless)
     return SplitArrays(
         moments=arrays.moments.numpy(),
-        tokens=cast(Tensor, arrays.text[layout.text[0].tower].tokens).numpy().astype(np.uint16),
         keys=block.keys,
         captions=[block.caption_texts(row)[0] for row in rows],
     )

@@ -115,12 +115,12 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store, lease: Lease) -> None:
+        rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
+        share = engine.micro_batch(config.engine, config.global_batch, ranks.world_size)
         config, self.towers = load_online(config, datasets.manifests[0], ranks)
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.progress = Progress(*datasets.mean_and_std(config.normalisation))
         self.stopped_by = 0
-        rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
-        share = engine.micro_batch(config.engine, config.global_batch, ranks.world_size)
         torch.manual_seed(config.seed)
         self.model = build_network(config, datasets.manifests[0], self.towers)
         if config.unet.pretrained:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latent_shards import CHANNELS, FINGERPRINT, LENGTH, SIDE, moments, text, write_latents
+from latent_shards import CHANNELS, FINGERPRINT, SIDE, moments, write_latents
 
 from pipeline.data.manifest import RECEIPT_SUFFIX, Receipt
 from pipeline.data.split_arrays import read_split
@@ -25,9 +25,7 @@ def test_a_split_is_read_in_manifest_order(latents: str) -> None:
     for found in (train, holdout):
         assert found.captions == [f"{key} 0" for key in found.keys]
         np.testing.assert_array_equal(found.moments, [moments(key) for key in found.keys])
-        tokens = [text(key, 0, FINGERPRINT)["tokens.clip"] for key in found.keys]
-        np.testing.assert_array_equal(found.tokens, tokens)
-        assert (found.moments.dtype, found.tokens.dtype) == (np.float16, np.uint16)
+        assert found.moments.dtype == np.float16
 
 
 @pytest.mark.parametrize("limit", [0, 1, 19, 20, 21, 69, 70, 500])
@@ -35,13 +33,11 @@ def test_a_limit_takes_the_first_ones(latents: str, limit: int) -> None:
     everything, some = read_split(latents, "train"), read_split(latents, "train", limit)
     assert (some.keys, some.captions) == (everything.keys[:limit], everything.captions[:limit])
     np.testing.assert_array_equal(some.moments, everything.moments[:limit])
-    np.testing.assert_array_equal(some.tokens, everything.tokens[:limit])
 
 
 def test_a_split_without_samples(tmp_path: Path) -> None:
     nothing = read_split(write_latents(tmp_path, [(5, 0)]), "holdout")
     assert nothing.moments.shape == (0, 2 * CHANNELS, SIDE, SIDE)
-    assert nothing.tokens.shape == (0, LENGTH)
     assert nothing.keys == nothing.captions == []
 
 
@@ -64,8 +60,7 @@ def test_damage_is_named_and_other_blocks_do_not_mind(latents: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_mode": "cached"}, r"stored for text\.mode=cached"),
-        ({"text_mode": "online"}, r"stored for text\.mode=online"),
+        ({"text_mode": "hashed"}, r"stored for text\.mode=hashed"),
         ({"buckets": ((2, 8), (4, 4), (8, 2))}, "several shapes"),
     ],
 )
@@ -75,6 +70,17 @@ def test_latents_that_it_does_not_take_are_refused(tmp_path: Path, changes: dict
         read_split(url, "train")
     assert error.value.remedy
     assert "\n" not in error.value.message
+
+
+def test_captions_may_be_stored_in_any_mode(tmp_path: Path) -> None:
+    tower = FINGERPRINT.text_towers[0].model_copy(update={"width": 3, "pooled_width": 2})
+    for number, changes in enumerate(
+        ({"text_mode": "online"}, {"text_mode": "cached"}, {"text_mode": "cached", "text_padding": "trimmed"})
+    ):
+        mark = FINGERPRINT.model_copy(update={**changes, "text_towers": (tower,)})
+        found = read_split(write_latents(tmp_path / str(number), [(9, 0)], fingerprint=mark, captions=2), "train")
+        assert found.captions == [f"{key} 0" for key in found.keys]
+        np.testing.assert_array_equal(found.moments, [moments(key) for key in found.keys])
 
 
 def test_latents_of_another_shape_than_the_manifest_says(tmp_path: Path) -> None:

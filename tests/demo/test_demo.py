@@ -190,7 +190,7 @@ def test_stock_webdataset_reads_the_latents_and_the_export_is_the_trained_model(
 
     exported = StableDiffusionPipeline.from_pretrained(finished.folder / "export")
     prompts = ["red heart", "", "a very long caption " * 20, "Grinning FACE, with big eyes!"]
-    tokens = torch.from_numpy(trained.tokenizer(prompts).astype(np.int64))
+    tokens = torch.from_numpy(trained.prompts.tokenizer(prompts).astype(np.int64))
     ids = exported.tokenizer(
         prompts,
         padding="max_length",

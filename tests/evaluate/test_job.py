@@ -39,8 +39,8 @@ def test_other_latents_than_the_runs_are_named():
 def test_the_scores_lie_beside_what_they_are_of(tmp_path, monkeypatch):
     moments = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float16)
     splits = {
-        "train": SplitArrays(moments, np.zeros((3, 8), np.uint16), ["a", "b", "c"], ["x", "y", "z"]),
-        "holdout": SplitArrays(moments[:0], np.zeros((0, 8), np.uint16), [], []),
+        "train": SplitArrays(moments, ["a", "b", "c"], ["x", "y", "z"]),
+        "holdout": SplitArrays(moments[:0], [], []),
     }
     pictures = np.zeros((2, 8, 8, 3), np.uint8)
     model = torch.nn.Linear(1, 1)
@@ -51,11 +51,11 @@ def test_the_scores_lie_beside_what_they_are_of(tmp_path, monkeypatch):
         load_autoencoder=lambda url: model,
         mean=torch.zeros(1),
         std=torch.ones(1),
-        tokenizer=None,
+        prompts=None,
         objective=None,
         manifest=SimpleNamespace(latent_channels=1, fingerprint=FINGERPRINT),
     )
-    monkeypatch.setattr(job, "load_trained", lambda run, which: trained)
+    monkeypatch.setattr(job, "load_trained", lambda run, which, towers: trained)
     monkeypatch.setattr(job, "load_manifest", lambda url: trained.manifest)
     monkeypatch.setattr(job, "read_split", lambda url, split, limit=None: splits[split])
     monkeypatch.setattr(job, "_originals", lambda shards, encoded, keys: dict.fromkeys(keys, pictures[0]))
