@@ -53,9 +53,6 @@ def fixed_draw(
 ) -> Draws:
     """Noise and times that are the same at every step, of one of equal parts of the distribution of times.
 
-    Within a part, times follow each other by the golden section of it, so that samples together cover it evenly: a
-    low-discrepancy sequence as in Kingma et al. 2021 (https://arxiv.org/abs/2107.00630, appendix I.1), of any length.
-
     Args:
         objective: says how noise and times are distributed.
         seed: of validation.
@@ -69,9 +66,18 @@ def fixed_draw(
     noise = numbers[:, :count].reshape(-1, *shape)
     if objective.offset_noise:
         noise = objective.with_offset(noise, numbers[:, count:])
+    return Draws(noise, fixed_times(objective, seed, part, parts, positions=positions))
+
+
+def fixed_times(objective: Objective, seed: int, part: int, parts: int, *, positions: Tensor) -> Tensor:
+    """The times of `fixed_draw`, [b].
+
+    They follow each other by the golden section of the part, so that samples together cover it evenly: a
+    low-discrepancy sequence as in Kingma et al. 2021 (https://arxiv.org/abs/2107.00630, appendix I.1), of any length.
+    """
     start = randomness.uniform(seed, Purpose.VALIDATION_TIME, part, torch.zeros_like(positions[:1]), ())
     places = (start.double() + positions.double() * _GOLDEN) % 1.0
-    return Draws(noise, objective.times_at(_quantile(part + places, parts)))
+    return objective.times_at(_quantile(part + places, parts))
 
 
 def edges(objective: Objective, parts: int) -> Tensor:

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets
-from pipeline.data.held_out import read_held_out
+from pipeline.data.held_out import places, read_held_out
 from pipeline.data.prepare import Scale
 from pipeline.diffusion import variational_bound
 from pipeline.diffusion.loss import squared_error
 from pipeline.diffusion.objective import objective_of
-from pipeline.diffusion.path import VariancePreserving
 from pipeline.models.conditioning import FrozenTowers
 from pipeline.runtime.process import Process
-from pipeline.train.draws import edges, fixed_draw
+from pipeline.train.draws import edges, fixed_draw, fixed_times
 from pipeline.train.examples import Examples
 
 
@@ -73,9 +72,7 @@ class HeldOutLosses:
             world_size=ranks.world_size,
             batch_size=batch_size,
         )
-        self._path: VariancePreserving | None = None
-        if variational_bound.has_bound(self._objective) and isinstance(self._objective.path, VariancePreserving):
-            self._path = self._objective.path
+        self._row_weights = self._bound_weights(datasets) if variational_bound.has_bound(self._objective) else None
         levels = edges(objective_of(config.objective), config.validation.noise_levels).tolist()
         self.levels = [f"{part}_{low:.2f}-{high:.2f}" for part, (low, high) in enumerate(pairwise(levels))]
         """The parts of the noise levels sigma / sqrt(alpha^2 + sigma^2): number, lower and upper end."""
@@ -97,14 +94,14 @@ class HeldOutLosses:
                 sums[:, part] += self._terms(network, batch, part)
         count = torch.tensor([[float(sum(batch.weight.sum() for batch in self._batches))]])
         counted = float(self._ranks.sum(count))
-        error, weighted, rows, ends = (self._ranks.sum(sums) / counted).unbind()
+        error, weighted, bound_errors, ends = (self._ranks.sum(sums) / counted).unbind()
         bound = None
-        if self._path is not None:
-            bound = variational_bound.bits(self._path, float(rows.mean()), float(ends.mean()))
+        if self._row_weights is not None:
+            bound = variational_bound.bits(self._objective, float(bound_errors.sum()) * counted, float(ends.mean()))
         return Losses(float(weighted.mean()), dict(zip(self.levels, error.tolist(), strict=True)), bound)
 
     def _terms(self, network: nn.Module, batch: Batch, part: int) -> Tensor:
-        """Sums over a batch of error, weighted error and the bound's two terms: float64 [4]."""
+        """Sums over a batch of error, weighted error and what both give to the bound: float64 [4]."""
         settings, latents = self._settings, self._examples.latents(batch)
         noise, t = fixed_draw(
             self._objective,
@@ -116,9 +113,20 @@ class HeldOutLosses:
         )
         example = self._examples.at(batch, noise, t)
         error = squared_error(network(*example.inputs), example.target)
-        rows = ends = torch.zeros_like(error)
-        if self._path is not None:
-            rows = variational_bound.row_term(self._path, t, self._objective.denoised_error(error, t))
-            ends = variational_bound.end_term(self._path, latents)
-        terms = torch.stack([values.double() for values in (error, error * example.weight, rows, ends)])
+        bound_error = ends = torch.zeros_like(error)
+        if self._row_weights is not None:
+            bound_error = error * self._row_weights[t.long()]
+            ends = variational_bound.end_term(self._objective, latents)
+        terms = torch.stack([values.double() for values in (error, error * example.weight, bound_error, ends)])
         return torch.where(batch.weight > 0, terms, 0.0).sum(1)
+
+    def _bound_weights(self, datasets: DataSets) -> Tensor:
+        """What each error counts in the bound, by its row [T]; for that all ranks' rows are told beforehand."""
+        settings = self._settings
+        count = sum(len(found) for found in places(datasets.manifests, settings.samples).values())
+        positions = torch.arange(count, device=self._ranks.device)
+        rows = [
+            fixed_times(self._objective, settings.seed, part, settings.noise_levels, positions=positions)
+            for part in range(settings.noise_levels)
+        ]
+        return variational_bound.draw_weights(variational_bound.factors(self._objective), torch.cat(rows))

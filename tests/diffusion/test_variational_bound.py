@@ -8,22 +8,25 @@ import pytest
 import torch
 
 from pipeline.config import ObjectiveConfig
-from pipeline.diffusion.objective import objective_of
+from pipeline.diffusion.objective import Objective, objective_of
 from pipeline.diffusion.path import VariancePreserving
-from pipeline.diffusion.variational_bound import bits, end_term, has_bound, row_term
+from pipeline.diffusion.variational_bound import bits, draw_weights, end_term, factors, has_bound
 
 STD = 0.7  # of Gaussian data of mean 0
 ENTROPY_BITS = 0.5 * math.log2(2 * math.pi * math.e * STD**2)
 PATHS = [VariancePreserving.linear(), VariancePreserving.scaled_linear(), VariancePreserving.cosine()]
 
 
+def of(path: VariancePreserving, prediction: str = "x0") -> Objective:
+    return Objective(path=path, prediction=prediction, timesteps="uniform")
+
+
 def bound_of_gaussian(path: VariancePreserving, worse: float = 0.0) -> float:
     """Of the best denoiser, whose squared error is known, or of one that is worse by so much."""
     alpha_squared = path.alphas_cumprod
     error = STD**2 * (1 - alpha_squared) / (alpha_squared * STD**2 + 1 - alpha_squared) + worse
-    rows = row_term(path, torch.arange(len(alpha_squared)), error)
-    end = end_term(path, torch.tensor([[STD]]))
-    return bits(path, rows.mean().item(), end.item())
+    end = end_term(of(path), torch.tensor([[STD]]))
+    return bits(of(path), float((factors(of(path)) * error).sum()), end.item())
 
 
 def cross_entropy_of_chain(path: VariancePreserving) -> float:
@@ -70,11 +73,24 @@ def test_each_row_is_ho_et_als_divergence(path):
         beta = 1 - here / before
         variance = (1 - before) / (1 - here) * beta
         off = math.sqrt(before) * beta / (1 - here) * (x0 - estimate)  # of the two means: the part of x_t cancels
-        found = row_term(path, torch.tensor([row]), torch.tensor([(x0 - estimate) ** 2], dtype=torch.float64))
-        assert found.item() == pytest.approx(off**2 / (2 * variance), rel=1e-9)
+        found = factors(of(path))[row].item() * (x0 - estimate) ** 2
+        assert found == pytest.approx(off**2 / (2 * variance), rel=1e-9)
+        if here:  # the same of what else a network says: its error is that of the data, scaled
+            noise_error = math.sqrt(here / (1 - here)) * (x0 - estimate)
+            assert factors(of(path, "epsilon"))[row].item() * noise_error**2 == pytest.approx(found, rel=1e-6)
     first = torch.distributions.Normal(torch.tensor(estimate, dtype=torch.float64), math.sqrt(1 - cumulative[0]))
-    found = row_term(path, torch.tensor([0]), torch.tensor([(x0 - estimate) ** 2], dtype=torch.float64))
-    assert found.item() == pytest.approx(-first.log_prob(torch.tensor(x0, dtype=torch.float64)).item(), rel=1e-9)
+    found = bits(of(path), factors(of(path))[0].item() * (x0 - estimate) ** 2, 0.0) * math.log(2)
+    assert found == pytest.approx(-first.log_prob(torch.tensor(x0, dtype=torch.float64)).item(), rel=1e-9)
+
+
+def test_rows_count_once_however_often_they_are_drawn():
+    rows = torch.tensor([1, 4, 4, 9, 1, 4])
+    weights = draw_weights(torch.arange(10).double(), rows)
+    assert weights.nonzero().flatten().tolist() == [1, 4, 9]
+    assert weights[rows].sum().item() == pytest.approx(45)
+    assert [weights[1].item() * 2, weights[4].item() * 3, weights[9].item()] == [0 + 1 + 2, 3 + 4 + 5 + 6, 7 + 8 + 9]
+    everything = draw_weights(torch.arange(10).double(), torch.arange(10).flip(0))
+    assert everything.tolist() == list(range(10))
 
 
 def test_the_end_is_the_divergence_from_noise():
@@ -82,7 +98,7 @@ def test_the_end_is_the_divergence_from_noise():
     last = path.alphas_cumprod[-1]
     noised = torch.distributions.Normal(last.sqrt() * x0.double(), (1 - last).sqrt())
     expected = torch.distributions.kl_divergence(noised, torch.distributions.Normal(0.0, 1.0)).mean(1)
-    assert torch.allclose(end_term(path, x0), expected, rtol=1e-6)
+    assert torch.allclose(end_term(of(path), x0), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
