@@ -73,29 +73,44 @@ def main(arguments: Sequence[str]) -> int:
     for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
         if logger.name.startswith("torch.distributed"):  # each of them sets a level of its own
             logger.setLevel(logging.CRITICAL)
-    agent._terminate_process_handler = _pass_on  # which it installs as it starts the ranks
-    for name in _PASSED_ON:
-        signal.signal(getattr(signal, name), _pass_on)
-    with tempfile.TemporaryDirectory(prefix="lathe-") as folder:
+    requeue.clear()
+    signals = _Signals()
+    agent._terminate_process_handler = signals.pass_on  # which it installs as it starts the ranks
+    with tempfile.TemporaryDirectory(prefix="lathe-") as folder, signals:
         os.environ[_FOLDER] = folder
         try:
             launch_command(launch_command_parser().parse_args(list(arguments)))
         except ChildFailedError as failure:
             rank, first = failure.get_first_failure()
-            if -first.exitcode in _ASKING:  # before it listened to signals: there was nothing to save yet
+            if -first.exitcode in _ASKING and not requeue.is_asked():  # there was nothing to save yet
                 requeue.ask(stopped_by=-first.exitcode)
             return _tell(Path(folder), rank, first.exitcode)
     return 0
 
 
-def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Give a signal to the ranks, and go on waiting for them; without ranks yet, end by it."""
-    ranks = [child for child in psutil.Process().children() if _is_rank(child)]
-    if not ranks:
-        raise SystemExit(128 + number)
-    for rank in ranks:
-        with contextlib.suppress(psutil.Error):
-            rank.send_signal(signal.SIGTERM if number in _ENDING else number)
+class _Signals:
+    """While it is entered, signals that ask to stop go on to the ranks. Afterwards they do nothing, if one came."""
+
+    def __init__(self) -> None:
+        self._passed_on = False
+
+    def __enter__(self) -> None:
+        for name in _PASSED_ON:
+            signal.signal(getattr(signal, name), self.pass_on)
+
+    def __exit__(self, *_: object) -> None:
+        for name in _PASSED_ON:
+            signal.signal(getattr(signal, name), signal.SIG_IGN if self._passed_on else signal.SIG_DFL)
+
+    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Give a signal to the ranks, and go on waiting for them; before there are any, end by it."""
+        ranks = [child for child in psutil.Process().children() if _is_rank(child)]
+        if not ranks and not self._passed_on:
+            raise SystemExit(128 + number)
+        self._passed_on = True
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGTERM if number in _ENDING else number)
 
 
 def _is_rank(child: psutil.Process) -> bool:

@@ -36,13 +36,7 @@ _PATIENCE_SECONDS = 1.0
 _STALLS = 5  # a stall is told, by default, after this part of the time-out
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
-_SIGNS_OF_LOSS = (
-    "gloo",
-    "timeout caused pair closure",
-    "connection closed by peer",
-    "connection reset by peer",
-    "nccl",
-)
+_SIGNS_OF_LOSS = ("gloo", "nccl", "timeout caused pair closure", "closed by peer", "reset by peer")
 _PLACE_IN_SOURCE = re.compile(r"\[[^\]]*\.cc:\d+\] ")
 _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "torch.distributed")
 _HARMLESS_WARNINGS = (r"`torch\.distributed\.\w+` is deprecated",)  # DeepSpeed's calls, not ours
