@@ -60,6 +60,7 @@ class Process:
     watch: Watchdog = field(default_factory=Watchdog, repr=False)
     _flags: torch.Tensor | None = field(default=None, repr=False)
     _pending: Any = field(default=None, repr=False)
+    _abandoned: bool = field(default=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -124,9 +125,15 @@ class Process:
         dist.all_reduce(values, operation, group=self.side_group)
         return values
 
+    def abandon(self) -> None:
+        """`finish` will not wait for the others: they are gone, or are not told of this rank's end."""
+        self._abandoned = self.world_size > 1
+
     def finish(self) -> None:
         """Leave the process group; a rank that exits without this aborts, and keeps its launcher waiting."""
         self.watch.close()
+        if self._abandoned:
+            return
         if self._pending is not None:
             with contextlib.suppress(RuntimeError):  # the others may be gone
                 self._pending.wait(_LAST_FLAG_TIMEOUT)
@@ -192,7 +199,7 @@ def _join(on_gpu: bool, timeout: timedelta) -> torch.device:
     return device
 
 
-def lost_rank(error: RuntimeError, ranks: Process | None = None) -> LostRankError | None:
+def lost_rank(error: Exception, ranks: Process | None = None) -> LostRankError | None:
     """What a failed collective means: another rank is gone, or was silent for too long. None for other errors.
 
     Args:

@@ -28,6 +28,7 @@ from pipeline.train.examples import Example, Examples
 from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
+from pipeline.train.memory_advice import out_of_memory
 from pipeline.train.network import build_network
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
@@ -73,11 +74,13 @@ def _fit(config: TrainConfig) -> int:
         ranks = process.start(config.engine)
         check_alike(config, datasets, ranks)
         return Trainer(config, ranks, datasets, store).run()
-    except RuntimeError as error:
-        lost = process.lost_rank(error, ranks)
-        if lost is None:
+    except (RuntimeError, MemoryError) as error:
+        told = out_of_memory(error, config, ranks) or process.lost_rank(error, ranks)
+        if told is None:
             raise
-        raise lost from error
+        if ranks is not None:
+            ranks.abandon()
+        raise told from error
     finally:
         if ranks is not None:
             ranks.finish()

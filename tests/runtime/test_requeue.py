@@ -39,5 +39,5 @@ def test_rank_0_alone_writes_it_and_without_the_variable_nobody(file, monkeypatc
 
 def test_where_it_cannot_be_written_the_variable_is_named(file, monkeypatch):
     monkeypatch.setenv(requeue.VARIABLE, str(file / "below" / "x"))
-    with pytest.raises(StorageError, match="LATHE_REQUEUE_FILE=.*: No such file or directory"):
+    with pytest.raises(StorageError, match=r"LATHE_REQUEUE_FILE=.*: No such file or directory"):
         requeue.ask(stopped_by=15)
