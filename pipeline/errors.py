@@ -12,6 +12,8 @@ class LatheError(Exception):
     """
 
     exit_code = 1
+    leaves_at_once = False
+    """Of one rank alone: collectives may be under way with others, for which an ordinary end of a process waits."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)

@@ -85,14 +85,14 @@ def main() -> None:
     try:
         app(prog_name="lathe")
     except LatheError as error:
-        from pipeline.runtime.launch import LostRankError, report
+        from pipeline.runtime.launch import report
 
         error.message, error.remedy = (printable(said, one_line=True) for said in (error.message, error.remedy))
         if not report(error):  # a rank's launcher tells what all ranks meet once
             print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
             if error.remedy:
                 print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201
-        if isinstance(error, LostRankError):
+        if error.leaves_at_once:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(error.exit_code)

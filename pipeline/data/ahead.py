@@ -60,14 +60,15 @@ class Ahead:
                 self._changed.wait(seconds)
             if self._closed:
                 return None
-            batch = self._batches.popleft()
-            self._submit()
-        while gives_up is not None and not batch.done():
-            if gives_up():
-                with self._changed:
-                    self._batches.appendleft(batch)
+            batch = self._batches[0]
+        while not batch.done():
+            if gives_up is not None and gives_up():
                 return None
-            wait((batch,), _LOOK_SECONDS)
+            wait((batch,), seconds)
+        with self._changed:
+            if self._batches and self._batches[0] is batch:
+                self._batches.popleft()
+            self._submit()
         try:
             return batch.result()
         except CancelledError:

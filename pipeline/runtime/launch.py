@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -23,12 +24,14 @@ from typing import Any
 import psutil
 
 from pipeline.errors import LatheError
-from pipeline.runtime import requeue
+from pipeline.runtime import kernel_kills, requeue
 from pipeline.tether import end_with_parent
 
 _FOLDER = "LATHE_ERROR_FOLDER"
 _PASSED_ON = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT")
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_NAMES = re.compile(r"\S*[\d/]\S*")  # of files, addresses, steps: in these, errors that are alike differ
+_LESS_MEMORY = "start fewer ranks on a machine, set a smaller shuffle_window or a larger zero_stage, or give more"
 _ENDING = (signal.SIGHUP, signal.SIGQUIT)  # ranks are told to end by SIGTERM
 
 
@@ -37,7 +40,9 @@ class OtherRankError(LatheError):
 
 
 class LostRankError(OtherRankError):
-    """A collective failed. Others may be under way, which an ordinary end of the process would wait for."""
+    """A collective failed."""
+
+    leaves_at_once = True
 
 
 def report(error: LatheError) -> bool:
@@ -73,29 +78,45 @@ def main(arguments: Sequence[str]) -> int:
     for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
         if logger.name.startswith("torch.distributed"):  # each of them sets a level of its own
             logger.setLevel(logging.CRITICAL)
-    agent._terminate_process_handler = _pass_on  # which it installs as it starts the ranks
-    for name in _PASSED_ON:
-        signal.signal(getattr(signal, name), _pass_on)
-    with tempfile.TemporaryDirectory(prefix="lathe-") as folder:
+    requeue.clear()
+    killed = kernel_kills.counts()
+    signals = _Signals()
+    agent._terminate_process_handler = signals.pass_on  # which it installs as it starts the ranks
+    with tempfile.TemporaryDirectory(prefix="lathe-") as folder, signals:
         os.environ[_FOLDER] = folder
         try:
             launch_command(launch_command_parser().parse_args(list(arguments)))
         except ChildFailedError as failure:
             rank, first = failure.get_first_failure()
-            if -first.exitcode in _ASKING:  # before it listened to signals: there was nothing to save yet
+            if -first.exitcode in _ASKING and not requeue.is_asked():  # there was nothing to save yet
                 requeue.ask(stopped_by=-first.exitcode)
-            return _tell(Path(folder), rank, first.exitcode)
+            return _tell(Path(folder), rank, first.exitcode, kernel_kills.since(killed, kernel_kills.counts()))
     return 0
 
 
-def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Give a signal to the ranks, and go on waiting for them; without ranks yet, end by it."""
-    ranks = [child for child in psutil.Process().children() if _is_rank(child)]
-    if not ranks:
-        raise SystemExit(128 + number)
-    for rank in ranks:
-        with contextlib.suppress(psutil.Error):
-            rank.send_signal(signal.SIGTERM if number in _ENDING else number)
+class _Signals:
+    """While it is entered, signals that ask to stop go on to the ranks. Afterwards they do nothing, if one came."""
+
+    def __init__(self) -> None:
+        self._passed_on = False
+
+    def __enter__(self) -> None:
+        for name in _PASSED_ON:
+            signal.signal(getattr(signal, name), self.pass_on)
+
+    def __exit__(self, *_: object) -> None:
+        for name in _PASSED_ON:
+            signal.signal(getattr(signal, name), signal.SIG_IGN if self._passed_on else signal.SIG_DFL)
+
+    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Give a signal to the ranks, and go on waiting for them; before there are any, end by it."""
+        ranks = [child for child in psutil.Process().children() if _is_rank(child)]
+        if not ranks and not self._passed_on:
+            raise SystemExit(128 + number)
+        self._passed_on = True
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGTERM if number in _ENDING else number)
 
 
 def _is_rank(child: psutil.Process) -> bool:
@@ -105,18 +126,27 @@ def _is_rank(child: psutil.Process) -> bool:
         return False
 
 
-def _tell(folder: Path, rank: int, exit_code: int) -> int:
-    """Print the ranks' errors, or how the first one ended; returns the exit code."""
+def _tell(folder: Path, rank: int, exit_code: int, memory: str = "") -> int:
+    """Print the ranks' errors, or how the first one ended; returns the exit code.
+
+    Args:
+        folder: of the errors.
+        rank: that ended first.
+        exit_code: its own; -signal where one ended it.
+        memory: that the kernel has killed for want of it; empty where it has not.
+    """
     errors: list[dict[str, Any]] = [
         json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))
     ]
     causes = [error for error in errors if not error["secondary"]]
     if not causes and exit_code < 0:
         _say(f"error: rank {rank} was ended by {signal.Signals(-exit_code).name}, and the other ranks with it")
+        if memory and -exit_code == signal.SIGKILL:
+            _say(f"  {memory}; {_LESS_MEMORY}")
         return 128 - exit_code
-    alike: dict[str, list[dict[str, Any]]] = {}  # an outage is met by every rank, each at another file
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # an outage is met by every rank, each at another file
     for error in causes or errors:
-        alike.setdefault(error["remedy"] or error["message"], []).append(error)
+        alike.setdefault((_NAMES.sub("", error["message"]), _NAMES.sub("", error["remedy"])), []).append(error)
     for first, *others in alike.values():
         _say(f"error: {first['message']}")
         if more := len({error["message"] for error in others} - {first["message"]}):

@@ -37,13 +37,7 @@ _STALLS = 5  # a stall is told, by default, after this part of the time-out
 _TEXT_BYTES = 2000
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
-_SIGNS_OF_LOSS = (
-    "gloo",
-    "timeout caused pair closure",
-    "connection closed by peer",
-    "connection reset by peer",
-    "nccl",
-)
+_SIGNS_OF_LOSS = ("gloo", "nccl", "timeout caused pair closure", "closed by peer", "reset by peer")
 _PLACE_IN_SOURCE = re.compile(r"\[[^\]]*\.cc:\d+\] ")
 _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "torch.distributed")
 _HARMLESS_WARNINGS = (r"`torch\.distributed\.\w+` is deprecated",)  # DeepSpeed's calls, not ours
@@ -67,6 +61,7 @@ class Process:
     watch: Watchdog = field(default_factory=Watchdog, repr=False)
     _flags: torch.Tensor | None = field(default=None, repr=False)
     _pending: Any = field(default=None, repr=False)
+    _abandoned: bool = field(default=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -150,9 +145,15 @@ class Process:
         dist.all_reduce(values, operation, group=self.side_group)
         return values
 
+    def abandon(self) -> None:
+        """`finish` will not wait for the others: they are gone, or are not told of this rank's end."""
+        self._abandoned = self.world_size > 1
+
     def finish(self) -> None:
         """Leave the process group; a rank that exits without this aborts, and keeps its launcher waiting."""
         self.watch.close()
+        if self._abandoned:
+            return
         if self._pending is not None:
             with contextlib.suppress(RuntimeError):  # the others may be gone
                 self._pending.wait(_LAST_FLAG_TIMEOUT)
@@ -218,7 +219,7 @@ def _join(on_gpu: bool, timeout: timedelta) -> torch.device:
     return device
 
 
-def lost_rank(error: RuntimeError, ranks: Process | None = None) -> LostRankError | None:
+def lost_rank(error: Exception, ranks: Process | None = None) -> LostRankError | None:
     """What a failed collective means: another rank is gone, or was silent for too long. None for other errors.
 
     Args:

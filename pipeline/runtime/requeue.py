@@ -23,6 +23,12 @@ def clear() -> None:
             raise _problem(file, error) from error
 
 
+def is_asked() -> bool:
+    """Whether another start was asked for since `clear`."""
+    file = _file()
+    return file is not None and file.exists()
+
+
 def ask(*, stopped_by: int, step: int | None = None, steps: int | None = None, checkpoint: str = "") -> None:
     """Ask for another start, whole or not at all; on rank 0, once the checkpoint is complete.
 

@@ -57,13 +57,13 @@ class S3Client:
             config_kwargs={
                 **({"proxies": {}} if given else {}),
                 "connect_timeout": 5,
-                "read_timeout": pace.silence_seconds,
+                "read_timeout": pace.working_seconds,  # of single requests, see `Pace.be_prompt`
                 "max_pool_connections": _MAX_CONNECTIONS,
                 "retries": {"total_max_attempts": 1, "mode": "standard"},
             },
         )
         self._fs.retries = 1
-        self._ranges: RangeReader | None = None
+        self._hooked: tuple[Any, RangeReader] | None = None  # the client, which s3fs makes anew at times
 
     def call(self, method: str, bucket: str, key: str = "", **arguments: Any) -> dict[str, Any]:
         """One S3 request, repeated while it meets transient faults.
@@ -164,12 +164,11 @@ class S3Client:
         return data
 
     async def _reader(self) -> RangeReader:
-        if self._ranges is None:
-            client = await self._fs.set_session()
-            if self._ranges is None:  # another task may have been faster
-                client.meta.events.register("provide-client-params.s3", self._pace.allow_work)
-                self._ranges = RangeReader(client)
-        return self._ranges
+        client = await self._fs.set_session()
+        if self._hooked is None or self._hooked[0] is not client:
+            client.meta.events.register("provide-client-params.s3", self._pace.be_prompt)
+            self._hooked = client, RangeReader(client)
+        return self._hooked[1]
 
 
 def _length(message: dict[str, Any]) -> int:

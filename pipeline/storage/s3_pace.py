@@ -58,13 +58,13 @@ class Pace:
         begin = _within(_LEAST_BEGIN_SECONDS, self.retry_seconds / 2, _MOST_SILENCE_SECONDS)
         return begin + length / self.least_rate
 
-    def allow_work(self, context: dict[str, Any], model: Any, **_: Any) -> None:
-        """For botocore's `provide-client-params`: everything but reading objects may be silent for longer.
+    def be_prompt(self, context: dict[str, Any], model: Any, **_: Any) -> None:
+        """For botocore's `provide-client-params`: reading objects, a request may be silent for less time than else.
 
         Releases of aiobotocore that know no time-out of single requests pass it over.
         """
-        if model.name not in ("GetObject", "HeadObject", "HeadBucket"):
-            context["read_timeout"] = self.working_seconds
+        if model.name in ("GetObject", "HeadObject", "HeadBucket"):
+            context["read_timeout"] = self.silence_seconds
 
 
 class Deadline:

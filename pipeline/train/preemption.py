@@ -13,7 +13,8 @@ class StopRequest:
     """While it is entered, signals that ask to stop are noted in `signal` (0 = none) and do nothing else.
 
     They are SIGTERM, SIGINT, and what schedulers send ahead of a limit, SIGUSR1 and SIGUSR2. The first one counts: a
-    launcher may send the same again, and a second one does not disturb the checkpoint that the first one led to.
+    launcher may send the same again, and a second one does not disturb the checkpoint that the first one led to. Once
+    asked, the process ignores them to its end.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.signal else handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = self.signal or number

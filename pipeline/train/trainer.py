@@ -31,6 +31,7 @@ from pipeline.train.examples import Examples
 from pipeline.train.feed import Feed
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
+from pipeline.train.memory_advice import out_of_memory
 from pipeline.train.network import build_network, start_from_pretrained
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
@@ -82,11 +83,13 @@ def _fit(config: TrainConfig) -> int:
         check_alike(config, datasets, ranks)
         sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
         return Trainer(config, ranks, datasets, store, lease).run()
-    except RuntimeError as error:
-        lost = process.lost_rank(error, ranks)
-        if lost is None:
+    except (RuntimeError, MemoryError) as error:
+        told = out_of_memory(error, config, ranks) or process.lost_rank(error, ranks)
+        if told is None:
             raise
-        raise lost from error
+        if ranks is not None:
+            ranks.abandon()
+        raise told from error
     finally:
         lease.release()
         if ranks is not None:
