@@ -289,3 +289,11 @@ def test_compiled_networks_learn_alike(matrix, folder, ranks):
         f"{engine} {how}" for engine in ENGINES[:3] for how in ("plain", "accumulated", "checkpointed", "both")
     }
     assert max(found.values()) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_ddp_costs_little_beside_a_bare_loop(cost):
+    print(cost)  # noqa: T201  # what docs/engines.md tells: pytest -s
+    assert cost["ddp"] < 1.15
+    assert max(cost[engine] for engine in ENGINES) < 3

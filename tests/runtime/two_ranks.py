@@ -1,6 +1,6 @@
 """Run by every rank of the tests beside it: many checks in one pair of processes; rank r leaves `WHAT-r.json`.
 
-Usage: two_ranks.py FOLDER {first,write,read,matrix}
+Usage: two_ranks.py FOLDER {first,write,read,matrix,cost}
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rank_checks import averages, elastic, memory, nets, saving, sizes, skipping, starting
+from rank_checks import averages, cost, elastic, memory, nets, saving, sizes, skipping, starting
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
@@ -93,6 +93,8 @@ def main(folder: Path, what: str) -> None:
         result |= by_two(ranks, folder)
     elif what == "read":
         result |= by_one(ranks, folder)
+    elif what == "cost":
+        result |= cost.checks(ranks)
     else:
         result["elastic"] = {
             k: v for world in (1, 2) for k, v in elastic.read(ranks, folder, world, elastic.ALL).items()
