@@ -308,3 +308,8 @@ def test_the_engine_of_a_run_is_printed_for_any_number_of_ranks(
     assert (whole["train_micro_batch_size_per_gpu"], whole["zero_optimization"]["stage"]) == (2, 3)
     assert run(monkeypatch, "train", str(file), "--print-engine", "7") == 2
     assert "global_batch: 256 samples cannot be shared equally by 7 ranks" in capsys.readouterr().err
+    assert run(monkeypatch, "train", str(file), "engine.world_size=8", "--print-engine", "64") == 2
+    assert capsys.readouterr().err == (
+        "error: engine.world_size=8, but the engine of 64 ranks is asked for\n"
+        "  ask for that of 8, or set engine.world_size to 64 or null\n"
+    )

@@ -54,6 +54,14 @@ def alone(folder) -> dict:
 
 
 @pytest.fixture(scope="session")
+def cost(tmp_path_factory) -> dict[str, float]:
+    """Processor time of a step on one rank: of a bare loop in milliseconds, of each engine in multiples of it."""
+    folder = tmp_path_factory.mktemp("cost")
+    run(str(SCRIPT), str(folder), "cost")
+    return json.loads((folder / "cost-1-0.json").read_text())
+
+
+@pytest.fixture(scope="session")
 def matrix(folder) -> dict[str, dict]:
     """Every engine at one and at two ranks, from every engine at one and at two."""
     run(str(SCRIPT), str(folder), "matrix")

@@ -1,6 +1,6 @@
 """Run by every rank of the tests beside it: many checks in one pair of processes; rank r leaves `WHAT-r.json`.
 
-Usage: two_ranks.py FOLDER {first,write,read,matrix}
+Usage: two_ranks.py FOLDER {first,write,read,matrix,cost}
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rank_checks import averages, beginning, elastic, memory, nets, saving, skipping, swapping
+from rank_checks import averages, beginning, cost, elastic, memory, nets, saving, sizes, skipping, starting, swapping
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
@@ -54,6 +54,8 @@ def wrong_world() -> str:
 def by_two(ranks: Process, folder: Path) -> dict[str, Any]:
     elastic.write(ranks, folder)
     return {
+        "starting": starting.checks(ranks),
+        "sizes": sizes.checks(ranks, folder),
         "averages": averages.checks(ranks),
         "skipping": skipping.checks(ranks),
         "elastic": elastic.read(ranks, folder, 2, elastic.ALL) | elastic.read(ranks, folder, 1, elastic.ONE_EACH),
@@ -93,12 +95,13 @@ def main(folder: Path, what: str) -> None:
         result |= by_two(ranks, folder)
     elif what == "read":
         result |= by_one(ranks, folder)
+    elif what == "cost":
+        result |= cost.checks(ranks)
     else:
         result["elastic"] = {
             k: v for world in (1, 2) for k, v in elastic.read(ranks, folder, world, elastic.ALL).items()
         }
-        if ranks.world_size == 1:
-            result["compiled"] = elastic.compiled(ranks)
+        result["compiled"] = elastic.compiled(ranks)
     (folder / f"{what}-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps(result))
     ranks.finish()
 

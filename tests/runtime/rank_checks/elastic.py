@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from pipeline.runtime.engine import Engine, LossScale
 from pipeline.runtime.process import Process
 from pipeline.storage import open_store
 from pipeline.train import checkpoint, sharded
-from rank_checks.nets import ENGINES, KEYS, build, inputs, save, train
+from rank_checks.nets import ENGINES, KEYS, build, inputs, net, save, train
 
 BEFORE, AFTER = 6, 20
 ALL = [(source, target) for source in ENGINES for target in ENGINES]
 ONE_EACH = list(zip(ENGINES, [*list(ENGINES)[1:], "ddp"], strict=True))
+HOW = {(False, 1): "plain", (False, 2): "accumulated", (True, 1): "checkpointed", (True, 2): "both"}
 
 
 def place(folder: Path, name: str, world_size: int) -> str:
@@ -113,7 +115,10 @@ def compiled(ranks: Process) -> dict[str, float]:
     plain = train(build(ranks, 2), inputs(12), ranks)
     result = {}
     for name, stage in ENGINES.items():
-        if stage < 3:
-            losses = train(build(ranks, stage, compile=True), inputs(12), ranks)
-            result[name] = max(abs(a / b - 1) for a, b in zip(losses, plain, strict=True))
+        for checkpointed, accumulation in itertools.product((False, True), (1, 2)):
+            if stage < 3:
+                module, how = net(checkpointed=checkpointed), HOW[checkpointed, accumulation]
+                built = build(ranks, stage, module=module, compile=True, accumulation=accumulation)
+                losses = train(built, inputs(12), ranks)
+                result[f"{name} {how}"] = max(abs(a / b - 1) for a, b in zip(losses, plain, strict=True))
     return result

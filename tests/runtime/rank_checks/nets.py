@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import AverageConfig, EngineConfig, OptimizerConfig
 from pipeline.data.threads import WorkerThreads
 from pipeline.runtime import deepspeed_config, engine, state
+from pipeline.runtime.base import DTYPES
 from pipeline.runtime.engine import Engine, Outcome
 from pipeline.runtime.process import Process
 from pipeline.storage import Store
@@ -33,19 +35,21 @@ ENGINES = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 class Net(nn.Module):
     """Odd sizes, so that parameters cross the border between ranks; a frozen table; norms; a buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, checkpointed: bool = False) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
         self.table = nn.Embedding(5, 7).requires_grad_(False)
         self.inner = nn.Sequential(nn.Linear(7, 33), nn.LayerNorm(33), nn.SiLU(), nn.Linear(33, 7))
         self.register_buffer("seen", torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x + self.table(torch.tensor(2)).to(x.dtype))
+        seen = x + self.table(torch.tensor(2)).to(x.dtype)
+        return checkpoint(self.inner, seen, use_reentrant=False) if self.checkpointed else self.inner(seen)
 
 
-def net() -> Net:
+def net(*, checkpointed: bool = False) -> Net:
     torch.manual_seed(0)
-    return Net()
+    return Net(checkpointed=checkpointed)
 
 
 def inputs(steps: int = STEPS) -> Tensor:
@@ -114,12 +118,16 @@ def train(built: Engine, batches: Tensor, ranks: Process | None = None) -> list[
     return [float(v) for v in ranks.sum(torch.tensor(losses, dtype=torch.float64)) / ranks.world_size]
 
 
-def reference(steps: int = STEPS, *, flat: bool = False) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
-    """The same steps by hand: torch's AdamW in one process, and averages beside it by key and parameter.
+def references(
+    steps: int = STEPS, *, precision: str = "float32", flat: bool = False
+) -> Iterator[tuple[nn.Module, dict[str, dict[str, Tensor]]]]:
+    """The same steps by hand: torch's AdamW in one process, and averages beside it by key and parameter; after each.
 
-    With `flat` the groups lie end to end as DDP's do and the fused AdamW goes through them: its last bits depend on it.
+    In low precision a rounded copy of the network computes the gradients of the float32 one. With `flat` the groups lie
+    end to end as DDP's do and the fused AdamW goes through them: its last bits depend on it.
     """
-    module = net()
+    module, dtype = net(), DTYPES[precision]
+    working = module if precision == "float32" else net().to(dtype)
     averages = {key: copy.deepcopy(dict(module.named_parameters())) for key in KEYS}
     groups = parameter_groups(module, WEIGHT_DECAY)
     wholes = [nn.Parameter(end_to_end([p.detach() for p in group["params"]])) for group in groups]
@@ -127,8 +135,11 @@ def reference(steps: int = STEPS, *, flat: bool = False) -> tuple[nn.Module, dic
     flats = [{**group, "params": [whole]} for group, whole in zip(groups, wholes, strict=True)]
     optimizer = torch.optim.AdamW(flats if flat else groups, fused=flat, **settings)
     for step, x in enumerate(inputs(steps), start=1):
-        module.zero_grad()
-        (module(x) - x).square().mean().backward()
+        working.load_state_dict(module.state_dict())
+        working.zero_grad()
+        (working(x.to(dtype)).float() - x).square().mean().backward()
+        for parameter, used in zip(module.parameters(), working.parameters(), strict=True):
+            parameter.grad = None if used.grad is None else used.grad.float()
         for group, whole in zip(groups, wholes, strict=True):
             whole.grad = end_to_end([p.grad for p in group["params"]])
         optimizer.step()
@@ -141,7 +152,7 @@ def reference(steps: int = STEPS, *, flat: bool = False) -> tuple[nn.Module, dic
         for key, decay in zip(KEYS, (min(0.5, warm), min(0.99, warm), power_decay(step, 0.1)), strict=True):
             for name, parameter in module.named_parameters():
                 averages[key][name].data.lerp_(parameter.data, 1 - decay)
-    return module, averages
+        yield module, averages
 
 
 def end_to_end(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import SetupError
-from pipeline.runtime import state
+from pipeline.runtime import ddp, state
 from pipeline.runtime.engine import LossScale
 from pipeline.runtime.process import Process
 from rank_checks.nets import ENGINES, RATE, backward, build, copied, inputs, outcomes, train, unchanged
@@ -64,17 +65,27 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits(ranks: Process, precision: str) -> int:
-    """Host-device synchronisations of ten steps in DDP, asked for outcomes as the trainer asks."""
+def waits(ranks: Process, precision: str) -> dict[str, Any]:
+    """Host-device synchronisations of ten steps in DDP, asked for outcomes as the trainer asks.
+
+    Of the flags, which are awaited by an event on GPUs: in which step, and that of which.
+    """
     built = build(ranks, 0, precision, clip=1.0, accumulation=2)
     dtype = next(built.module.parameters()).dtype
-    with _Waits() as counted:
+    flags, read, plain = [], [], ddp._Flag.read
+
+    def watched(flag: ddp._Flag) -> Any:
+        read.append((len(flags), flags.index(flag)))
+        return plain(flag)
+
+    with _Waits() as counted, patch.object(ddp._Flag, "read", watched):
         for x in inputs(10):
             for part in x.chunk(2):
                 built.backward((built(part.to(dtype)).float() - part).square().mean())
             built.step(RATE)
             built.outcomes()
-    return counted.count
+            flags.append(built._flag)
+    return {"numbers": counted.count, "flags": read}
 
 
 def control(ranks: Process) -> int:
