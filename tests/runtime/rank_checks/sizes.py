@@ -13,7 +13,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
 from pipeline.storage import open_store
 from pipeline.train import checkpoint, sharded
-from rank_checks.nets import ENGINES, RATE, build
+from rank_checks.nets import ENGINES, RATE, build, save
 
 ELEMENTS = 3_000_001
 
@@ -53,7 +53,7 @@ def without_a_piece(ranks: Process, folder: Path, source: int, target: int) -> d
     for x in batches[:2]:
         step(first, x)
     first.outcomes(wait=True)
-    sharded.save(store, ranks, first, step=2, texts={}, counters={}, notes={})
+    save(store, ranks, first, step=2)
     (saved,) = checkpoint.find(store)
     second = build(ranks, target, module=plain)
     counters = sharded.restore(saved, ranks, second, lambda _: None)
