@@ -10,8 +10,10 @@ import errno
 import json
 import math
 import socket
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -64,7 +66,9 @@ DEFINITIONS = (
     Definition(
         "data_wait_seconds", "s", "Time a step waited for its batch, mean over the logging interval", ("train",)
     ),
-    Definition("checkpoint_seconds", "s", "Wall time of the last checkpoint", TRAINING),
+    Definition("checkpoint_seconds", "s", "Wall time of the last checkpoint, until it was stored", TRAINING),
+    Definition("checkpoint_stall_seconds", "s", "Time that training stood still for the last checkpoint", ("train",)),
+    Definition("checkpoint_failures", "saves", "Checkpoints and snapshots of this start that failed", ("train",)),
     Definition("checkpoint_bytes", "bytes", "Size of the last checkpoint, all files", TRAINING),
     Definition("checkpoint_step", "steps", "Step of the last complete checkpoint", TRAINING),
     Definition("checkpoint_timestamp_seconds", "s", "Unix time of the last complete checkpoint", TRAINING),
@@ -153,7 +157,7 @@ class Metrics:
             self._log.drop_after(step)
 
     def flush(self) -> None:
-        """Make every line so far durable; called with each checkpoint. Raises StorageError."""
+        """Make every line so far durable; called with each checkpoint, from any thread. Raises StorageError."""
         if self._log is not None:
             self._log.flush()
 
@@ -200,31 +204,46 @@ def _plain(value: float) -> float | int | None:
 
 
 class _FolderLog:
-    """One file, appended to line by line, so that a reader sees each line at once."""
+    """One file, appended to line by line, so that a reader sees each line at once.
+
+    A line that the disk does not take waits for the next one: `flush` alone raises.
+    """
 
     def __init__(self, store: LogStore) -> None:
         self._store = store
         self._path = Path(store.url) / LOG
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._waiting = b""
+        self._lock = threading.Lock()
 
     def append(self, _step: int, line: str) -> None:
-        try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a", encoding="utf-8")
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(f"{self._path}: {error.strerror}", "make room or mend the folder's rights") from error
+        with self._lock:
+            self._waiting += f"{line}\n".encode()
+            with suppress(OSError):
+                self._write()
 
     def drop_after(self, step: int) -> None:
         kept = [line for line in read_log(self._store) if line["step"] <= step]
         self._store.write(LOG, _encode(kept))
 
     def flush(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        with self._lock:
+            try:
+                self._write()
+                if self._file is not None:
+                    self._file.close()
+            except OSError as error:
+                raise StorageError(
+                    f"{self._path}: {error.strerror}", "make room or mend the folder's rights"
+                ) from error
             self._file = None
+
+    def _write(self) -> None:
+        while self._waiting:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            self._waiting = self._waiting[self._file.write(self._waiting) :]  # a disk that fills up takes a part
 
 
 class _PartsLog:
@@ -232,13 +251,10 @@ class _PartsLog:
 
     def __init__(self, store: LogStore) -> None:
         self._store = store
-        self._lines: list[str] = []
-        self._first = 0
+        self._lines: list[tuple[int, str]] = []
 
     def append(self, step: int, line: str) -> None:
-        if not self._lines:
-            self._first = step
-        self._lines.append(line)
+        self._lines.append((step, line))
 
     def drop_after(self, step: int) -> None:
         for name in reversed(_log_files(self._store)):
@@ -252,9 +268,10 @@ class _PartsLog:
                 self._store.delete([name])
 
     def flush(self) -> None:
-        if self._lines:
-            self._store.write(f"{PARTS}{self._first:08d}.jsonl", "".join(f"{x}\n" for x in self._lines).encode())
-            self._lines = []
+        lines = list(self._lines)
+        if lines:
+            self._store.write(f"{PARTS}{lines[0][0]:08d}.jsonl", "".join(f"{line}\n" for _, line in lines).encode())
+            del self._lines[: len(lines)]  # others were appended meanwhile
 
 
 def _open_log(store: LogStore) -> _FolderLog | _PartsLog:

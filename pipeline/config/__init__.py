@@ -29,6 +29,7 @@ from pipeline.config.training import (
     LossScaleConfig,
     MetricsConfig,
     OptimizerConfig,
+    TrainCheckpointConfig,
     sigma_rel_problem,
 )
 
@@ -71,6 +72,7 @@ __all__ = [
     "TextConfig",
     "Threads",
     "TowerConfig",
+    "TrainCheckpointConfig",
     "TrainConfig",
     "UNetConfig",
     "Widths",

@@ -20,6 +20,7 @@ from pipeline.config.training import (
     JointOptimizerConfig,
     MetricsConfig,
     OptimizerConfig,
+    TrainCheckpointConfig,
 )
 
 WEIGHTS = "an average by its name in ema.averages, or raw for the weights themselves; empty = the first average"
@@ -139,7 +140,7 @@ class TrainConfig(RunConfig):
     global_batch: Count = Field(64, description="samples per optimizer step, over all ranks")
     shuffle_window: Count = Field(256, description="samples shuffled together within each run of an epoch")
     seed: Seed = 0
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: TrainCheckpointConfig = TrainCheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     log_every: Count = 20
 

@@ -205,3 +205,14 @@ class CheckpointConfig(Section):
 
     every: Count = Field(200, description="steps between checkpoints; the last step is always saved")
     keep: Count = Field(2, description="newest checkpoints that are kept")
+
+
+class TrainCheckpointConfig(CheckpointConfig):
+    """The diffusion model's, which are saved while training goes on."""
+
+    keep_every: Count | None = Field(
+        None, description="of each stretch of so many steps the first checkpoint is kept for good; null = of none"
+    )
+    max_failures: Count = Field(
+        3, description="saves that may fail one after the other, as the store is full or away, before the run stops"
+    )

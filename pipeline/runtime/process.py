@@ -31,6 +31,7 @@ from pipeline.runtime.deepspeed_config import choose_accelerator
 from pipeline.runtime.launch import OtherRankError, end_with_launcher
 
 _PATIENCE_SECONDS = 1.0
+_TEXT_BYTES = 2000
 _LAST_FLAG_TIMEOUT = timedelta(seconds=10)
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "torch.distributed")
@@ -70,6 +71,18 @@ class Process:
         self._pending.wait()
         self._pending = None
         return tuple(self._flags.tolist())
+
+    def largest(self, *values: int) -> tuple[int, ...]:
+        """The largest that a rank has of each value, the same on all."""
+        return tuple(self._reduce(torch.tensor(values), dist.ReduceOp.MAX).tolist())
+
+    def text_of(self, rank: int, text: str) -> str:
+        """One rank's text on all of them, or its first 2,000 bytes."""
+        letters = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+        if self.rank == rank:
+            own = text.encode()[:_TEXT_BYTES]
+            letters[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        return bytes(self._reduce(letters, dist.ReduceOp.MAX).tolist()).rstrip(b"\0").decode(errors="replace")
 
     def wait_for_all(self, ready: Callable[[float], bool]) -> None:
         """Wait until all ranks are ready. None of them sits in a collective meanwhile, deaf to signals.

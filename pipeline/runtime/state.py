@@ -7,13 +7,13 @@ Addressed by (parameter, offset, length), state moves between engines and world 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.runtime.base import Engine
+from pipeline.runtime.base import Engine, Piece
 
 WEIGHT = "weight"
 """Key of the float32 master weights among a fragment's tensors; the others are the optimizer's."""
@@ -29,6 +29,14 @@ class Fragment:
     tensors: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Span:
+    """Fragments that lie end to end in one flat tensor: (parameter, offset, length), and all their tensors as views."""
+
+    fragments: tuple[tuple[str, int, int], ...]
+    tensors: dict[str, Tensor]  # by key, [sum of the lengths]
+
+
 def keys(engine: Engine) -> tuple[str, ...]:
     """Names of a fragment's tensors: the master weight, and the optimizer's, such as "exp_avg"."""
     return (WEIGHT, *engine.optimizer.state_keys)
@@ -41,12 +49,35 @@ def fragments(engine: Engine) -> list[Fragment]:
     """
     found = []
     for parameter, offset, length, flat, start in engine.pieces():
-        engine.optimizer.create_state([flat])
-        state = engine.optimizer.state[flat]
-        tensors = {WEIGHT: flat.detach(), **{key: state[key] for key in engine.optimizer.state_keys}}
-        views = {key: tensor.narrow(0, start, length) for key, tensor in tensors.items()}
+        views = {key: tensor.narrow(0, start, length) for key, tensor in _tensors(engine, flat).items()}
         found.append(Fragment(parameter, offset, length, views))
     return found
+
+
+def spans(engine: Engine) -> list[Span]:
+    """All of this rank's fragments, as few copies as they take: those that lie end to end are one span."""
+    found: list[list[Piece]] = []
+    for piece in engine.pieces():
+        last = found[-1][-1] if found else None
+        if last is not None and last.flat is piece.flat and last.start + last.length == piece.start:
+            found[-1].append(piece)
+        else:
+            found.append([piece])
+    return [_span(engine, pieces) for pieces in found]
+
+
+def _span(engine: Engine, pieces: Sequence[Piece]) -> Span:
+    flat, start = pieces[0].flat, pieces[0].start
+    length = pieces[-1].start + pieces[-1].length - start
+    views = {key: tensor.narrow(0, start, length) for key, tensor in _tensors(engine, flat).items()}
+    return Span(tuple((piece.parameter, piece.offset, piece.length) for piece in pieces), views)
+
+
+def _tensors(engine: Engine, flat: Tensor) -> dict[str, Tensor]:
+    """A flat tensor of master weights, and the optimizer's state of it, by key."""
+    engine.optimizer.create_state([flat])
+    state = engine.optimizer.state[flat]
+    return {WEIGHT: flat.detach(), **{key: state[key] for key in engine.optimizer.state_keys}}
 
 
 def optimizer_step(engine: Engine) -> int:
@@ -80,6 +111,13 @@ def frozen(engine: Engine, *, keep: bool = True) -> dict[str, Tensor]:
             if keep:
                 found[name] = tensor.detach().to("cpu", copy=True)
     return found
+
+
+def buffers(engine: Engine) -> dict[str, Tensor]:
+    """Copies of the persistent buffers, which alone of what `frozen` tells may change. No collective."""
+    there = _frozen(engine)
+    named = engine.module.named_buffers(remove_duplicate=False)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named if name in there}
 
 
 def set_frozen(engine: Engine, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ again (16; 0 = any); and LATHE_S3_PART_MIB, the size of the parts that larger fi
 """
 
 from pipeline.storage.base import Entry, OpenFile, Store
+from pipeline.storage.lease import Lease
 from pipeline.storage.shards import ShardAddress, find_shard_entries, find_shards
 from pipeline.storage.stream import Stream, open_stream
 from pipeline.storage.temporary import temporary_folder
@@ -14,6 +15,7 @@ from pipeline.storage.urls import fetch_folder, local_path, open_store, read_fil
 
 __all__ = [
     "Entry",
+    "Lease",
     "OpenFile",
     "ShardAddress",
     "Store",

@@ -90,7 +90,7 @@ class Store(Protocol):
         ...
 
     def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
-        """Drop what killed writers of these names left, see `leftovers`. Returns how many.
+        """Drop what killed writers of these names left, or of those that `leftovers` tells. Returns how many.
 
         A live writer that is swept notices, and begins anew.
         """

@@ -143,7 +143,7 @@ class LocalStore:
         """See Store.sweep."""
         stems: dict[Path, set[str]] = {}
         for path in map(self._path, names):
-            stems.setdefault(path.parent, set()).add(_stem(path.name))
+            stems.setdefault(path.parent, set()).add(_partial_of(path.name) or _stem(path.name))
         swept = 0
         for folder, wanted in stems.items():
             with translated(folder):

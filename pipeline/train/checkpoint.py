@@ -60,7 +60,7 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Steps that the run had done."""
-        return _step(self.name)
+        return step_of(self.name)
 
     def read(self, file: str) -> bytes:
         """One file, checked against the marker. Raises DamagedError."""
@@ -111,7 +111,7 @@ def find(store: Store, *, warn: bool = True) -> list[Checkpoint]:
     sizes = {entry.name: entry.size for entry in store.list("step-")}
     names = {name.split("/")[0] for name in sizes if _NAME.match(name)}
     log = _log.warning if warn else _log.debug
-    found = (_read_marker(store, name, sizes, log) for name in sorted(names, key=_step, reverse=True))
+    found = (_read_marker(store, name, sizes, log) for name in sorted(names, key=step_of, reverse=True))
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
@@ -214,38 +214,17 @@ def combine(
     return {parameter: tensor.reshape(torch.Size(shapes[parameter])) for parameter, tensor in flat.items()}
 
 
-def keep_newest(store: Store, keep: int) -> list[str]:
-    """Delete all but the newest `keep` complete checkpoints, and what saves that never finished left before them.
-
-    The marker goes first, so that a deletion that is cut short leaves nothing that looks whole. Returns their names.
-    """
-    kept = {checkpoint.name for checkpoint in find(store)[:keep]}
-    oldest = min(map(_step, kept), default=0)
-    names = {entry.name.split("/")[0] for entry in store.list("step-")}
-    gone = sorted(name for name in names if is_name(name) and _step(name) < oldest)
-    for name in gone:
-        clear(store, name)
-    return gone
-
-
-def clear_later(store: Store, step: int) -> list[str]:
-    """Delete checkpoints later than a step, complete or not. Returns their names."""
-    names = {entry.name.split("/")[0] for entry in store.list("step-")}
-    gone = sorted(name for name in names if is_name(name) and _step(name) > step)
-    for name in gone:
-        clear(store, name)
-    return gone
-
-
-def _step(name: str) -> int:
+def step_of(name: str) -> int:
+    """1000 of `step-00001000`."""
     return int(name.removeprefix("step-"))
 
 
 def clear(store: Store, name: str) -> None:
-    """Delete a checkpoint, complete or not; its marker goes first."""
+    """Delete a checkpoint, complete or not; its marker goes first, so that what is left never looks whole."""
     files = [entry.name for entry in store.list(f"{name}/")]
     store.delete([f for f in files if f.endswith(f"/{COMPLETE}")])
     store.delete(files)
+    store.sweep([file for file in store.leftovers() if file.startswith(f"{name}/")])
 
 
 def noted(data: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ meanwhile, and deaf to signals of their own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from pipeline.data.batch import Batch
 from pipeline.data.loader import LatentLoader
@@ -27,15 +28,25 @@ class Feed:
         ranks: this rank among the others.
         request: whether this process was asked to stop.
         steps: how many batches are wanted.
+        own: further flags of this rank, which travel with the others.
     """
 
-    def __init__(self, loader: LatentLoader, ranks: Process, request: StopRequest, steps: int) -> None:
-        self._loader, self._ranks, self._request, self._left = loader, ranks, request, steps
+    def __init__(
+        self,
+        loader: LatentLoader,
+        ranks: Process,
+        request: StopRequest,
+        steps: int,
+        own: Callable[[], tuple[int, ...]] = tuple,
+    ) -> None:
+        self._loader, self._ranks, self._request, self._left, self._own = loader, ranks, request, steps, own
         self._problem: LatheError | None = None
         self._held: Batch | None = None
         self._flag, self._over = 0, False
         self.waited_seconds = 0.0
         """What the last `next` waited for data, in seconds."""
+        self.told: tuple[int, ...] = ()
+        """The largest that a rank had of each further flag, a step ago; the same on all ranks after each `next`."""
         self._hold()
 
     @property
@@ -58,7 +69,8 @@ class Feed:
 
         None, on all ranks at the same step, where there are no more, one was asked to stop, or one failed.
         """
-        (self._flag,), self.waited_seconds = self._ranks.posted(), 0.0
+        self._flag, *told = self._ranks.posted()
+        self.told, self.waited_seconds = tuple(told), 0.0
         batch = self._held
         self._over = batch is None or self._flag != 0
         if self._over:
@@ -82,7 +94,7 @@ class Feed:
         except LatheError as error:
             self._problem = error
         try:
-            self._ranks.post(_FAILED if self._problem else self._request.signal)
+            self._ranks.post(_FAILED if self._problem else self._request.signal, *self._own())
         except RuntimeError:
             if self._problem is None:
                 raise

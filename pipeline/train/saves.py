@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
 from pipeline.data.datasets import DataSets
+from pipeline.data.threads import WorkerThreads
 from pipeline.errors import LatheError
 from pipeline.metrics import Metrics
 from pipeline.runtime.engine import Engine, LossScale
@@ -18,13 +19,15 @@ from pipeline.storage import Store
 from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_resume
 from pipeline.train.progress import Progress
+from pipeline.train.saver import Save, Saver
+from pipeline.train.shelf import Shelf, newest_and_every
 from pipeline.train.snapshots import Snapshots
 from pipeline.train.telling import say
 from pipeline.train.trained_on import TrainedOn, files
 
 
 class Saves:
-    """What a run leaves in its output: checkpoints, and snapshots of averages.
+    """What a run leaves in its output: checkpoints, and snapshots of averages. Both are stored in the background.
 
     Args:
         store: the run's output.
@@ -34,6 +37,7 @@ class Saves:
         config: the run file.
         datasets: the latents.
         metrics: told of each checkpoint, and made durable with it.
+        check: that the output is still this run's; called before it is said that something is complete.
     """
 
     def __init__(
@@ -46,12 +50,11 @@ class Saves:
         config: TrainConfig,
         datasets: DataSets,
         metrics: Metrics,
+        check: Callable[[], None],
     ) -> None:
         self._store, self._ranks, self._engine, self._metrics = store, ranks, engine, metrics
-        self._engine_config, self._config, self._datasets = engine_config, config, datasets
-        self._snapshots = Snapshots(store, ranks, engine, config)
-        self.newest = 0
-        """Step of the newest checkpoint; 0 = none."""
+        self._engine_config, self._config, self._datasets, self._check_output = engine_config, config, datasets, check
+        self._worker = WorkerThreads(1, "lathe-save")
 
     def resume(self, progress: Progress) -> None:
         """Load the newest checkpoint that is whole; a damaged one is passed over, and one rank says so.
@@ -68,7 +71,6 @@ class Saves:
             counters = sharded.restore(found, self._ranks, self._engine, partial(self._check, saved, notes))
             if counters is not None:
                 progress.go_on_from(counters)
-                self.newest = progress.step
                 if "loss_scale" in counters:
                     self._engine.loss_scale = LossScale(counters["loss_scale"], counters["loss_scale_good_steps"])
                 progress.mean, progress.std = saved[0].mean, saved[0].std
@@ -78,11 +80,7 @@ class Saves:
         else:
             if there:
                 raise LatheError(f"no checkpoint of {self._store.url} can be read", "train into another output")
-        if gone := self._snapshots.resume(progress.step, self._texts(progress)):
-            say(
-                f"deleted {len(gone)} snapshots of averages later than step {progress.step}: their course was left"
-                " behind"
-            )
+        self._prepare(progress)
 
     def _check(self, saved: list[TrainedOn], notes: list[dict[str, Any]], found: checkpoint.Checkpoint) -> None:
         saved.append(check_resume(found, self._config, self._datasets))
@@ -98,59 +96,113 @@ class Saves:
         noted = {tuple(skip) for own in notes for skip in own["skipped_blocks"]}
         progress.skips = [list(skip) for skip in sorted(noted)]
 
+    def _prepare(self, progress: Progress) -> None:
+        """Clear what is left of other courses, and take the memory that state is copied to."""
+        config, ranks, step = self._config, self._ranks, progress.step
+        texts = {
+            checkpoint.CONFIG: runfile.dump(config).encode(),
+            checkpoint.ENGINE: checkpoint.as_json(self._engine_config),
+            **files(self._datasets, progress.mean, progress.std),
+        }
+        shelf = Shelf(self._store, newest_and_every(config.checkpoint.keep, config.checkpoint.keep_every))
+        gone: list[str] = []
+        sharded.together(ranks, lambda: gone.extend(shelf.open(step)) if ranks.is_main else None)
+        if gone:
+            say(f"deleted {len(gone)} checkpoints later than step {step}, which cannot be read")
+        self._saver = Saver(
+            self._store,
+            ranks,
+            self._engine,
+            self._worker,
+            shelf,
+            texts=texts,
+            limit=config.checkpoint.max_failures,
+            before_marker=self._before_marker,
+            when_done=self._report,
+        )
+        self._saver.newest = step
+        self._savers = [self._saver]
+        if config.ema.snapshot_every:
+            self._take_snapshots(texts, step)
+
+    def _take_snapshots(self, texts: Mapping[str, bytes], step: int) -> None:
+        self._snapshots = Snapshots(
+            self._store,
+            self._ranks,
+            self._engine,
+            self._config,
+            self._worker,
+            texts=texts,
+            step=step,
+            check=self._check_output,
+        )
+        self._savers.append(self._snapshots.saver)
+        if gone := self._snapshots.gone:
+            say(f"deleted {len(gone)} snapshots of averages later than step {step}: their course was left behind")
+
+    def flags(self) -> tuple[int, ...]:
+        """What this rank tells the others in each step of the saves that are on their way."""
+        return tuple(flag for saver in self._savers for flag in saver.flags)
+
+    def hear(self, told: Sequence[int]) -> None:
+        """Go on with the saves that are on their way.
+
+        Args:
+            told: the largest that a rank has of each flag, the same on all ranks.
+
+        Raises:
+            LatheError: a save failed, and it was one too many, or another run has taken the output over.
+        """
+        for number, saver in enumerate(self._savers):
+            saver.hear(told[3 * number : 3 * number + 3])
+        self._metrics.set("checkpoint_failures", sum(saver.failures for saver in self._savers))
+
     def save(self, progress: Progress, skipped_blocks: Sequence[Sequence[int]]) -> None:
-        """Write a checkpoint of the step, unless there is one; all ranks call it at the same step.
+        """Begin a checkpoint of the step, unless there is one; all ranks call it at the same step.
 
         Args:
             progress: of the run.
             skipped_blocks: that this rank has met, see `LatentLoader.skipped`.
 
         Raises:
-            StorageError: on the rank that could not write; LatheError on the others.
+            LatheError: the one before failed, and it was one too many.
         """
-        if self.newest == progress.step:
+        if self._saver.newest == progress.step:
             return
         started = time.perf_counter()
-        sharded.together(self._ranks, self._metrics.flush)
         scale = self._engine.loss_scale
-        size = sharded.save(
-            self._store,
-            self._ranks,
-            self._engine,
-            step=progress.step,
-            texts=self._texts(progress),
-            counters={
-                **progress.counters(),
-                **({"loss_scale": scale.scale, "loss_scale_good_steps": scale.good_steps} if scale else {}),
-            },
-            notes={"skipped_blocks": skipped_blocks},
-        )
-        self.newest = progress.step
-        keep, main = self._config.checkpoint.keep, self._ranks.is_main
-        sharded.together(self._ranks, lambda: checkpoint.keep_newest(self._store, keep) if main else None)
-        self._metrics.set("checkpoint_seconds", time.perf_counter() - started)
-        self._metrics.set("checkpoint_bytes", size)
-        self._metrics.set("checkpoint_step", progress.step)
-        self._metrics.set("checkpoint_timestamp_seconds", time.time())
+        loss_scale = {"loss_scale": scale.scale, "loss_scale_good_steps": scale.good_steps} if scale else {}
+        notes = {"skipped_blocks": [list(block) for block in skipped_blocks]}
+        self._saver.begin(progress.step, counters={**progress.counters(), **loss_scale}, notes=notes)
+        self._metrics.set("checkpoint_stall_seconds", time.perf_counter() - started)
 
     def save_before_failing(self, progress: Progress, skipped_blocks: Sequence[Sequence[int]]) -> None:
         """Before a failure is told: the steps since the last checkpoint are not at fault, if they can be saved."""
-        if self.newest == progress.step:
-            return
+        is_new = self._saver.newest != progress.step
         try:
             self.save(progress, skipped_blocks)
+            self.finish()
         except sharded.FAULTS as error:
             say(f"step {progress.step} could not be saved: {error}")
         else:
-            say(f"saved step {progress.step}, the last one with whole data")
+            if is_new:
+                say(f"saved step {progress.step}, the last one with whole data")
 
     def snapshot(self, progress: Progress) -> None:
-        """Write a snapshot of the averages; all ranks call it at the same step. Raises as `save` does."""
-        self._snapshots.save(progress.step, self._texts(progress))
+        """Begin a snapshot of the averages; all ranks call it at the same step. Raises as `save` does."""
+        self._snapshots.take(progress.step)
 
-    def _texts(self, progress: Progress) -> dict[str, bytes]:
-        return {
-            checkpoint.CONFIG: runfile.dump(self._config).encode(),
-            checkpoint.ENGINE: checkpoint.as_json(self._engine_config),
-            **files(self._datasets, progress.mean, progress.std),
-        }
+    def finish(self) -> None:
+        """Wait for what is on its way; there are no more steps. Raises LatheError where it fails."""
+        for saver in self._savers:
+            saver.settle(last=True)
+
+    def _before_marker(self) -> None:
+        self._metrics.flush()
+        self._check_output()
+
+    def _report(self, save: Save) -> None:
+        self._metrics.set("checkpoint_seconds", save.seconds)
+        self._metrics.set("checkpoint_bytes", save.size)
+        self._metrics.set("checkpoint_step", save.step)
+        self._metrics.set("checkpoint_timestamp_seconds", time.time())

@@ -1,94 +1,23 @@
-"""A running engine to and from a checkpoint: all ranks write and read their fragments together.
-
-The layout on disk is described in `pipeline.train.checkpoint`.
-"""
+"""A checkpoint into a running engine: all ranks read their fragments together. `pipeline.train.saver` writes them."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from pipeline.errors import DataError, LatheError
 from pipeline.runtime import state
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
-from pipeline.storage import Store
-from pipeline.train.checkpoint import (
-    COMPLETE,
-    DONE,
-    FORMAT_VERSION,
-    FROZEN,
-    RUN,
-    Checkpoint,
-    DamagedError,
-    as_json,
-    clear,
-    noted,
-    step_name,
-)
+from pipeline.train.checkpoint import FROZEN, Checkpoint, DamagedError
 
 FAULTS = (LatheError, OSError, SafetensorError, LookupError, ValueError)
 """What may go wrong where state is written or read."""
 _log = logging.getLogger(__name__)
-
-
-def save(
-    store: Store,
-    process: Process,
-    engine: Engine,
-    *,
-    step: int,
-    texts: Mapping[str, bytes],
-    counters: Mapping[str, int],
-    notes: Mapping[str, Any],
-    keys: Sequence[str] | None = None,
-) -> int:
-    """Write a checkpoint; all ranks call it at the same step. Earlier checkpoints are not touched.
-
-    Args:
-        store: the run's output.
-        process: this rank.
-        engine: whose state is saved.
-        step: steps done.
-        texts: files that are written as they are, such as config.yaml.
-        counters: numbers that `restore` gives back, with `step` and `optimizer_step`.
-        notes: of this rank alone, for JSON; see `Checkpoint.notes`.
-        keys: which of `state.keys`; None = all, and only then can a training go on from it.
-
-    Returns:
-        bytes of all files on rank 0, and 0 elsewhere.
-
-    Raises:
-        StorageError: on the rank that could not write; LatheError on the others.
-    """
-    name, kept = step_name(step), tuple(keys or state.keys(engine))
-    together(process, lambda: clear(store, name) if process.is_main else None)
-    together(process, lambda: _write_fragments(store, name, process, engine, notes=notes, keys=kept))
-    frozen = state.frozen(engine, keep=process.is_main)
-    files: dict[str, dict[str, Any]] = {}
-
-    def conclude() -> None:
-        if process.is_main:
-            everything = {**counters, "step": step, "optimizer_step": state.optimizer_step(engine)}
-            run = {
-                "format_version": FORMAT_VERSION,
-                "counters": everything,
-                "parameters": state.shapes(engine),
-                "keys": kept,
-            }
-            files.update(_write_once(store, name, {**texts, RUN: as_json(run), FROZEN: tensor_bytes(frozen)}))
-            files.update(_collect(store, name, process.world_size))
-            store.write(f"{name}/{COMPLETE}", as_json({"files": files}))
-
-    together(process, conclude)
-    return sum(int(file["size"]) for file in files.values())
 
 
 def restore(
@@ -148,36 +77,6 @@ def together(process: Process, work: Callable[[], object]) -> None:
     except FAULTS as error:
         problem = error
     process.agree(problem)
-
-
-def _write_fragments(
-    store: Store, name: str, process: Process, engine: Engine, *, notes: Mapping[str, Any], keys: Sequence[str]
-) -> None:
-    fragments = state.fragments(engine)
-    tensors = {f"{f.parameter}:{f.offset}:{key}": f.tensors[key].cpu() for f in fragments for key in keys}
-    stem = f"rank-{process.rank:05d}-of-{process.world_size:05d}"
-    data = tensor_bytes(tensors)
-    store.write(f"{name}/{stem}.safetensors", data)
-    index = [(f.parameter, f.offset, f.length) for f in fragments]
-    done = {"file": f"{stem}.safetensors", **noted(data), "fragments": index, "notes": dict(notes)}
-    store.write(f"{name}/{stem}{DONE}", as_json(done))
-
-
-def _write_once(store: Store, name: str, contents: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    for file, data in contents.items():
-        store.write(f"{name}/{file}", data)
-    return {file: noted(data) for file, data in contents.items()}
-
-
-def _collect(store: Store, name: str, world_size: int) -> dict[str, dict[str, Any]]:
-    """The ranks' files as their done-markers note them."""
-    files: dict[str, dict[str, Any]] = {}
-    for rank in range(world_size):
-        marker = f"rank-{rank:05d}-of-{world_size:05d}{DONE}"
-        data = store.read(f"{name}/{marker}")
-        done = json.loads(data)
-        files |= {marker: noted(data), done["file"]: {"size": done["size"], "sha256": done["sha256"]}}
-    return files
 
 
 def _fill(checkpoint: Checkpoint, engine: Engine) -> None:

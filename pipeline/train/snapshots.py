@@ -1,20 +1,24 @@
 """Snapshots of the power function averages, from which `lathe ema` makes averages of other lengths.
 
-They lie in `ema/` below the run's output, each a checkpoint that holds averages alone, and have a retention of their
-own: Karras et al. 2024 (https://arxiv.org/abs/2312.02696, section 3.2) keep all.
+They lie in `ema/` below the run's output, each a checkpoint that holds averages alone, are stored in the background as
+checkpoints are, and have a retention of their own: Karras et al. 2024 (https://arxiv.org/abs/2312.02696, section 3.2)
+keep all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pipeline.config import TrainConfig
+from pipeline.data.threads import WorkerThreads
 from pipeline.runtime import state
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.train import checkpoint, sharded
 from pipeline.train.optimizer import average_key
+from pipeline.train.saver import Saver
+from pipeline.train.shelf import Shelf, newest_and_every
 
 _FOLDER = "ema"
 
@@ -40,61 +44,52 @@ class Snapshots:
 
     Args:
         run: the run's output.
-        process: this rank.
+        ranks: this rank among the others.
         engine: whose averages are saved.
         config: the run file.
+        worker: one background thread.
+        texts: the checkpoint's, see `Saver`.
+        step: steps done. Snapshots of later ones, whose averages are not of these weights, are deleted.
+        check: that the output is still this run's.
+
+    Raises:
+        StorageError: on the rank that met the problem; LatheError on the others.
     """
 
-    def __init__(self, run: Store, process: Process, engine: Engine, config: TrainConfig) -> None:
-        self._store, self._process, self._engine, self._config = snapshot_store(run), process, engine, config
-        self._taken: list[int] = []  # steps in order; rank 0 alone keeps them
+    def __init__(
+        self,
+        run: Store,
+        ranks: Process,
+        engine: Engine,
+        config: TrainConfig,
+        worker: WorkerThreads,
+        *,
+        texts: Mapping[str, bytes],
+        step: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine, self._config = engine, config
+        store = snapshot_store(run)
+        shelf = Shelf(store, newest_and_every(config.ema.snapshot_keep))
+        self.gone: list[str] = []
+        """Names of the snapshots that were deleted at the start, on rank 0."""
+        sharded.together(ranks, lambda: self.gone.extend(shelf.open(step)) if ranks.is_main else None)
+        self.saver = Saver(
+            store,
+            ranks,
+            engine,
+            worker,
+            shelf,
+            texts=texts,
+            keys=[average_key(average.name) for average in config.ema.profiled],
+            limit=config.checkpoint.max_failures,
+            before_marker=check,
+        )
+        # a run that ended between checkpoint and snapshot has none of its last step
+        if due(config, step) and ranks.any(ranks.is_main and step not in shelf.steps):
+            self.take(step)
 
-    def resume(self, step: int, texts: Mapping[str, bytes]) -> list[str]:
-        """Before the first step, on all ranks: what belongs to another course is deleted, what is missing is taken.
-
-        A run that goes back to a checkpoint leaves snapshots of later steps, whose averages are not of its weights.
-        One that ended right after a checkpoint has no snapshot of that step, if it was to have one.
-
-        Args:
-            step: steps done.
-            texts: the checkpoint's, see `sharded.save`.
-
-        Returns:
-            names of what was deleted, on rank 0.
-
-        Raises:
-            StorageError: on the rank that met the problem; LatheError on the others.
-        """
-        gone: list[str] = []
-
-        def look() -> None:
-            if self._process.is_main:
-                gone.extend(checkpoint.clear_later(self._store, step))
-                self._taken = sorted(found.step for found in checkpoint.find(self._store))
-
-        sharded.together(self._process, look)
-        if due(self._config, step) and self._process.any(self._process.is_main and step not in self._taken):
-            self.save(step, texts)
-        return gone
-
-    def save(self, step: int, texts: Mapping[str, bytes]) -> None:
-        """Write a snapshot, and delete those that are too old; all ranks call it at the same step.
-
-        Args:
-            step: steps done.
-            texts: the checkpoint's, see `sharded.save`.
-
-        Raises:
-            StorageError: on the rank that could not write or delete; LatheError on the others.
-        """
-        if state.optimizer_step(self._engine) == 0:
-            return  # every step so far was skipped: there is nothing to average
-        keys = [average_key(average.name) for average in self._config.ema.profiled]
-        sharded.save(self._store, self._process, self._engine, step=step, texts=texts, counters={}, notes={}, keys=keys)
-        sharded.together(self._process, lambda: self._retire(step) if self._process.is_main else None)
-
-    def _retire(self, newest: int) -> None:
-        self._taken.append(newest)
-        for step in self._taken[: -(self._config.ema.snapshot_keep or len(self._taken))]:
-            checkpoint.clear(self._store, checkpoint.step_name(step))
-            self._taken.remove(step)
+    def take(self, step: int) -> None:
+        """Begin a snapshot; all ranks call it at the same step. Raises as `Saver.begin` does."""
+        if state.optimizer_step(self._engine):  # or every step so far was skipped: there is nothing to average
+            self.saver.begin(step, counters={}, notes={})

@@ -18,11 +18,13 @@ from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
+from pipeline.errors import LatheError
 from pipeline.metrics import Metrics
 from pipeline.runtime import engine, process
+from pipeline.runtime.engine import Outcome
 from pipeline.runtime.process import Process
-from pipeline.storage import Store, open_store
-from pipeline.train import checkpoint
+from pipeline.storage import Lease, Store, open_store
+from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_alike, check_data
 from pipeline.train.examples import Examples
 from pipeline.train.feed import Feed
@@ -67,17 +69,19 @@ def _fit(config: TrainConfig) -> int:
         )
     for manifest in datasets.manifests:
         check_data(config, manifest)
-    ranks = None
+    ranks, lease = None, Lease(store, say)
     try:
         ranks = process.start(config.engine)
         check_alike(config, datasets, ranks)
-        return Trainer(config, ranks, datasets, store).run()
+        sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
+        return Trainer(config, ranks, datasets, store, lease).run()
     except RuntimeError as error:
         lost = process.lost_rank(error)
         if lost is None:
             raise
         raise lost from error
     finally:
+        lease.release()
         if ranks is not None:
             ranks.finish()
 
@@ -100,9 +104,10 @@ class Trainer:
         ranks: this rank among the others.
         datasets: the latents.
         store: the run's output.
+        lease: rank 0's, of the output.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store) -> None:
+    def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store, lease: Lease) -> None:
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.progress = Progress(datasets.mean, datasets.std)
         self.stopped_by = 0
@@ -136,6 +141,7 @@ class Trainer:
             config=config,
             datasets=datasets,
             metrics=self.metrics,
+            check=lease.check,
         )
 
     def run(self) -> int:
@@ -157,11 +163,12 @@ class Trainer:
             ProgressLine("train", "steps", visible=self.ranks.is_main) as line,
             self._open_loader() as self.loader,
         ):
-            feed = Feed(self.loader, self.ranks, request, config.steps - progress.step)
+            feed = Feed(self.loader, self.ranks, request, config.steps - progress.step, own=self.saves.flags)
             yield from self._train(feed, line)
             if feed.failed:
                 self.saves.save_before_failing(progress, self.loader.skipped)
                 feed.raise_failure()
+            self.saves.finish()
         self.metrics.close()
         self.stopped_by = feed.stopped_by if progress.step < config.steps else 0
         say(conclusion(f"{self.store.url}/{checkpoint.step_name(progress.step)}", progress.step, self.stopped_by))
@@ -176,7 +183,8 @@ class Trainer:
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
             told = self.engine.outcomes(wait=batch is None or self._is_told_or_saved())
-            progress.skipped.count(told, progress.step)
+            self._count(told)
+            self.saves.hear(feed.told)
             if progress.step % config.log_every == 0 or batch is None:
                 line.update(progress.step, config.steps, self.reporter.report(progress, interval, self.loader))
                 interval = Interval.start(self.ranks.device)
@@ -201,6 +209,14 @@ class Trainer:
         self.engine.step(learning_rate(self.progress.step, self.config.optimizer, self.config.steps))
         self.progress.step += 1
         return torch.stack(losses).detach().mean()
+
+    def _count(self, told: list[Outcome]) -> None:
+        """Steps that changed nothing. Where they are too many, what is being saved of those before is finished."""
+        try:
+            self.progress.skipped.count(told, self.progress.step)
+        except LatheError:
+            self.saves.finish()
+            raise
 
     def _is_told_or_saved(self) -> bool:
         config, step = self.config, self.progress.step

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from checkpoints import write_checkpoint
@@ -133,15 +131,3 @@ def test_a_newer_format_is_refused(store, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", FORMAT_VERSION - 1)
     with pytest.raises(DataError, match="format version"):
         checkpoint.load_weights(store, name)
-
-
-def test_the_newest_are_kept_with_what_is_unfinished_after_them(store, tmp_path):
-    for step in (1, 2, 3, 4, 5, 6):
-        write(store, step)
-    for step in (2, 6):
-        (tmp_path / checkpoint.step_name(step) / COMPLETE).unlink()
-    store.write("step-notes/keep.txt", b"not ours")
-    gone = checkpoint.keep_newest(store, 2)
-    assert gone == [checkpoint.step_name(step) for step in (1, 2, 3)]
-    left = sorted(p.name for p in Path(tmp_path).iterdir() if any(p.rglob("*.*")))
-    assert left == [*(checkpoint.step_name(step) for step in (4, 5, 6)), "step-notes"]

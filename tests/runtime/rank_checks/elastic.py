@@ -13,7 +13,7 @@ from pipeline.runtime.engine import Engine, LossScale
 from pipeline.runtime.process import Process
 from pipeline.storage import open_store
 from pipeline.train import checkpoint, sharded
-from rank_checks.nets import ENGINES, KEYS, build, inputs, train
+from rank_checks.nets import ENGINES, KEYS, build, inputs, save, train
 
 BEFORE, AFTER = 6, 20
 ALL = [(source, target) for source in ENGINES for target in ENGINES]
@@ -32,7 +32,7 @@ def write(ranks: Process, folder: Path) -> None:
         state.set_frozen(built, {"table.weight": torch.full((5, 7), 0.5), "seen": torch.ones(3)})
         store = open_store(place(folder, name, ranks.world_size))
         built.outcomes(wait=True)
-        sharded.save(store, ranks, built, step=BEFORE, texts={}, counters={}, notes={})
+        save(store, ranks, built, step=BEFORE)
         losses = ahead + train(built, inputs(BEFORE + AFTER)[BEFORE:], ranks)
         if ranks.is_main:
             (folder / f"elastic-{name}-{ranks.world_size}.json").write_text(json.dumps(losses))
@@ -90,7 +90,7 @@ def scaled(ranks: Process, folder: Path) -> dict[str, Any]:
         first.outcomes(wait=True)
         store = open_store(place(folder, f"{name}-float16", ranks.world_size))
         counters = first.loss_scale._asdict()
-        sharded.save(store, ranks, first, step=BEFORE, texts={}, counters=counters, notes={})
+        save(store, ranks, first, step=BEFORE, counters=counters)
         (saved,) = checkpoint.find(store)
         second = build(ranks, stage, "float16", **settings)
         found = sharded.restore(saved, ranks, second, lambda _: None)

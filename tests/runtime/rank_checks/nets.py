@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import AverageConfig, EngineConfig, OptimizerConfig
+from pipeline.data.threads import WorkerThreads
 from pipeline.runtime import deepspeed_config, engine, state
 from pipeline.runtime.engine import Engine, Outcome
 from pipeline.runtime.process import Process
+from pipeline.storage import Store
 from pipeline.train.ema_profiles import power_decay
 from pipeline.train.optimizer import AdamWithEMA, average_key, parameter_groups
+from pipeline.train.saver import Save, Saver
+from pipeline.train.shelf import Shelf, newest_and_every
 
 RATE, WEIGHT_DECAY, STEPS, MANY_STEPS, BATCH = 1e-2, 0.1, 6, 50, 8
 AVERAGES = (
@@ -157,6 +161,18 @@ def copied(found: Engine) -> dict[tuple[str, str], Tensor]:
 def unchanged(found: Engine, before: Mapping[tuple[str, str], Tensor]) -> bool:
     """Whether the state is what it was, to the bit."""
     return all(torch.equal(before[f.parameter, k], t) for f in state.fragments(found) for k, t in f.tensors.items())
+
+
+def save(store: Store, ranks: Process, found: Engine, *, step: int, **given: Any) -> int:
+    """A checkpoint that is waited for; bytes of all its files on rank 0."""
+    done: list[Save] = []
+    worker = WorkerThreads(1, "save")
+    shelf, texts = Shelf(store, newest_and_every(None)), given.pop("texts", {})
+    saver = Saver(store, ranks, found, worker, shelf, texts=texts, when_done=done.append)
+    saver.begin(step, counters=given.get("counters", {}), notes=given.get("notes", {}))
+    saver.settle(last=True)
+    worker.close(5)
+    return done[0].size
 
 
 def outcomes(found: Engine) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from pipeline import runfile
-from pipeline.config import EMAConfig, TrainConfig
+from pipeline.config import EMAConfig, TrainCheckpointConfig, TrainConfig
+from pipeline.data.threads import WorkerThreads
 from pipeline.errors import LatheError, StorageError
 from pipeline.runtime import state
 from pipeline.runtime.process import Process
@@ -27,6 +28,7 @@ from rank_checks.nets import (
     inputs,
     net,
     same,
+    save,
     train,
     worst,
 )
@@ -46,7 +48,7 @@ def own_rate(ranks: Process, folder: Path) -> dict[str, Any]:
         (module(x) - x).square().mean().backward()
         optimizer.step()
     store, plain = open_store(str(folder / "own-rate")), build(ranks, 1, "float32")
-    sharded.save(store, ranks, built, step=3, texts={}, counters={}, notes={})
+    save(store, ranks, built, step=3)
     (saved,) = checkpoint.find(store)
     sharded.restore(saved, ranks, plain, lambda _: None)
     expected = dict(module.named_parameters())
@@ -81,11 +83,13 @@ class Watched:
 def snapshotting(ranks: Process, folder: Path) -> dict[str, Any]:
     """Snapshots of the power function average alone, of one course, and what becomes of a failing store."""
     ema = EMAConfig(averages=AVERAGES, snapshot_every=2, snapshot_keep=3)
-    config = TrainConfig(manifest="m", output=str(folder / "snapped"), steps=9, ema=ema)
+    saves = TrainCheckpointConfig(max_failures=1)
+    config = TrainConfig(manifest="m", output=str(folder / "snapped"), steps=9, ema=ema, checkpoint=saves)
     run, built = open_store(config.output), build(ranks, 2, "float32", fused=False)
     texts = {checkpoint.CONFIG: runfile.dump(config).encode()}
     store = Watched(snapshots.snapshot_store(run))
     snapshots.snapshot_store = lambda _: store  # type: ignore[assignment]
+    worker = WorkerThreads(1, "save")
 
     def taken() -> list[int]:
         return [found.step for found in checkpoint.find(store)]
@@ -98,19 +102,24 @@ def snapshotting(ranks: Process, folder: Path) -> dict[str, Any]:
         return ""
 
     def resumed(step: int) -> Snapshots:
-        found = Snapshots(run, ranks, built, config)
-        gone.append(found.resume(step, texts))
+        found = Snapshots(run, ranks, built, config, worker, texts=texts, step=step)
+        found.saver.settle()
+        gone.append(found.gone)
         seen.append(taken())
         return found
+
+    def take(step: int) -> None:
+        taker.take(step)
+        taker.saver.settle()
 
     gone: list[list[str]] = []
     seen: list[list[int]] = []
     taker = resumed(0)
-    taker.save(0, texts)
+    take(0)
     for step, x in enumerate(inputs(9), start=1):
         train(built, x[None])
         if snapshots.due(config, step):
-            taker.save(step, texts)
+            take(step)
     if ranks.is_main:
         markers_read = store.markers_read
     seen.append(taken())
@@ -124,12 +133,13 @@ def snapshotting(ranks: Process, folder: Path) -> dict[str, Any]:
         checkpoint.clear(store, checkpoint.step_name(8))
     ranks.agree()
     taker = resumed(8)  # as after a kill between checkpoint and snapshot
-    taker.save(10, texts)
+    take(10)
     store.broken = "delete" if ranks.is_main else ""
-    failures = [attempt(lambda: taker.save(12, texts))]  # that of step 6 is too old then
-    failures.append(attempt(lambda: Snapshots(run, ranks, built, config).resume(4, texts)))
+    failures = [attempt(lambda: take(12))]  # that of step 6 is too old then
+    failures.append(attempt(lambda: resumed(4)))
     store.broken = "write" if not ranks.is_main else ""
-    failures.append(attempt(lambda: taker.save(14, texts)))
+    failures.append(attempt(lambda: take(14)))
+    worker.close(5)
     return {
         "taken": seen,
         "gone": gone,
@@ -145,7 +155,7 @@ def saving(ranks: Process, folder: Path) -> dict[str, Any]:
     store = open_store(str(folder / "run"))
     first = build(ranks, 2, "float32")
     train(first, inputs()[:3])
-    size = sharded.save(
+    size = save(
         store, ranks, first, step=3, texts={"note.txt": b"x"}, counters={"skipped": 2}, notes={"rank": ranks.rank}
     )
     second = build(ranks, 1, "float32")
@@ -176,7 +186,7 @@ def failing_save(ranks: Process, folder: Path) -> dict[str, Any]:
             return open_store(self.url).write(name, data)
 
     try:
-        sharded.save(Full(), ranks, build(ranks, 2, "float32"), step=4, texts={}, counters={}, notes={})  # type: ignore[arg-type]
+        save(Full(), ranks, build(ranks, 2, "float32"), step=4)  # type: ignore[arg-type]
     except LatheError as error:
         return {"error": error.message, "exit_code": error.exit_code, "latest": checkpoint.latest(open_store(Full.url))}
     return {}
