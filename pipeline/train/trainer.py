@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
-from pipeline.errors import LatheError
 from pipeline.metrics import Metrics
 from pipeline.runtime import engine, process
-from pipeline.runtime.engine import Outcome
 from pipeline.runtime.process import Process
 from pipeline.storage import Lease, Store, open_store
 from pipeline.train import checkpoint, sharded
@@ -74,7 +72,7 @@ def _fit(config: TrainConfig) -> int:
         ranks = process.start(config.engine)
         check_alike(config, datasets, ranks)
         sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
-        return Trainer(config, ranks, datasets, store, lease).run()
+        return Trainer(config, ranks, datasets, store, lease.check).run()
     except RuntimeError as error:
         lost = process.lost_rank(error)
         if lost is None:
@@ -104,10 +102,17 @@ class Trainer:
         ranks: this rank among the others.
         datasets: the latents.
         store: the run's output.
-        lease: rank 0's, of the output.
+        check: that the output is this run's; asked on rank 0 before a checkpoint is said to be complete.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store, lease: Lease) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Process,
+        datasets: DataSets,
+        store: Store,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.progress = Progress(datasets.mean, datasets.std)
         self.stopped_by = 0
@@ -141,7 +146,7 @@ class Trainer:
             config=config,
             datasets=datasets,
             metrics=self.metrics,
-            check=lease.check,
+            check=check,
         )
 
     def run(self) -> int:
@@ -183,8 +188,9 @@ class Trainer:
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
             told = self.engine.outcomes(wait=batch is None or self._is_told_or_saved())
-            self._count(told)
-            self.saves.hear(feed.told)
+            with self.saves.finished_first():
+                progress.skipped.count(told, progress.step)
+                self.saves.hear(feed.told)
             if progress.step % config.log_every == 0 or batch is None:
                 line.update(progress.step, config.steps, self.reporter.report(progress, interval, self.loader))
                 interval = Interval.start(self.ranks.device)
@@ -192,10 +198,11 @@ class Trainer:
                 break
             # while steps are skipped the weights may be what is broken: keep the checkpoint from before
             is_due = progress.step % config.checkpoint.every == 0 and not progress.skipped.in_a_row
-            if is_due or feed.is_over:
-                self.saves.save(progress, self.loader.skipped)
-            if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
-                self.saves.snapshot(progress)
+            with self.saves.finished_first():
+                if is_due or feed.is_over:
+                    self.saves.save(progress, self.loader.skipped)
+                if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
+                    self.saves.snapshot(progress)
             yield progress.step
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -209,14 +216,6 @@ class Trainer:
         self.engine.step(learning_rate(self.progress.step, self.config.optimizer, self.config.steps))
         self.progress.step += 1
         return torch.stack(losses).detach().mean()
-
-    def _count(self, told: list[Outcome]) -> None:
-        """Steps that changed nothing. Where they are too many, what is being saved of those before is finished."""
-        try:
-            self.progress.skipped.count(told, self.progress.step)
-        except LatheError:
-            self.saves.finish()
-            raise
 
     def _is_told_or_saved(self) -> bool:
         config, step = self.config, self.progress.step
