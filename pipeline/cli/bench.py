@@ -136,6 +136,39 @@ def bench_loader(
     _hand_over(result, summary(result), figures, report, lambda: page(result, command))
 
 
+@app.command("checkpoint")
+def bench_checkpoint(
+    *,
+    root: Annotated[
+        str,
+        typer.Option(
+            "--root", metavar="URL", help="Prefix on your own S3 server. Default: an embedded one on loopback."
+        ),
+    ] = "",
+    size: Size = "standard",
+    repeats: Repeats = None,
+    figures: FiguresFile = None,
+    report: ReportFile = None,
+) -> None:
+    """How long does training stand still for a checkpoint, and what does it cost until it is stored?
+
+    The stall is held against a plain copy of the state in memory. On 2 cores `small` takes a minute, `standard` 5.
+
+    ```
+    lathe bench checkpoint --json figures.json --report checkpoint.md
+    ```
+    """
+    from pipeline.operate.bench.checkpoint.job import bench_checkpoint as run
+    from pipeline.operate.bench.checkpoint.job import sized
+    from pipeline.operate.bench.checkpoint.page import page, summary
+
+    bench = sized(size, repeats)
+    with _s3(root) as url:
+        result = run(bench, f"{url}/checkpoints", tell)
+    command = _command("checkpoint", size, repeats)
+    _hand_over(result, summary(result), figures, report, lambda: page(result, command))
+
+
 @contextmanager
 def _s3(root: str) -> Iterator[str]:
     """The prefix itself, or one on a server of our own, which the process's variables then tell of."""

@@ -156,7 +156,7 @@ class Lease:
         return (json.dumps(self._content) + "\n").encode()
 
     def _is_mine(self, content: bytes) -> bool:
-        return _parsed(content).get("id") == self._content["id"]
+        return bool(_parsed(content).get("id") == self._content["id"])
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

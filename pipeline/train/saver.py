@@ -129,6 +129,11 @@ class Saver:
         self._submit(self._write_part, "_written")
 
     @property
+    def memory_bytes(self) -> int:
+        """Host memory that it holds for the copy."""
+        return len(self._file.data)
+
+    @property
     def flags(self) -> tuple[int, int, int]:
         """How far this rank is, for the largest of each over all ranks to tell how far the save is."""
         return -self._written, self._failed, self._concluded

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -203,8 +204,24 @@ class Saves:
     def finish(self) -> None:
         """Wait for what is on its way; there are no more steps. Raises LatheError where it fails."""
         self._ranks.watch.note("saves")
+        problem: LatheError | None = None
         for saver in self._savers:
-            saver.settle(last=True)
+            try:
+                saver.settle(last=True)
+            except LatheError as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+    @contextmanager
+    def finished_first(self) -> Iterator[None]:
+        """Where all ranks raise an error inside, what is on its way is finished before the error goes on."""
+        try:
+            yield
+        except LatheError:
+            with suppress(LatheError):
+                self.finish()
+            raise
 
     def _before_marker(self) -> None:
         self._metrics.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def _fit(config: TrainConfig) -> int:
         ranks = process.start(config.engine)
         check_alike(config, datasets, ranks)
         sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
-        return Trainer(config, ranks, datasets, store, lease).run()
+        return Trainer(config, ranks, datasets, store, lease.check).run()
     except (RuntimeError, MemoryError) as error:
         told = out_of_memory(error, config, ranks) or process.lost_rank(error, ranks)
         if told is None:
@@ -114,10 +114,17 @@ class Trainer:
         ranks: this rank among the others.
         datasets: the latents.
         store: the run's output.
-        lease: rank 0's, of the output.
+        check: that the output is this run's; asked on rank 0 before a checkpoint is said to be complete.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Process, datasets: DataSets, store: Store, lease: Lease) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Process,
+        datasets: DataSets,
+        store: Store,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
         share = engine.micro_batch(config.engine, config.global_batch, ranks.world_size)
         config, self.towers = load_online(config, datasets.manifests[0], ranks)
@@ -154,7 +161,7 @@ class Trainer:
             config=config,
             datasets=datasets,
             metrics=self.metrics,
-            check=lease.check,
+            check=check,
         )
 
     def run(self) -> int:
@@ -201,8 +208,9 @@ class Trainer:
             line.move(progress.step, config.steps)
             batch = feed.next()
             interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
-            self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
-            self.saves.hear(feed.told)
+            with self.saves.finished_first():
+                self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
+                self.saves.hear(feed.told)
             if progress.step % config.log_every == 0 or batch is None:
                 figures, left = self.reporter.report(progress, interval, self.loader)
                 line.row(progress.step, config.steps, figures, eta_seconds=left)
@@ -213,10 +221,11 @@ class Trainer:
                 self.validator.run(progress.step)
             # while steps are skipped the weights may be what is broken: keep the checkpoint from before
             is_due = progress.step % config.checkpoint.every == 0 and not progress.skipped.in_a_row
-            if is_due or feed.is_over:
-                self.saves.save(progress, self.loader.skipped)
-            if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
-                self.saves.snapshot(progress)
+            with self.saves.finished_first():
+                if is_due or feed.is_over:
+                    self.saves.save(progress, self.loader.skipped)
+                if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
+                    self.saves.snapshot(progress)
             yield progress.step
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -240,7 +249,6 @@ class Trainer:
         self.suspects.look(told)
         self.progress.skipped.count(told)
         if self.progress.skipped.too_many:
-            self.saves.finish()  # of the steps before
             self.suspects.explain(self.progress.step)
 
     def _is_told_or_saved(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import fingerprint, provenance
+from training_run import Run, finish
 
 from pipeline.data.fold import fold
 from pipeline.data.manifest import (
@@ -96,3 +97,12 @@ def latents(tmp_path: Path) -> str:
 def make_latents():
     """`write_latents`, for other ones."""
     return write_latents
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, make_latents) -> Run:
+    """A run of two ranks from the first step to the last; each of its steps is saved."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = Run(folder, make_latents(folder / "latents"))
+    run.said = finish(run.start("checkpoint.every=1", "checkpoint.keep=100"))
+    return run

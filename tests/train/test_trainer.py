@@ -30,14 +30,6 @@ from pipeline.train.trainer import fit
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, make_latents) -> Run:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run = Run(folder, make_latents(folder / "latents"))
-    run.said = finish(run.start("checkpoint.every=1", "checkpoint.keep=100"))
-    return run
-
-
 def test_what_a_newcomer_sees(undisturbed):
     assert re.fullmatch(
         r"  parameters  UNet [\d.]+ M, text tower [\d.]+ M\n"
@@ -274,7 +266,12 @@ def test_averages_of_any_length_are_made_of_a_run_and_used_like_one(undisturbed,
 
 def test_the_checkpoint_comes_before_the_snapshot_which_is_taken_later_where_it_failed(tmp_path, latents):
     run = Run(tmp_path, latents)
-    chosen = ("ema.averages=[{name: long, sigma_rel: 0.1}]", "ema.snapshot_every=4", "steps=8")
+    chosen = (
+        "ema.averages=[{name: long, sigma_rel: 0.1}]",
+        "ema.snapshot_every=4",
+        "steps=8",
+        "checkpoint.max_failures=1",
+    )
     snapshots = snapshot_store(run.store)
     for step in (4, 8):
         in_the_way = run.output / "ema" / checkpoint.step_name(step)

@@ -1,0 +1,138 @@
+"""One process writes to an output; one that is gone does not keep others out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.errors import LatheError, StorageError
+from pipeline.storage import Lease, lease, open_store
+from pipeline.storage.lease import LEASE, LostLeaseError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, seconds in (("RENEWED", 0.05), ("WATCHED", 0.6), ("_LOOK", 0.05)):
+        monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
+
+
+def left_by(store, **changes):
+    """The lease of a process that is gone, with fields of one's own."""
+    gone = Lease(store)
+    store.write(LEASE, json.dumps({**gone._content, **changes}).encode())
+
+
+def test_it_is_renewed_and_given_back(store):
+    held = Lease(store)
+    held.take()
+    first = store.read(LEASE)
+    deadline = time.monotonic() + 20
+    while store.read(LEASE) == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    held.check()
+    held.release()
+    assert not store.exists(LEASE)
+    Lease(store).release()  # one that was never taken
+
+
+def test_a_second_one_is_refused_by_host_and_process(store):
+    held = Lease(store)
+    held.take()
+    with pytest.raises(LatheError) as refused:
+        Lease(store).take()
+    assert refused.value.message == f"{store.url} is being written to by process {os.getpid()} on {os.uname().nodename}"
+    assert "choose another output" in refused.value.remedy
+    held.check()
+    held.release()
+
+
+def test_one_of_a_killed_process_is_taken_over_at_once(store):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    left_by(store, pid=child.pid, started=lease._started(child.pid))
+    with pytest.raises(LatheError, match=f"process {child.pid} on"):
+        Lease(store).take()
+    child.kill()
+    for reaped in (False, True):  # before its parent looks, it is a zombie
+        if reaped:
+            child.communicate()
+        deadline = time.monotonic() + 10
+        while lease._started(child.pid) is not None:
+            assert time.monotonic() < deadline
+        left_by(store, pid=child.pid, started=5.0)
+        said = []
+        held = Lease(store, said.append)
+        held.take()
+        held.release()
+        assert said == []
+
+
+def test_a_process_id_that_another_has_now_does_not_count(store):
+    left_by(store, started=1.0)
+    held = Lease(store)
+    held.take()
+    held.release()
+
+
+def test_one_from_elsewhere_is_watched(store):
+    left_by(store, host="node7", boot="another", pid=1)
+    said = []
+    held = Lease(store, said.append)
+    held.take()
+    assert said == [f"{store.url} may be in use by process 1 on node7: watching its lease for 1 s"]
+    held.release()
+    elsewhere = Lease(store)
+    elsewhere._content |= {"host": "node7", "boot": "another"}
+    elsewhere.take()
+    with pytest.raises(LatheError, match="on node7"):
+        Lease(store).take()
+    elsewhere.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"pid": "x"}'])
+def test_one_that_cannot_be_read_is_watched_too(tmp_path, content):
+    store = open_store(str(tmp_path))
+    store.write(LEASE, content)
+    held = Lease(store)
+    held.take()
+    held.release()
+
+
+def test_its_loss_is_told_and_the_winners_is_left_alone(store):
+    first, second = Lease(store), Lease(store)
+    first.take()
+    store.write(LEASE, second._bytes())
+    with pytest.raises(LostLeaseError, match="was taken over by process"):
+        first.check()
+    first.release()
+    assert json.loads(store.read(LEASE))["id"] == second._content["id"]
+
+
+def test_one_that_somebody_deleted_is_written_anew(store):
+    held = Lease(store)
+    held.take()
+    store.delete([LEASE])
+    held.check()
+    assert store.exists(LEASE)
+    held.release()
+    assert not store.exists(LEASE)
+
+
+def test_a_store_that_fails_is_no_loss(tmp_path):
+    store = open_store(str(tmp_path / "run"))
+    held = Lease(store)
+    held.take()
+    (tmp_path / "run").rename(tmp_path / "away")
+    (tmp_path / "run").write_bytes(b"")
+    with pytest.raises(StorageError):
+        held.check()
+    time.sleep(0.2)
+    (tmp_path / "run").unlink()
+    (tmp_path / "away").rename(tmp_path / "run")
+    held.check()
+    held.release()

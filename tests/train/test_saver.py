@@ -1,0 +1,223 @@
+"""Saves in the background by one rank: what the main thread does, what a failing store costs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import AverageConfig, EngineConfig, OptimizerConfig
+from pipeline.data.threads import WorkerThreads
+from pipeline.errors import LatheError, StorageError
+from pipeline.runtime import engine
+from pipeline.runtime.process import Process
+from pipeline.storage import Store, open_store
+from pipeline.storage.lease import LostLeaseError
+from pipeline.train import checkpoint
+from pipeline.train.optimizer import AdamWithEMA, parameter_groups
+from pipeline.train.saver import Save, Saver
+from pipeline.train.shelf import Shelf, newest_and_every
+
+THREAD = "lathe-save-0"
+
+
+class Alone(Process):
+    """A world of one without a process group."""
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
+        return values
+
+
+class Faulty:
+    """A store that fails at the files that it is told, and may be held up; it notes which threads ask it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.url, self.fails_at = store, store.url, ""
+        self.open = threading.Event()
+        self.open.set()
+        self.threads: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.threads.add(threading.current_thread().name)
+        return getattr(self._store, name)
+
+    def write(self, name: str, data: bytes) -> bool:
+        self.threads.add(threading.current_thread().name)
+        assert self.open.wait(20)
+        if self.fails_at and name.endswith(self.fails_at):
+            raise StorageError(f"{name}: no room to write it", "free some disk space")
+        return self._store.write(name, data)
+
+
+class Bed:
+    """A small network, its engine, and who saves it."""
+
+    def __init__(self, folder: Any, limit: int = 3, keep: int = 2) -> None:
+        ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 5))
+        optimizer = AdamWithEMA(parameter_groups(module, 0.1), OptimizerConfig(), (AverageConfig(decay=0.9),))
+        self.engine = engine.build(ranks, module, optimizer, EngineConfig(zero_stage=0), micro_batch=4)
+        self.store = Faulty(open_store(str(folder)))
+        self.done: list[Save] = []
+        self.before_marker: Callable[[], None] = lambda: None
+        self.saver = Saver(
+            self.store,  # type: ignore[arg-type]
+            ranks,
+            self.engine,
+            WorkerThreads(1, "lathe-save"),
+            Shelf(self.store, newest_and_every(keep)),  # type: ignore[arg-type]
+            texts={"note.txt": b"x"},
+            limit=limit,
+            before_marker=self._before_marker,
+            when_done=self.done.append,
+        )
+        self.step = 0
+
+    def _before_marker(self) -> None:
+        self.before_marker()
+
+    def train(self) -> None:
+        x = torch.randn(4, 5)
+        self.engine.backward((self.engine(x) - x).square().mean())
+        self.engine.step(1e-2)
+        self.step += 1
+
+    def begin(self) -> None:
+        self.train()
+        self.saver.begin(self.step, counters={"skipped": 0}, notes={})
+
+    def save(self) -> None:
+        self.begin()
+        self.saver.settle()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.engine.module.state_dict().items()}
+
+    def steps(self) -> list[int]:
+        return [found.step for found in checkpoint.find(self.store)]  # type: ignore[arg-type]
+
+
+def test_what_is_stored_is_the_state_of_its_step_though_training_went_on(tmp_path):
+    bed = Bed(tmp_path)
+    bed.store.threads.clear()
+    bed.store.open.clear()
+    bed.begin()
+    expected = bed.weights()
+    for _ in range(3):
+        bed.train()
+    assert bed.saver.newest == 1
+    assert bed.store.threads <= {THREAD}  # the main thread asked for nothing
+    bed.store.open.set()
+    bed.saver.settle()
+    assert bed.store.threads == {THREAD}
+    found = checkpoint.load_weights(bed.store, "step-00000001", "raw")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value.float()) or not value.ndim for name, value in expected.items())
+    assert bed.done[0].size == sum(entry.size for entry in bed.store.list("step-00000001/")) - len(
+        bed.store.read("step-00000001/complete.json")
+    )
+    assert checkpoint.open_checkpoint(bed.store, "step-00000001").run()["counters"] == {
+        "skipped": 0,
+        "step": 1,
+        "optimizer_step": 1,
+    }
+
+
+def test_flags_of_the_save_before_say_nothing_of_this_one(tmp_path):
+    bed = Bed(tmp_path)
+    bed.save()
+    old = bed.saver.flags
+    bed.store.open.clear()
+    bed.begin()
+    bed.saver.hear(old)
+    assert bed.saver.flags == old
+    bed.store.open.set()
+    bed.saver.settle()
+    assert bed.steps() == [2, 1]
+
+
+def test_a_save_that_comes_due_waits_for_the_one_before(tmp_path):
+    bed = Bed(tmp_path, keep=9)
+    bed.store.open.clear()
+    bed.begin()
+    threading.Timer(0.3, bed.store.open.set).start()
+    bed.begin()
+    assert [save.step for save in bed.done] == [1]
+    bed.saver.settle()
+    assert bed.steps() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "file", ["00001.safetensors", ".done.json", "note.txt", "run.json", "frozen.safetensors", "complete.json"]
+)
+def test_a_store_that_fails_costs_one_checkpoint_and_is_told_once(tmp_path, capfd, file):
+    bed = Bed(tmp_path)
+    bed.save()
+    before = {entry.name: bed.store.read(entry.name) for entry in bed.store.list()}
+    bed.store.fails_at = file
+    bed.save()
+    said = capfd.readouterr().err
+    assert said.startswith("step 2 could not be saved, training goes on (1 of 3 in a row):\n")
+    assert said.count("no room to write it\n  free some disk space\n") == 1
+    assert bed.steps() == [1]
+    assert bed.saver.newest == 0
+    assert {name: bed.store.read(name) for name in before} == before
+    bed.store.fails_at = ""
+    bed.save()
+    assert bed.steps() == [3, 1]
+    assert {entry.name.partition("/")[0] for entry in bed.store.list()} == {"step-00000001", "step-00000003"}
+    assert bed.saver.failures == 1
+
+
+def test_failures_in_a_row_are_an_error_at_the_limit(tmp_path):
+    bed = Bed(tmp_path, limit=2)
+    for fails_at in ("run.json", "", "run.json"):
+        bed.store.fails_at = fails_at
+        bed.save()
+    with pytest.raises(StorageError, match="no room to write it"):
+        bed.save()
+    assert bed.steps() == [2]
+    assert bed.saver.failures == 3
+
+
+def test_the_last_one_must_not_fail(tmp_path):
+    bed = Bed(tmp_path)
+    bed.store.fails_at = "run.json"
+    bed.begin()
+    with pytest.raises(StorageError, match="no room to write it"):
+        bed.saver.settle(last=True)
+
+
+@pytest.mark.parametrize("error", [LostLeaseError("taken over"), ZeroDivisionError("a bug")])
+def test_a_lost_output_and_a_bug_end_the_run_at_once_and_no_marker_is_written(tmp_path, error):
+    bed = Bed(tmp_path)
+    bed.save()
+
+    def fail() -> None:
+        raise error
+
+    bed.before_marker = fail
+    with pytest.raises(type(error), match=str(error)):
+        bed.save()
+    assert bed.steps() == [1]
+
+
+def test_old_ones_that_cannot_be_deleted_do_not_cost_the_new_one(tmp_path, capfd):
+    bed = Bed(tmp_path, keep=1)
+    bed.save()
+    bed.store.delete = lambda names: _fail()
+    bed.save()
+    assert "cannot delete" in capfd.readouterr().err
+    assert bed.steps() == [2, 1]
+    del bed.store.delete
+    bed.save()
+    assert bed.steps() == [3]
+
+
+def _fail() -> None:
+    raise LatheError("cannot delete", "mend the store")
