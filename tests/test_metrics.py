@@ -72,6 +72,23 @@ def test_unknown_key_is_refused():
         Metrics(QUIET, "first_stage").set("world_size", 1.0)
 
 
+def test_a_value_may_be_told_by_its_labels(tmp_path):
+    metrics = Metrics(QUIET, "train", log_store=open_store(str(tmp_path)))
+    levels = {"main": {"0_0.00-0.55": 0.25, "1_0.55-1.00": 0.5}}
+    metrics.log(7, {"validation_level_loss": levels, "validation_seconds": 2.5})
+    metrics.close()
+    found = metrics.registry.get_sample_value(
+        "lathe_train_validation_level_loss", {"weights": "main", "noise_level": "1_0.55-1.00"}
+    )
+    assert found == 0.5
+    (line,) = read_log(open_store(str(tmp_path)))
+    assert {name: line[name] for name in ("step", "validation_level_loss", "validation_seconds")} == {
+        "step": 7,
+        "validation_level_loss": levels,
+        "validation_seconds": 2.5,
+    }
+
+
 def test_labels_tell_the_series_of_one_metric_apart():
     metrics = Metrics(MetricsConfig(), "encode")
     try:

@@ -50,7 +50,9 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path):
     assert [event.value for event in found.Scalars("loss")] == pytest.approx([1 / step for step in range(1, 6)])
     assert [event.step for event in found.Images("samples")] == [5]
     assert (found.Images("samples")[0].width, found.Images("samples")[0].height) == (44, 30)
-    assert [line["step"] for line in read_log(open_store(str(tmp_path)))] == [1, 2, 3, 4, 5]
+    lines = read_log(open_store(str(tmp_path)))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[0]["validation_loss"] == {"main": 1, "raw": None}
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_the_log_goes_on(tmp_path, monkeypatch, capfd):
