@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.fold import Provenance, fold
-from pipeline.data.manifest import MANIFEST, RECEIPT_SUFFIX, Fingerprint, Receipt, Tower
+from pipeline.data.manifest import EMPTY_PREFIX, MANIFEST, RECEIPT_SUFFIX, Fingerprint, Receipt, Tower
+from pipeline.data.tar import npy_bytes
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity, Text
 from pipeline.storage import Store
 
@@ -62,7 +63,17 @@ def write_latents(samples: Path, store: Store, kind: str, *, per_shard: int, blo
         store.write(receipt.shard, data)
         store.write(receipt.shard + RECEIPT_SUFFIX, receipt.to_bytes())
         receipts.append(receipt)
+    for name, row in _empty(kind).items():
+        store.write(f"{EMPTY_PREFIX}{name}.npy", npy_bytes(row))
     store.write(MANIFEST, fold(receipts, provenance(kind)).to_bytes())
+
+
+def _empty(kind: str) -> dict[str, NDArray[Any]]:
+    """The empty prompt's text, which a training takes now and then."""
+    shapes = _SHAPES[kind]
+    if "text" in shapes:
+        return {"text.clip": np.zeros(shapes["text"], np.float16)}
+    return {"tokens.clip": np.zeros(shapes.get("tokens", (1,)), np.uint16)}
 
 
 def latent_shard(
