@@ -1,7 +1,8 @@
 """The samples that all loaders read, from a seed; and Lathe's own data set of them.
 
-Three kinds: `text` is a latent of 8 x 32 x 32 and a text embedding of 20 x 768, both float16; `tokens` is the latent
-and 77 token ids; `numbers` are of a few bytes each and only tell which they are.
+Four kinds: `text` is a latent of 8 x 32 x 32 and a text embedding of 20 x 768, both float16; `tokens` is the latent
+and 77 token ids; `quarter` is the latent and a text embedding of 77 x 192, as Stable Diffusion 1.5 divided by four has
+it; `numbers` are of a few bytes each and only tell which they are.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.fold import Provenance, fold
-from pipeline.data.manifest import MANIFEST, RECEIPT_SUFFIX, Fingerprint, Receipt, Tower
+from pipeline.data.manifest import EMPTY_PREFIX, MANIFEST, RECEIPT_SUFFIX, Fingerprint, Receipt, Tower
+from pipeline.data.tar import npy_bytes
 from pipeline.encode.latent_shard import EncodedSample, LatentShard, SourceIdentity, Text
 from pipeline.storage import Store
 
 KINDS = ("text", "tokens")
+QUARTER = "quarter"
 NUMBERS = "numbers"
 FACTOR = 8
 _SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "text": {"moments": (8, 32, 32), "text": (20, 768)},
     "tokens": {"moments": (8, 32, 32), "tokens": (77,)},
+    QUARTER: {"moments": (8, 32, 32), "text": (77, 192)},
     NUMBERS: {"number": (1,)},
 }
 _TINY_MOMENTS = (2, 1, 1)
@@ -62,7 +66,17 @@ def write_latents(samples: Path, store: Store, kind: str, *, per_shard: int, blo
         store.write(receipt.shard, data)
         store.write(receipt.shard + RECEIPT_SUFFIX, receipt.to_bytes())
         receipts.append(receipt)
+    for name, row in _empty(kind).items():
+        store.write(f"{EMPTY_PREFIX}{name}.npy", npy_bytes(row))
     store.write(MANIFEST, fold(receipts, provenance(kind)).to_bytes())
+
+
+def _empty(kind: str) -> dict[str, NDArray[Any]]:
+    """The empty prompt's text, which a training takes now and then."""
+    shapes = _SHAPES[kind]
+    if "text" in shapes:
+        return {"text.clip": np.zeros(shapes["text"], np.float16)}
+    return {"tokens.clip": np.zeros(shapes.get("tokens", (1,)), np.uint16)}
 
 
 def latent_shard(
@@ -99,7 +113,7 @@ def provenance(kind: str) -> Provenance:
     """What the manifest says of the whole. No autoencoder made these latents, and it says so."""
     channels, side, _ = _moments_shape(kind)
     length = _SHAPES[kind].get("text", _SHAPES[kind].get("tokens", (1,)))[0]
-    width = _SHAPES[kind]["text"][1] if kind == "text" else 0
+    width = _SHAPES[kind].get("text", (0, 0))[1]
     mark = Fingerprint(
         autoencoder_weights="none: random numbers",
         autoencoder_config="none",
