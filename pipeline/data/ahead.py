@@ -64,7 +64,7 @@ class Ahead:
         while not batch.done():
             if gives_up is not None and gives_up():
                 return None
-            wait((batch,), seconds)
+            wait((batch,), _LOOK_SECONDS)  # which does not tell at once that one was cancelled
         with self._changed:
             if self._batches and self._batches[0] is batch:
                 self._batches.popleft()

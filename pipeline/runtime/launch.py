@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     requeue.clear()
     killed = kernel_kills.counts()
     signals = _Signals()
-    agent._terminate_process_handler = signals.pass_on  # which it installs as it starts the ranks
+    agent._terminate_process_handler = signals.pass_on  # type: ignore[assignment]  # which it installs as it starts the ranks
     with tempfile.TemporaryDirectory(prefix="lathe-") as folder, signals:
         os.environ[_FOLDER] = folder
         try:

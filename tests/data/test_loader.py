@@ -23,6 +23,7 @@ from latent_shards import BLOCK, CHANNELS, FINGERPRINT, LENGTH, SIDE, write_late
 from loader_runs import data, digests, load, loader
 
 from pipeline.data import planner
+from pipeline.data.ahead import Ahead
 from pipeline.data.fetch import BlockSource
 from pipeline.data.manifest import RECEIPT_SUFFIX
 from pipeline.data.split_arrays import read_split
@@ -700,3 +701,23 @@ def test_a_server_that_fails_often_changes_nothing(latents: str, monkeypatch: py
             assert opened.counts["blocks_read_again"] == 0
     assert failed == set(range(6))
     assert digests([batches]) == digests([load(latents, 27)])
+
+
+def test_giving_up_leaves_no_more_batches_ready_than_there_is_room_for() -> None:
+    """`workers` + 1, whoever waited for one of them."""
+    open_gate, made = threading.Event(), []
+
+    def assemble(planned: Any) -> Any:
+        open_gate.wait(20)
+        made.append(planned)
+        return planned
+
+    ahead = Ahead(lambda step: step, assemble, 0, 8, 2)  # type: ignore[arg-type, return-value]
+    for _ in range(5):
+        assert ahead.take(lambda: True) is None
+    open_gate.set()
+    time.sleep(0.3)
+    assert len(made) == 3
+    assert [ahead.take() for _ in range(6)] == list(range(6))
+    ahead.stop()
+    ahead.join(2)
