@@ -7,7 +7,7 @@ Addressed by (parameter, offset, length), state moves between engines and world 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,21 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Span:
-    """Fragments that lie end to end in one flat tensor: (parameter, offset, length), and all their tensors as views."""
+    """Fragments that lie end to end in one flat tensor: (parameter, offset, length)."""
 
     fragments: tuple[tuple[str, int, int], ...]
-    tensors: dict[str, Tensor]  # by key, [sum of the lengths]
+    flat: Tensor
+    start: int
+
+    @property
+    def length(self) -> int:
+        """Elements of all of them."""
+        return sum(length for _, _, length in self.fragments)
+
+    def tensors(self, engine: Engine) -> dict[str, Tensor]:
+        """Views of all of them at once, by key [length]. Cheap, whatever the number of parameters."""
+        length = self.length
+        return {key: whole.narrow(0, self.start, length) for key, whole in _tensors(engine, self.flat).items()}
 
 
 def keys(engine: Engine) -> tuple[str, ...]:
@@ -63,14 +74,10 @@ def spans(engine: Engine) -> list[Span]:
             found[-1].append(piece)
         else:
             found.append([piece])
-    return [_span(engine, pieces) for pieces in found]
-
-
-def _span(engine: Engine, pieces: Sequence[Piece]) -> Span:
-    flat, start = pieces[0].flat, pieces[0].start
-    length = pieces[-1].start + pieces[-1].length - start
-    views = {key: tensor.narrow(0, start, length) for key, tensor in _tensors(engine, flat).items()}
-    return Span(tuple((piece.parameter, piece.offset, piece.length) for piece in pieces), views)
+    return [
+        Span(tuple((p.parameter, p.offset, p.length) for p in pieces), pieces[0].flat, pieces[0].start)
+        for pieces in found
+    ]
 
 
 def _tensors(engine: Engine, flat: Tensor) -> dict[str, Tensor]:
@@ -120,11 +127,16 @@ def frozen(engine: Engine, *, keep: bool = True) -> dict[str, Tensor]:
     return found
 
 
-def buffers(engine: Engine) -> dict[str, Tensor]:
-    """Copies of the persistent buffers, which alone of what `frozen` tells may change. No collective."""
+def buffers(engine: Engine) -> Callable[[], dict[str, Tensor]]:
+    """What gives copies of the persistent buffers, which alone of what `frozen` tells may change. No collective."""
     there = _frozen(engine)
-    named = engine.module.named_buffers(remove_duplicate=False)
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named if name in there}
+    owners = [
+        (f"{prefix}.{name}".lstrip("."), module, name)
+        for prefix, module in engine.module.named_modules(remove_duplicate=False)
+        for name in module._buffers
+    ]
+    kept = [(whole, module, name) for whole, module, name in owners if whole in there]
+    return lambda: {whole: module._buffers[name].detach().to("cpu", copy=True) for whole, module, name in kept}
 
 
 def set_frozen(engine: Engine, tensors: Mapping[str, Tensor]) -> None:

@@ -82,11 +82,11 @@ class Saver:
         self._texts, self._keys, self._limit = texts, tuple(keys or state.keys(engine)), limit
         self._before_marker, self._when_done = before_marker, when_done
         self._stem = f"rank-{ranks.rank:05d}-of-{ranks.world_size:05d}"
-        spans = state.spans(engine)
-        self._fragments = [fragment for span in spans for fragment in span.fragments]
-        names = [(f"{p}:{at}:{key}", n) for span in spans for key in self._keys for p, at, n in span.fragments]
+        self._spans = state.spans(engine)
+        self._fragments = [fragment for span in self._spans for fragment in span.fragments]
+        names = [(f"{p}:{at}:{key}", n) for span in self._spans for key in self._keys for p, at, n in span.fragments]
         self._file = TensorFile(names, pinned=ranks.device.type == "cuda")
-        self._frozen = state.frozen(engine, keep=ranks.is_main)
+        self._frozen, self._buffers = state.frozen(engine, keep=ranks.is_main), state.buffers(engine)
         self._shapes = state.shapes(engine)
         self._number = 0
         self._save: Save | None = None
@@ -171,19 +171,17 @@ class Saver:
 
     def _copy(self) -> None:
         """All spans one after the other; the host waits for the device once."""
-        spans = state.spans(self._engine)
-        if [fragment for span in spans for fragment in span.fragments] != self._fragments:
-            raise AssertionError("the engine has cut its state in another way than at the start")
         at = 0
-        for span in spans:
+        for span in self._spans:
+            tensors = span.tensors(self._engine)
             for key in self._keys:
-                source = span.tensors[key]
+                source = tensors[key]
                 self._file.elements[at : at + len(source)].copy_(source, non_blocking=True)
                 at += len(source)
         if self._ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         if self._ranks.is_main:
-            self._frozen.update(state.buffers(self._engine))
+            self._frozen.update(self._buffers())
 
     def _submit(self, work: Callable[[Save], None], mark: str) -> None:
         """Have the background thread do it for the present save, and then note the save's number."""

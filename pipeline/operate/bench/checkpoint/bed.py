@@ -73,11 +73,11 @@ class Bed:
             torch.full((batch,), 500, device=device),
             torch.randn(batch, TOKENS, TEXT_WIDTH, device=device),
         )
-        spans = state.spans(self.engine)
+        self._spans = state.spans(self.engine)
         pinned = device.type == "cuda"
         self._copies = [
-            {key: torch.zeros(tensor.shape, pin_memory=pinned) for key, tensor in span.tensors.items()}
-            for span in spans
+            {key: torch.zeros(tensor.shape, pin_memory=pinned) for key, tensor in span.tensors(self.engine).items()}
+            for span in self._spans
         ]
         self.state_bytes = sum(4 * copy.numel() for copies in self._copies for copy in copies.values())
         self._worker = WorkerThreads(1, "lathe-save")
@@ -108,7 +108,7 @@ class Bed:
 
     def copy(self) -> float:
         """Seconds of one plain copy of the state, tensor by tensor, into memory that was used before."""
-        tensors = [span.tensors for span in state.spans(self.engine)]
+        tensors = [span.tensors(self.engine) for span in self._spans]
 
         def work() -> None:
             for copies, sources in zip(self._copies, tensors, strict=True):
