@@ -8,10 +8,13 @@
 #   MASTER_PORT      port the ranks meet at; default: one that is free
 #   OMP_NUM_THREADS  CPU threads of each rank; default: cores / ranks
 #   PYTHON           interpreter that has Lathe; default: python
+#   LATHE_REQUEUE_FILE  written where the run was asked to stop and wants to be started again
+#
+# SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 go on to the ranks, which save and leave: see docs/operations.md.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
-  sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit $(($# < 1 ? 2 : 0))
 fi
 

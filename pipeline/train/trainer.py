@@ -218,6 +218,7 @@ class Trainer:
             if feed.failed:
                 break
             if self.validator and self.validator.due(progress.step) and not feed.stopped_by:
+                self.ranks.watch.note("validates")
                 self.validator.run(progress.step)
             # while steps are skipped the weights may be what is broken: keep the checkpoint from before
             is_due = progress.step % config.checkpoint.every == 0 and not progress.skipped.in_a_row

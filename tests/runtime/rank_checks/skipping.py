@@ -19,16 +19,17 @@ def non_finite(ranks: Process, stage: int, precision: str, **settings: Any) -> d
     """The last rank's loss is infinite once, with finite gradients: added, not multiplied."""
     built = build(ranks, stage, precision, **settings)
     if precision == "float16":
-        built.loss_scale = LossScale(1, 0)
+        built.loss_scale = LossScale(64, 0)
     train(built, inputs()[:2])
     before, told = copied(built), outcomes(built)
     backward(built, inputs()[2], add=torch.inf if ranks.rank == ranks.world_size - 1 else 0.0)
     built.step(RATE)
     told += outcomes(built)
+    scale = built.loss_scale
     norm, kept = built.gradient_norm(), unchanged(built, before)
     train(built, inputs()[3:4])
     told += outcomes(built)
-    return {"told": told, "norm": norm, "kept": kept, "steps": state.optimizer_step(built)}
+    return {"told": told, "norm": norm, "kept": kept and scale in (None, (64, 2)), "steps": state.optimizer_step(built)}
 
 
 def loss_scale(ranks: Process, stage: int) -> dict[str, Any]:
