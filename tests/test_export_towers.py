@@ -89,6 +89,8 @@ def test_a_stock_pipeline_reads_prompts_and_makes_pictures_as_we_do(
     for theirs, ours in told:
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
 
+    if name != "sdxl":
+        return  # from the same states, tests/test_export.py compares pictures
     noise = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     how = {"num_inference_steps": 20, "guidance_scale": 2.0, "output_type": "latent"}
     theirs = pipe(PROMPTS, latents=noise, **how).images

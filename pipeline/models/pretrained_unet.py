@@ -14,6 +14,8 @@ from pipeline.models.diffusers_folder import Part
 from pipeline.models.unet import DERIVED
 
 _PART = Part(UNet2DConditionModel, "unet", "unet.pretrained")
+_OTHER_LATENTS = "train on latents of the autoencoder that it was trained with"
+_OTHER_TOWERS = "train on captions encoded for the text towers that it was trained with"
 _NULLABLE = ("mid_block_type",)
 _DEFAULTS = {
     name: parameter.default
@@ -65,20 +67,16 @@ def check(url: str, unet: UNet2DConditionModel) -> None:
         ConfigError: it does not, naming the numbers.
     """
     told = _told(url)
-    for name, what, remedy in (
-        ("in_channels", "latent channels", "latents of the autoencoder that it was trained with"),
-        ("out_channels", "latent channels", "latents of the autoencoder that it was trained with"),
-        ("cross_attention_dim", "numbers for each token", "captions encoded for the text towers it was trained with"),
-        (
-            "projection_class_embeddings_input_dim",
-            "numbers for pooled text and sizes",
-            "captions encoded for the text towers it was trained with",
-        ),
+    for name, takes, given, remedy in (
+        ("in_channels", "latent channels", "latents have", _OTHER_LATENTS),
+        ("out_channels", "latent channels", "latents have", _OTHER_LATENTS),
+        ("cross_attention_dim", "numbers for each token", "captions have", _OTHER_TOWERS),
+        ("projection_class_embeddings_input_dim", "numbers of pooled text and sizes", "samples have", _OTHER_TOWERS),
     ):
         if told[name] != unet.config[name]:
             raise ConfigError(
-                f"unet.pretrained: {url} has {name}={told[name]}, and the latents have {unet.config[name]} {what}",
-                f"train on {remedy}, or give another UNet",
+                f"unet.pretrained: {url} takes {told[name]} {takes} ({name}), and the {given} {unet.config[name]}",
+                f"{remedy}, or give another UNet",
             )
 
 

@@ -15,6 +15,7 @@ from pipeline.models.text import Tokenizer
 from pipeline.runtime.process import Process
 
 _WEIGHTS_DECIDE = ("weights", "layer", "final_norm", "width", "pooled_width")
+_READ_AS = ("layer", "final_norm", "pooled")  # fields of TowerConfig
 
 
 def load_towers(
@@ -121,9 +122,6 @@ def towers_of_run(config: TrainConfig, manifest: Manifest, given: Sequence[Tower
             )
         pinned.append(tower.model_copy(update={"sha256": known.sha256}) if known else tower)
     return load_towers(pinned, manifest, field="towers" if given else "text.towers")
-
-
-_READ_AS = ("layer", "final_norm", "pooled")
 
 
 def _described(config: TowerConfig, tokenizer: Tokenizer, frozen: FrozenTower) -> Tower:

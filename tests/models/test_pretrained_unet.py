@@ -103,14 +103,14 @@ def test_what_is_not_trained_here_is_named(tmp_path: Path, changes: dict[str, An
 @pytest.mark.parametrize(
     ("built", "said"),
     [
-        ((16, 16, 12, 6), "in_channels=4, and the latents have 16 latent channels"),
-        ((4, 16, 20, 6), "cross_attention_dim=12, and the latents have 20 numbers for each token"),
-        ((4, 16, 12, 8), "projection_class_embeddings_input_dim=30, and the latents have 32 numbers for pooled text"),
+        ((16, 16, 12, 6), r"4 latent channels \(in_channels\), and the latents have 16\n"),
+        ((4, 16, 20, 6), r"12 numbers for each token \(cross_attention_dim\), and the captions have 20\n"),
+        ((4, 16, 12, 8), r"30 numbers of pooled text and sizes \(\w+\), and the samples have 32\n"),
     ],
 )
 def test_latents_and_captions_that_do_not_fit_are_told(folder: str, built: tuple[int, ...], said: str) -> None:
     config = pretrained_unet.with_geometry(UNetConfig(pretrained=folder))
-    with pytest.raises(ConfigError, match=rf"^unet\.pretrained: .* has {said}") as error:
+    with pytest.raises(ConfigError, match=rf"^unet\.pretrained: .* takes {said}") as error:
         pretrained_unet.check(folder, unet.build(config, *built))
     assert "\n" not in error.value.message
     assert error.value.remedy

@@ -49,6 +49,7 @@ def test_what_fits_passes(manifest, latents, saved):
     check_data(config(), manifest)
     now = config(steps=9, optimizer={"learning_rate": 1.0}, engine={"zero_stage": 1})
     check_resume(saved, now, data(latents))
+    check_resume(saved, config(unet={"pretrained": "elsewhere"}), data(latents))  # what it began with is past
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,7 @@ def test_more_levels_than_the_latents_have_halvings(manifest):
         ({"unet": {"block_out_channels": [64, 64]}}, r"unet\.block_out_channels: \[64, 64\].*\[64, 128\]"),
         ({"text": {"context_length": 8, "layers": 3}}, r"text\.layers: 3.*2"),
         ({"seed": 7}, r"seed: 7.*0"),
+        ({"normalisation": "scaling_factor"}, "normalisation: scaling_factor.*whiten"),
         ({"global_batch": 16}, "global_batch: 16.*8"),
         ({"shuffle_window": 1}, "shuffle_window: 1.*256"),
         ({"loader": {"flip": False}}, r"loader\.flip: false.*true"),

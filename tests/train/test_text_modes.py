@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from loader_runs import data, load
 from small_models import clip, save_clip
 from text_modes import LENGTH, TEXTS, encode_all, run_file
 from training_run import Run, copy_of, finish
 
-from pipeline.config import SampleConfig
+from pipeline.config import ExportConfig, SampleConfig
 from pipeline.data import images
 from pipeline.data.prepare import Scale
 from pipeline.errors import ConfigError, DataError
+from pipeline.export.job import export
 from pipeline.models import unet
 from pipeline.sample import sample
 from pipeline.train.compatibility import check_data
@@ -169,18 +171,18 @@ def settings(place, tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(manifests, settings, tmp_path_factory) -> Run:
-    """On two ranks, with stored embeddings, in two micro batches."""
+    """On two ranks in ZeRO-3, with stored embeddings, in two micro batches."""
     run = Run(tmp_path_factory.mktemp("cached"), manifests["cached"], **settings)
-    run.said = finish(run.start("engine.accumulation=2"))
+    run.said = finish(run.start("engine.zero_stage=3", "engine.accumulation=2"))
     return run
 
 
-def test_a_model_like_sdxl_trains_on_stored_embeddings_and_goes_on_in_zero_3(trained, tmp_path):
+def test_a_model_like_sdxl_trains_on_stored_embeddings_and_goes_on_in_zero_1(trained, tmp_path):
     assert re.search(r"parameters  UNet [\d.]+ M, cached text\n", trained.said)
     assert "of 4x8x8 and shapes like it, 3 in all" in trained.said
     later = copy_of(trained, tmp_path, 4)
     later.file.write_text(trained.file.read_text().replace(str(trained.output), str(later.output)))
-    assert "going on from" in finish(later.start("engine.zero_stage=3"))
+    assert "going on from" in finish(later.start("engine.zero_stage=1"))
     assert later.losses() == pytest.approx(trained.losses(), rel=1e-4)
 
 
@@ -205,3 +207,14 @@ def test_frozen_towers_that_run_give_the_same_training_and_pictures(place, train
     moved = f"text.towers.0.model={tmp_path / 'other'}"
     said = finish(online.start("engine.zero_stage=0", "steps=9", moved, ranks=1), ConfigError.exit_code)
     assert "text.towers.0.sha256" in said
+
+
+def test_a_run_on_stored_embeddings_is_exported_as_stable_diffusion_xl(place, trained, tmp_path):
+    config = ExportConfig(
+        run=str(trained.output), autoencoder=str(place / "vae"), output=str(tmp_path), towers=towers_of(place)
+    )
+    export(config)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe).__name__ == "StableDiffusionXLPipeline"
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a picture", num_inference_steps=2).images[0].size == (32, 32)
