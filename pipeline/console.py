@@ -150,28 +150,23 @@ class ProgressTable(ProgressLine):
         if self._bar:
             self._bar.update(self._task, completed=done, total=total)
 
-    def row(
-        self, done: int, total: int, figures: Mapping[str, str], note: str = "", eta_seconds: float | None = None
-    ) -> None:
+    def row(self, done: int, total: int, figures: Mapping[str, str], eta_seconds: float | None = None) -> None:
         """Show some figures.
 
         Args:
             done: of `total`.
             total: to be done.
             figures: by column.
-            note: a few words, where something is out of the ordinary.
             eta_seconds: what is left; None = it is not known.
         """
         if not self._bar:
             told = "  ".join(f"{name} {figure}" for name, figure in figures.items())
-            self.update(done, total, f"{told}  {note}".rstrip(), eta_seconds)
+            self.update(done, total, told, eta_seconds)
             return
         if self._rows % _ROWS_BELOW_A_HEADER == 0:
             self._draw({name: name for name in self._widths}, "bold")
         left = duration(eta_seconds) if eta_seconds is not None and done < total else ""
         self._draw({self._unit: str(done), **figures, "left": left}, "")
-        if note:
-            self._bar.console.print(Text(f"  {printable(note, one_line=True)}", style="yellow"))
         self._rows += 1
         self.move(done, total)
 

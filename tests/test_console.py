@@ -93,9 +93,9 @@ def test_figures_are_part_of_a_log_s_line(clock: list[float], capsys: pytest.Cap
         for step in range(1, 31):
             clock[0] += 1
             line.move(step, 30)
-            line.row(step, 30, {"loss": f"{1 / step:.4f}", "wait": "3%"}, "a spike" * (step == 15), 120.0 - step)
+            line.row(step, 30, {"loss": f"{1 / step:.4f}", "wait": "3%"}, 120.0 - step)
     assert capsys.readouterr().err.splitlines() == [
-        "train: 15/30 steps after 15 s, 105 s left  loss 0.0667  wait 3%  a spike",
+        "train: 15/30 steps after 15 s, 105 s left  loss 0.0667  wait 3%",
         "train: 30/30 steps after 30 s  loss 0.0333  wait 3%",
     ]
 
@@ -106,7 +106,7 @@ def test_a_terminal_gets_a_table_above_the_bar(monkeypatch: pytest.MonkeyPatch) 
     with ProgressTable("train", "steps", COLUMNS) as line:
         for step in range(1, 24):
             line.row(step, 23, figures, eta_seconds=82_800.0)
-        line.row(23, 23, figures, "spike", eta_seconds=0.0)
+        line.row(23, 23, figures, eta_seconds=0.0)
     drawn = [ESCAPES.sub("", text).rstrip() for text in re.split(r"[\r\n]", screen.getvalue())]
     header = "   steps      loss      rate      norm  images/s  wait    epoch         left"
     assert drawn.count(header) == 2
@@ -114,7 +114,6 @@ def test_a_terminal_gets_a_table_above_the_bar(monkeypatch: pytest.MonkeyPatch) 
     assert row in drawn
     assert len(row) < 80
     assert "      23    0.1234  1.50e-03     0.812      1234    2%     3.25" in drawn
-    assert "  spike" in drawn
     assert any(re.fullmatch(r"train ━+ 23/23 steps 0:00:00", text) for text in drawn)
 
 

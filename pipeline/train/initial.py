@@ -47,7 +47,9 @@ def begin(config: TrainConfig, process: Process, engine: Engine) -> dict[str, An
     if config.init_from is None:
         return None
     chosen = config.init_from
-    found = checkpoint.open_checkpoint(*find_run(chosen.run))
+    addresses: list[str] = []  # rank 0's: that run may be about to save another
+    sharded.together(process, lambda: addresses.append(_address(chosen.run)) if process.is_main else None)
+    found = checkpoint.open_checkpoint(*find_run(process.text_of(0, "".join(addresses))))
     which, key = checkpoint.weights_key(found, chosen.weights)
     objective = yaml.safe_load(found.read(checkpoint.CONFIG))["objective"]
     take_weights(found, key, process, engine)
@@ -55,6 +57,11 @@ def begin(config: TrainConfig, process: Process, engine: Engine) -> dict[str, An
     learned = f"{objective['kind']} {objective['prediction']}"
     say(f"beginning with weights {which} of {url}, which learned {learned}; steps and optimizer begin anew")
     return {"checkpoint": url, "weights": which, "step": found.step}
+
+
+def _address(run: str) -> str:
+    store, name = find_run(run)
+    return f"{store.url}/{name}"
 
 
 def take_weights(found: Checkpoint, key: str, process: Process, engine: Engine) -> None:

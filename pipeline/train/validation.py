@@ -74,6 +74,7 @@ class Validator:
         self._metrics, self._store, self._stopped = metrics, store, stopped
         first = [average.name for average in config.ema.averages][:1]
         self._weights = config.validation.weights or (*first, RAW)
+        self._passes = 0  # forward passes of all validations
         self._held_out: HeldOutLosses
         self._grids: Grids | None = None
 
@@ -128,6 +129,9 @@ class Validator:
         return nullcontext() if name == RAW else self._engine.using(average_key(name))
 
     def _go_on(self) -> None:
+        """Before each forward pass, on all ranks."""
+        self._passes += 1
+        self._ranks.watch.note(f"validates, pass {self._passes}")
         if self._ranks.any(self._stopped()):
             raise _InterruptedError
 

@@ -188,6 +188,20 @@ def test_validation_is_not_noticed_and_says_the_same_in_every_engine(undisturbed
         assert abs(pair[0] - pair[1]).max() <= 2
 
 
+def test_validation_is_broken_off_on_all_ranks_by_a_signal_to_one(tmp_path, latents):
+    averages = [{"name": f"a{number}", "decay": 0.9} for number in range(9)]
+    names = [average["name"] for average in averages]
+    validation = {"every": 2, "noise_levels": 100, "weights": names}
+    run = Run(tmp_path, latents, validation=validation, ema={"averages": averages})
+    child = run.start("engine.zero_stage=0")
+    run.wait_for_step(2, child)
+    ranks_of(child)[1].send_signal(signal.SIGTERM)
+    said = finish(child, 128 + signal.SIGTERM)
+    assert said.count("validation after step 2 was broken off\n") == 1
+    assert re.search(r"stopped by SIGTERM after step [34];", said)
+    assert run.validations() == {}
+
+
 def test_a_damaged_block_ends_all_ranks_with_one_message(undisturbed, tmp_path, make_latents):
     run = Run(tmp_path, make_latents(tmp_path / "latents"))
     (receipt,) = (tmp_path / "latents").glob("*.receipt.json")

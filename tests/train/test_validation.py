@@ -15,6 +15,7 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.objective import objective_of
 from pipeline.diffusion.variational_bound import bits, factors
+from pipeline.runtime.watchdog import Watchdog
 from pipeline.train.held_out_losses import HeldOutLosses, Losses
 from pipeline.train.validation import Validator
 
@@ -27,6 +28,7 @@ class Ranks:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    watch: Watchdog = field(default_factory=Watchdog)
     summed: list[Tensor] = field(default_factory=list)
     everyones: list[list[Tensor]] = field(default_factory=list)
 
@@ -149,6 +151,7 @@ def validator(latents: str, engine: Engine, told: Told, stops_after: int = 1000)
         datasets=datasets,
         scale=Scale("whiten", datasets.mean, datasets.std),
         batch_size=4,
+        towers=None,
         metrics=told,
         store=None,
         stopped=lambda: next(left, True),
@@ -169,6 +172,7 @@ def test_averages_and_raw_weights_are_told_apart(latents, capfd):
     assert values["validation_seconds"] > 0
     assert engine.module.training
     assert "validation after step 10: main " in capfd.readouterr().err
+    assert checked._ranks.watch.place.phase == "validates, pass 12"
 
 
 @pytest.mark.parametrize("passes", [0, 1, 6, 11])
