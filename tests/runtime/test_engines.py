@@ -172,6 +172,7 @@ def test_one_rank_takes_over_from_two(alone):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.ranks
 def test_every_engine_at_each_world_size_takes_over_from_every_other(matrix):
     assert len(matrix) == 64
@@ -301,6 +302,7 @@ def test_what_deepspeed_refuses_is_one_line(monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_networks_learn_alike(matrix, folder, ranks):
@@ -312,6 +314,7 @@ def test_compiled_networks_learn_alike(matrix, folder, ranks):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.ranks
 def test_ddp_costs_little_beside_a_bare_loop(cost):
     print(cost)  # noqa: T201  # what docs/engines.md tells: pytest -s

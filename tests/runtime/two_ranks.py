@@ -18,6 +18,8 @@ from pipeline.runtime import process
 from pipeline.runtime.process import Process
 from pipeline.train import checkpoint
 
+TIMEOUT = 250  # seconds; no step is noted here, which a watchdog would tell of
+
 
 def flags(ranks: Process) -> list[int]:
     """Rank 1 asks to stop in the second step: all hear of it there."""
@@ -86,7 +88,8 @@ def by_one(ranks: Process, folder: Path) -> dict[str, Any]:
 
 def main(folder: Path, what: str) -> None:
     refused = wrong_world() if what == "read" else ""
-    ranks = process.start(EngineConfig(threads_per_rank=1, timeout_seconds=60))
+    config = EngineConfig(threads_per_rank=1, timeout_seconds=TIMEOUT, stall_seconds=TIMEOUT - 1)
+    ranks = process.start(config)
     nets.prepare()
     result: dict[str, Any] = {"world_size": ranks.world_size, "wrong_world": refused}
     if what == "first":
