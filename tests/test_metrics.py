@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipeline.config import MetricsConfig
-from pipeline.errors import SetupError
+from pipeline.errors import SetupError, StorageError
 from pipeline.metrics import DEFINITIONS, LOG, Metrics, read_log
 from pipeline.storage import open_store
 
@@ -165,6 +165,29 @@ def test_log_is_read_back_across_restarts(log_store):
     assert lines[-1]["loss"] == 9.0
     assert lines[-1]["learning_rate"] == 1e-4
     assert lines[0]["loss"] == pytest.approx(1 / 3, rel=1e-8)
+
+
+def test_lines_of_one_step_are_kept_though_it_is_flushed_between_them(log_store):
+    metrics = Metrics(QUIET, "train", log_store=log_store)
+    for step in (1, 2):
+        for loss in (1.0, 2.0):
+            metrics.log(step, {"loss": loss})
+            metrics.flush()
+    metrics.close()
+    assert [(line["step"], line["loss"]) for line in read_log(log_store)] == [(1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]
+
+
+def test_a_line_that_the_store_does_not_take_waits_for_the_next(tmp_path):
+    store = open_store(str(tmp_path / "run"))
+    (tmp_path / "run").write_bytes(b"")
+    metrics = Metrics(QUIET, "train", log_store=store)
+    metrics.log(1, {"loss": 1.0})
+    with pytest.raises(StorageError, match=r"metrics\.jsonl"):
+        metrics.flush()
+    (tmp_path / "run").unlink()
+    metrics.log(2, {"loss": 2.0})
+    metrics.close()
+    assert [line["step"] for line in read_log(store)] == [1, 2]
 
 
 def test_resume_at_the_start_drops_everything(log_store):

@@ -114,6 +114,7 @@ class _PartsLog:
     def __init__(self, store: LogStore) -> None:
         self._store = store
         self._lines: list[tuple[int, str]] = []
+        self._stored: list[tuple[int, str]] = []  # the last part
 
     def append(self, step: int, line: str) -> None:
         self._lines.append((step, line))
@@ -132,7 +133,11 @@ class _PartsLog:
     def flush(self) -> None:
         lines = list(self._lines)
         if lines:
-            self._store.write(f"{PARTS}{lines[0][0]:08d}.jsonl", "".join(f"{line}\n" for _, line in lines).encode())
+            first = lines[0][0]
+            # a step may have several lines, and be flushed between them
+            part = [*self._stored, *lines] if self._stored and self._stored[0][0] == first else lines
+            self._store.write(f"{PARTS}{first:08d}.jsonl", "".join(f"{line}\n" for _, line in part).encode())
+            self._stored = part
             del self._lines[: len(lines)]  # others were appended meanwhile
 
 

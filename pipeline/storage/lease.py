@@ -123,7 +123,8 @@ class Lease:
         """Whether the holder is gone. Raises LatheError where it lives."""
         holder = _parsed(theirs)
         if all(holder.get(name) == value for name, value in _place().items()):
-            if _started(holder.get("pid", 0)) == holder.get("started"):
+            started = _started(holder.get("pid", 0))
+            if started is not None and started == holder.get("started"):
                 raise self._refused(theirs)
             return True
         self._say(f"{self._store.url} may be in use by {_who(holder)}: watching its lease for {WATCHED_SECONDS:.0f} s")

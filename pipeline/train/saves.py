@@ -113,10 +113,7 @@ class Saves:
             **files(self._datasets, progress.mean, progress.std),
         }
         shelf = Shelf(self._store, newest_and_every(config.checkpoint.keep, config.checkpoint.keep_every))
-        gone: list[str] = []
-        sharded.together(ranks, lambda: gone.extend(shelf.open(step)) if ranks.is_main else None)
-        if gone:
-            say(f"deleted {len(gone)} checkpoints later than step {step}, which cannot be read")
+        sharded.together(ranks, lambda: shelf.open(step) if ranks.is_main else None)
         self._saver = Saver(
             self._store,
             ranks,

@@ -38,44 +38,50 @@ class Shelf:
         self._store, self._rule = store, rule
         self.steps: list[int] = []
         """Of complete checkpoints, in order."""
-        self._useless: set[int] = set()  # of damaged ones, and of saves that failed
+        self._failed: set[int] = set()  # saves of this run
+        self._damaged: set[int] = set()  # complete by their marker, and passed over
 
-    def open(self, step: int) -> list[str]:
-        """Look what is there, before the first save; delete what killed runs did not finish, and what is later.
+    def open(self, step: int, *, clear_later: bool = False) -> list[str]:
+        """Look what is there, before the first save, and delete what killed runs did not finish.
+
+        Complete ones that the run does not go on from, since they cannot be read or are later, do not count any more.
+        They stay until this run has completed one of its own.
 
         Args:
-            step: gone on from. The course of what is later was left behind.
+            step: gone on from.
+            clear_later: delete at once what is later: its course was left behind.
 
         Returns:
-            names of the complete checkpoints that were deleted.
+            names of the later ones that were deleted.
         """
-        whole = sorted(found.step for found in checkpoint.find(self._store, warn=False))
+        whole = {found.step for found in checkpoint.find(self._store, warn=False) if found.step <= step}
         files = [*(entry.name for entry in self._store.list("step-")), *self._store.leftovers()]
         names = {name for name in (file.partition("/")[0] for file in files) if checkpoint.is_name(name)}
         marked = {name for name in names if f"{name}/{checkpoint.COMPLETE}" in files}
-        for name in names:
-            if checkpoint.step_of(name) > step or name not in marked:
-                checkpoint.clear(self._store, name)
-        self.steps = [found for found in whole if found <= step]
-        self._useless = {found for found in map(checkpoint.step_of, marked) if found <= step} - set(self.steps)
-        return [checkpoint.step_name(found) for found in whole if found > step]
+        later = {name for name in marked if clear_later and checkpoint.step_of(name) > step}
+        for name in sorted(names - marked | later):
+            checkpoint.clear(self._store, name)
+        self.steps = sorted(whole)
+        self._damaged = set(map(checkpoint.step_of, marked - later)) - whole
+        return sorted(later)
 
     def add(self, step: int) -> None:
         """A checkpoint was completed: delete those that are too old now, and what is not whole."""
-        self._useless.discard(step)
+        self._damaged.discard(step)
         self.steps = sorted({*self.steps, step})
         stay = self._rule(self.steps)
         for old in [found for found in self.steps if found not in stay]:
             checkpoint.clear(self._store, checkpoint.step_name(old))
             self.steps.remove(old)
-        self._sweep()
+        self._drop(self._failed)
+        self._drop(self._damaged)
 
     def give_up(self, step: int) -> None:
         """A save of this step failed: delete what it left, now or, where the store fails at that too, later."""
-        self._useless.add(step)
-        self._sweep()
+        self._failed.add(step)
+        self._drop(self._failed)
 
-    def _sweep(self) -> None:
-        for step in sorted(self._useless):
+    def _drop(self, steps: set[int]) -> None:
+        for step in sorted(steps):
             checkpoint.clear(self._store, checkpoint.step_name(step))
-            self._useless.discard(step)
+            steps.discard(step)

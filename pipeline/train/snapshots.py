@@ -73,7 +73,12 @@ class Snapshots:
         shelf = Shelf(store, newest_and_every(config.ema.snapshot_keep))
         self.gone: list[str] = []
         """Names of the snapshots that were deleted at the start, on rank 0."""
-        sharded.together(ranks, lambda: self.gone.extend(shelf.open(step)) if ranks.is_main else None)
+
+        def look() -> None:
+            if ranks.is_main:
+                self.gone.extend(shelf.open(step, clear_later=True))
+
+        sharded.together(ranks, look)
         self.saver = Saver(
             store,
             ranks,

@@ -57,17 +57,29 @@ def test_old_ones_go_and_others_files_stay(store):
     assert store.exists("step-notes/keep.txt")
 
 
-def test_what_killed_runs_left_and_what_is_later_goes_at_the_start(store, tmp_path):
-    write(store, 4, 8, 12, 16)
+def test_what_killed_runs_left_goes_at_the_start(store, tmp_path):
+    write(store, 4, 8, 12)
     for step in (4, 12):
         (tmp_path / step_name(step) / COMPLETE).unlink()
     partial = tmp_path / step_name(20) / ".rank-00000-of-00001.safetensors.0123456789ab.partial"
     partial.parent.mkdir()
     partial.write_bytes(b"cut")
-    shelf = Shelf(store, newest_and_every(2))
-    assert shelf.open(8) == [step_name(16)]
+    assert Shelf(store, newest_and_every(2)).open(8) == []
     assert {entry.name.partition("/")[0] for entry in store.list()} == {step_name(8)}
     assert store.leftovers() == ()
+
+
+def test_what_is_later_goes_at_once_or_with_the_next_one(store):
+    write(store, 4, 8, 12, 16)
+    shelf = Shelf(store, newest_and_every(9))
+    assert shelf.open(8) == []
+    assert shelf.steps == [4, 8]
+    shelf.give_up(10)
+    assert steps(store) == [4, 8, 12, 16]
+    shelf.add(12)
+    assert steps(store) == shelf.steps == [4, 8, 12]
+    assert Shelf(store, newest_and_every(9)).open(4, clear_later=True) == [step_name(8), step_name(12)]
+    assert steps(store) == [4]
 
 
 def test_a_damaged_one_stays_until_there_is_a_new_one(store, tmp_path):
