@@ -51,6 +51,10 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
         ("manifest: m\nloader: {cache_gib: 0}", "loader.cache_gib: Input should be greater than 0"),
         ("manifest: m\nema_decay: 0.99", "ema_decay: unknown field"),
         (
+            "manifest: m\nunet: {pretrained: a}\ninit_from: {run: b}",
+            "unet.pretrained: given, and init_from too; keep one of the two to begin with",
+        ),
+        (
             "manifest: m\nengine: {zero_stage: 0, offload_optimizer: true}",
             "engine: offload_optimizer: true, but DDP keeps its optimizer on the device; set zero_stage to 1, 2 or 3",
         ),

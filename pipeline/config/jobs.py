@@ -185,6 +185,8 @@ class TrainConfig(RunConfig):
         for place, manifest in enumerate(manifests):
             if manifest in manifests[:place]:
                 raise ValueError(f"datasets.{place}.manifest: {manifest} is named twice; leave one out")
+        if self.unet.pretrained is not None and self.init_from is not None:
+            raise ValueError("unet.pretrained: given, and init_from too; keep one of the two to begin with")
         if self.text.mode != "joint" and self.optimizer.text_learning_rate_ratio != 1.0:
             raise ValueError(
                 f"optimizer.text_learning_rate_ratio: text.mode={self.text.mode} trains no text tower; leave it out"
