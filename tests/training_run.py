@@ -29,7 +29,7 @@ SMALL = {
         "norm_num_groups": 8,
     },
     "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 8, "train_token_embedding": False},
-    "engine": {"threads_per_rank": 1, "timeout_seconds": 60},
+    "engine": {"threads_per_rank": 1, "timeout_seconds": 60, "stall_seconds": 50},
     "optimizer": {"warmup_steps": 3},
     "steps": STEPS,
     "global_batch": 8,

@@ -67,7 +67,7 @@ class Watchdog:
     def __init__(self, rank: int = 0, world_size: int = 1, stall_seconds: float = float("inf")) -> None:
         self._rank, self._stall_seconds = rank, stall_seconds
         self._host = socket.gethostname()
-        self.place = Place("starts", 0, time.time(), self._host)
+        self.place = Place("", 0, time.time(), self._host)  # until it is noted, nothing is judged
         self.period = max(min(_MOST_PERIOD_SECONDS, stall_seconds / 4), world_size / 50)  # the store serves all of them
         self._others: list[Place] = []
         self._told_after = stall_seconds
@@ -121,6 +121,8 @@ class Watchdog:
     def _judge(self) -> None:
         """Tell of a stall, then again each time that it has lasted twice as long; and of its end."""
         now, since = time.time(), self.place.since
+        if not self.place.phase:
+            return
         if self._stalled_since and since != self._stalled_since:
             self._tell(f"progress again, after {since - self._stalled_since:.0f} s without")
             self._stalled_since, self._told_after = 0.0, self._stall_seconds
@@ -162,7 +164,7 @@ def describe(places: Sequence[Place], now: float, *, silent_seconds: float) -> s
     for (phase, step, silent), ranks in sorted(groups.items(), key=lambda group: -len(group[1])):
         hosts = {places[rank].host for rank in ranks}
         where = f" on {hosts.pop()}" if several and len(hosts) == 1 else ""
-        said = f"{phase} at step {step} for {now - max(places[rank].since for rank in ranks):.0f} s"
+        said = f"{phase or 'is'} at step {step} for {now - max(places[rank].since for rank in ranks):.0f} s"
         said += f", silent for {now - max(places[rank].seen for rank in ranks):.0f} s" if silent else ""
         told.append(f"{_named(ranks)}{where}: {said}")
     return "; ".join(told)

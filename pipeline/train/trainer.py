@@ -80,6 +80,7 @@ def _fit(config: TrainConfig) -> int:
     ranks, lease = None, Lease(store, say)
     try:
         ranks = process.start(config.engine)
+        ranks.watch.note("starts")
         check_alike(config, datasets, ranks)
         sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
         return Trainer(config, ranks, datasets, store, lease.check).run()

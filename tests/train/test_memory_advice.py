@@ -25,8 +25,7 @@ def config(**changes: Any) -> TrainConfig:
 
 def ranks(device: str = "cpu", step: int = 0, world_size: int = 2) -> Any:
     watch = Watchdog()
-    if step:
-        watch.note("computes", step)
+    watch.note("computes" if step else "starts", step)
     return SimpleNamespace(rank=1, world_size=world_size, device=torch.device(device), watch=watch)
 
 

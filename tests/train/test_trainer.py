@@ -99,7 +99,7 @@ def test_a_launcher_passes_signals_on_and_a_second_one_disturbs_nothing(tmp_path
     while launcher.poll() is None:
         launcher.send_signal(signal.SIGTERM)  # while it stops, saves and leaves
         time.sleep(0.05)
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 25  # by itself the agent kills after 30 s
     said = finish(launcher, 128 + signal.SIGUSR1)
     (step,) = run.steps()
     assert f"stopped by SIGUSR1 after step {step}; the same command goes on from" in said
@@ -111,7 +111,7 @@ def test_a_launcher_passes_signals_on_and_a_second_one_disturbs_nothing(tmp_path
     asked = time.monotonic()
     early.send_signal(signal.SIGTERM)
     finish(early, 128 + signal.SIGTERM)
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 25
     assert psutil.wait_procs(ranks, timeout=1)[1] == []
     assert json.loads(requeue_file.read_text()) == {"step": None, "steps": None, "signal": "SIGTERM", "checkpoint": ""}
 
