@@ -40,7 +40,7 @@ _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 _SIGNS_OF_LOSS = ("gloo", "nccl", "timeout caused pair closure", "closed by peer", "reset by peer")
 _PLACE_IN_SOURCE = re.compile(r"\[[^\]]*\.cc:\d+\] ")
 _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "torch.distributed")
-_HARMLESS_WARNINGS = (r"`torch\.distributed\.\w+` is deprecated",)  # DeepSpeed's calls, not ours
+_HARMLESS_WARNINGS = (r"`torch\.distributed\.\w+` is deprecated",)  # since torch 2.14, for names that 2.6 does not have
 
 
 @dataclass
@@ -178,6 +178,8 @@ def start(config: EngineConfig) -> Process:
         torch.backends.cuda.enable_flash_sdp(False)  # on a CPU too: its bfloat16 backward is ten times the plain one's
     announced = int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=config.timeout_seconds)
+    for pattern in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
     device = (_join_for_deepspeed if config.zero_stage else _join)(on_gpu, timeout)
     world = dist.get_world_size()
     process = Process(
@@ -278,5 +280,3 @@ def _be_quiet() -> None:
     """Errors of the libraries still show; their notes on what they are doing do not. After DeepSpeed's import."""
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    for pattern in _HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", pattern)

@@ -50,7 +50,7 @@ def test_closing_ends_the_thread():
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of an earlier test may have ended
 
 
 def test_a_budget_holds_back_what_is_too_much_and_lets_one_alone_pass():
