@@ -76,7 +76,7 @@ class Lease:
         self._renewing.start()
 
     def check(self) -> None:
-        """Ask the store whether it is still this process's.
+        """Ask the store whether it is still this process's; after `release` it is not.
 
         Raises:
             LostLeaseError: it is not.
@@ -84,13 +84,13 @@ class Lease:
         """
         with self._lock:
             now = self._read()
-            if now is None:
+            if now is None and not self._ended.is_set():
                 now = self._bytes()
                 if not self._store.write(LEASE, now, if_absent=True):
-                    now = self._read() or b""
-        if not self._is_mine(now):
+                    now = self._read()
+        if now is None or not self._is_mine(now):
             raise LostLeaseError(
-                f"{self._store.url} was taken over by {_who(_parsed(now))} while this run seemed to be gone",
+                f"{self._store.url} was taken over by {_who(_parsed(now or b''))} while this run seemed to be gone",
                 "stop one of the two; what that one saves is whole, and this one saves no more",
             )
 

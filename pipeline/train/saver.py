@@ -216,9 +216,12 @@ class Saver:
         files = {**{file: noted(data) for file, data in once.items()}, **self._collect(name)}
         self._before_marker()
         self._store.write(f"{name}/{COMPLETE}", as_json({"files": files}))
-        save.size = sum(int(file["size"]) for file in files.values())  # from here on it counts
+        save.size = sum(int(file["size"]) for file in files.values())
         save.seconds = time.perf_counter() - save.started
-        self._shelf.add(save.step)
+        try:
+            self._shelf.add(save.step)
+        except FAULTS as error:  # the checkpoint counts, and the next one tries again
+            _log.warning("what is too old could not be deleted after step %d: %s", save.step, error)
 
     def _collect(self, name: str) -> dict[str, dict[str, Any]]:
         """The ranks' files as their done-markers note them."""
@@ -242,7 +245,7 @@ class Saver:
             self._ranks.agree(problem)
         say(f"step {save.step} could not be saved, training goes on ({self._in_a_row} of {self._limit} in a row):")
         say(reason)
-        if self._ranks.is_main and not save.size:
+        if self._ranks.is_main:
             self._worker.submit(partial(self._give_up, save.step), ())
 
     def _give_up(self, step: int) -> None:

@@ -212,16 +212,23 @@ class Saves:
 
     @contextmanager
     def finished_first(self) -> Iterator[None]:
-        """Where all ranks raise an error inside, what is on its way is finished before the error goes on."""
+        """Where all ranks raise an error inside, saves and log are finished before the error goes on."""
         try:
             yield
         except LatheError:
             with suppress(LatheError):
                 self.finish()
+            with suppress(LatheError):
+                self._keep_log()
             raise
 
+    def _keep_log(self) -> None:
+        if self._ranks.is_main:
+            self._check_output()  # it is another run's log, if this one has lost the output
+            self._metrics.flush()
+
     def _before_marker(self) -> None:
-        self._metrics.flush()
+        self._keep_log()
         self._check_output()
 
     def _report(self, save: Save) -> None:

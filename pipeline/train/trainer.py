@@ -208,9 +208,9 @@ class Trainer:
             loss = self.train_step(batch)
             line.move(progress.step, config.steps)
             batch = feed.next()
-            interval.add(loss, feed.waited_seconds, time.perf_counter() - started)
             with self.saves.finished_first():
                 self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
+                interval.add(loss, feed.waited_seconds, time.perf_counter() - started)  # what the device took included
                 self.saves.hear(feed.told)
             if progress.step % config.log_every == 0 or batch is None:
                 figures, left = self.reporter.report(progress, interval, self.loader)
@@ -261,7 +261,8 @@ class Trainer:
         """Of the global batch that counts; nobody is asked where nothing may be skipped."""
         if self.config.loader.on_damage == "fail" and not self.progress.skips:
             return 1.0
-        return self.progress.counted.share(batch, self.ranks, self.config, self.datasets.samples)
+        with self.saves.finished_first():  # too many skipped samples are an error on all ranks
+            return self.progress.counted.share(batch, self.ranks, self.config, self.datasets.samples)
 
     def _open_validator(self, scale: Scale, request: StopRequest) -> Validator | None:
         if self.config.validation.every is None:
@@ -295,6 +296,5 @@ class Trainer:
         )
 
     def _introduce(self) -> None:
-        step = self.progress.step
-        facts = introduction(self.config, self.sizes, self.datasets, self.ranks, self.engine, step=step)
+        facts = introduction(self.config, self.sizes, self.datasets, self.ranks, self.engine, step=self.progress.step)
         say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))

@@ -37,6 +37,8 @@ def test_it_is_renewed_and_given_back(store):
         time.sleep(0.02)
     held.check()
     held.release()
+    with pytest.raises(LostLeaseError):  # a save that is still on its way is not to take it back
+        held.check()
     assert not store.exists(LEASE)
     Lease(store).release()  # one that was never taken
 

@@ -20,6 +20,7 @@ from pipeline.storage.lease import LostLeaseError
 from pipeline.train import checkpoint
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.saver import Save, Saver
+from pipeline.train.saves import Saves
 from pipeline.train.shelf import Shelf, newest_and_every
 
 THREAD = "lathe-save-0"
@@ -207,13 +208,14 @@ def test_a_lost_output_and_a_bug_end_the_run_at_once_and_no_marker_is_written(tm
     assert bed.steps() == [1]
 
 
-def test_old_ones_that_cannot_be_deleted_do_not_cost_the_new_one(tmp_path, capfd):
-    bed = Bed(tmp_path, keep=1)
+def test_old_ones_that_cannot_be_deleted_do_not_cost_the_new_one(tmp_path, caplog):
+    bed = Bed(tmp_path, keep=1, limit=1)
     bed.save()
     bed.store.delete = lambda names: _fail()
-    bed.save()
-    assert "cannot delete" in capfd.readouterr().err
-    assert bed.steps() == [2, 1]
+    bed.begin()
+    bed.saver.settle(last=True)
+    assert "could not be deleted after step 2: cannot delete" in caplog.text
+    assert (bed.steps(), bed.saver.failures, bed.saver.newest) == ([2, 1], 0, 2)
     del bed.store.delete
     bed.save()
     assert bed.steps() == [3]
@@ -221,3 +223,27 @@ def test_old_ones_that_cannot_be_deleted_do_not_cost_the_new_one(tmp_path, capfd
 
 def _fail() -> None:
     raise LatheError("cannot delete", "mend the store")
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_path, is_lost):
+    bed, flushed, lost = Bed(tmp_path), [], [False]
+
+    class Log:
+        def flush(self) -> None:
+            flushed.append(1)
+
+    def check() -> None:
+        if lost[0]:
+            raise LostLeaseError("taken over")
+
+    ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
+    saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=Log(), check=check)
+    saves._savers = [bed.saver]
+    bed.before_marker = saves._before_marker
+    bed.begin()
+    lost[0] = is_lost
+    with pytest.raises(LatheError, match="of a step"), saves.finished_first():
+        raise LatheError("of a step")
+    assert bed.steps() == ([] if is_lost else [1])
+    assert bool(flushed) is not is_lost
