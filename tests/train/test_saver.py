@@ -238,7 +238,9 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
             raise LostLeaseError("taken over")
 
     ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
-    saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=Log(), check=check)
+    saves = Saves(
+        bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=Log(), check=check
+    )
     saves._savers = [bed.saver]
     bed.before_marker = saves._before_marker
     bed.begin()
