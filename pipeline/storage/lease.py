@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ LEASE = "lease.json"
 RENEWED_SECONDS = 3.0
 WATCHED_SECONDS = 12.0  # of a holder elsewhere that may be gone
 _LOOK_SECONDS = 1.0
-_LEAVE_SECONDS = 5.0  # for a renewal that is on its way
+_LEAVE_SECONDS = 5.0  # for a store that is slow, or away
 _GONE_STATES = ("X", "Z")
 
 
@@ -97,15 +98,8 @@ class Lease:
     def release(self) -> None:
         """Give it back, if it is held; a store that fails keeps it, and the next process takes it over."""
         self._ended.set()
-        if not self._renewing.is_alive():
-            return
-        self._renewing.join(_LEAVE_SECONDS)
-        try:
-            now = self._read()
-            if now is not None and self._is_mine(now) and not self._renewing.is_alive():
-                self._store.delete([LEASE])
-        except StorageError:
-            return
+        if self._renewing.is_alive():
+            self._renewing.join(_LEAVE_SECONDS)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWED_SECONDS):
@@ -118,6 +112,10 @@ class Lease:
                 return  # it is told before the next completion marker
             except StorageError:
                 continue  # the store is away
+        with suppress(StorageError):
+            now = self._read()
+            if now is not None and self._is_mine(now):
+                self._store.delete([LEASE])
 
     def _outlives(self, theirs: bytes) -> bool:
         """Whether the holder is gone. Raises LatheError where it lives."""

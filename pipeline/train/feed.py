@@ -76,6 +76,7 @@ class Feed:
         batch, self._held = self._held, None
         self._over = batch is None or self._flag != 0
         if self._over:
+            self._request.take_over(self.stopped_by)
             return None
         self._hold()
         return batch

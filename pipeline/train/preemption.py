@@ -14,7 +14,8 @@ class StopRequest:
 
     They are SIGTERM, SIGINT, and what schedulers send ahead of a limit, SIGUSR1 and SIGUSR2. The first one counts: a
     launcher may send the same again, and a second one does not disturb the checkpoint that the first one led to. Once
-    asked, the process ignores them to its end.
+    asked, the process ignores them to its end. Left by an error, it ignores SIGTERM: launchers send it to the others as
+    soon as one rank has ended, and these may still have to say why.
     """
 
     def __init__(self) -> None:
@@ -28,8 +29,14 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        failed = isinstance(error, Exception)
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self.signal else handler)
+            ignored = self.signal or (failed and number == signal.SIGTERM)
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+    def take_over(self, number: int) -> None:
+        """Another rank was asked to stop (0 = none), which counts as if this one had been."""
+        self.signal = self.signal or number
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = self.signal or number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,7 +180,8 @@ class Trainer:
         whitening = Scale("whiten", progress.mean, progress.std)
         self.examples = Examples(config, self.datasets, whitening, self.ranks.device, self.towers)
         self.suspects = Suspects(config, self.datasets, self.ranks, self.engine, progress.step)
-        self._introduce()
+        facts = introduction(config, self.sizes, self.datasets, self.ranks, self.engine, step=progress.step)
+        say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))
         with (
             StopRequest() as request,
             ProgressTable("train", "steps", COLUMNS, visible=self.ranks.is_main) as line,
@@ -192,11 +194,12 @@ class Trainer:
                 self.saves.save_before_failing(progress, self.loader.skipped)
                 feed.raise_failure()
             self.saves.finish()
-        self.metrics.close()
         self.stopped_by = feed.stopped_by if progress.step < config.steps else 0
         where = f"{self.store.url}/{checkpoint.step_name(progress.step)}" if progress.step else ""
         if self.stopped_by:
-            requeue.ask(step=progress.step, steps=config.steps, stopped_by=self.stopped_by, checkpoint=where)
+            ask = partial(requeue.ask, step=progress.step, steps=config.steps, checkpoint=where)
+            sharded.together(self.ranks, lambda: ask(stopped_by=self.stopped_by))  # once one leaves, launchers end all
+        self.metrics.close()
         say(conclusion(where, progress.step, self.stopped_by))
 
     def _train(self, feed: Feed, line: ProgressTable) -> Iterator[int]:
@@ -236,8 +239,7 @@ class Trainer:
         example = self.examples.of(batch, self._share(batch))
         losses = []
         for micro in example.chunks(self.engine.accumulation):
-            prediction = self.engine(*micro.inputs)
-            losses.append(weighted_loss(prediction, micro.target, micro.weight))
+            losses.append(weighted_loss(self.engine(*micro.inputs), micro.target, micro.weight))
             self.engine.backward(losses[-1])
         self.engine.step(learning_rate(self.progress.step, self.config.optimizer, self.config.steps))
         self.progress.step += 1
@@ -294,7 +296,3 @@ class Trainer:
             skipped=progress.skips,
             config=config.loader,
         )
-
-    def _introduce(self) -> None:
-        facts = introduction(self.config, self.sizes, self.datasets, self.ranks, self.engine, step=self.progress.step)
-        say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -138,3 +139,14 @@ def test_a_store_that_fails_is_no_loss(tmp_path):
     (tmp_path / "away").rename(tmp_path / "run")
     held.check()
     held.release()
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_LEAVE_SECONDS", 0.1)
+    store, held, back = open_store(str(tmp_path)), Lease(open_store(str(tmp_path))), threading.Event()
+    held.take()
+    monkeypatch.setattr(held, "_read", lambda: back.wait(20) and store.read(LEASE))
+    started = time.monotonic()
+    held.release()
+    assert time.monotonic() - started < 5
+    back.set()

@@ -15,6 +15,7 @@ from pipeline.runtime.launch import OtherRankError
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.train import feed as feed_module
 from pipeline.train.feed import Feed
+from pipeline.train.preemption import StopRequest
 
 TERM = 15
 
@@ -57,9 +58,9 @@ class Loader:
         return self.number - 1
 
 
-def run(*loaders: Loader, requests: list[SimpleNamespace] | None = None, steps: int = 5) -> list[dict[str, Any]]:
+def run(*loaders: Loader, requests: list[StopRequest] | None = None, steps: int = 5) -> list[dict[str, Any]]:
     ranks, results = Ranks(), [{}, {}]
-    requests = requests or [SimpleNamespace(signal=0), SimpleNamespace(signal=0)]
+    requests = requests or [StopRequest(), StopRequest()]
 
     def one(rank: int) -> None:
         feed = Feed(loaders[rank], ranks.rank(rank), requests[rank], steps)
@@ -95,14 +96,15 @@ def test_without_a_step_left_nothing_is_read() -> None:
 
 
 def test_both_leave_at_one_step_when_one_is_asked_to_stop() -> None:
-    requests = [SimpleNamespace(signal=0), SimpleNamespace(signal=0)]
+    requests = [StopRequest(), StopRequest()]
     asks = Loader(n3=lambda _: setattr(requests[1], "signal", TERM))
     results = run(Loader(), asks, requests=requests)
     assert results == [{"seen": [0, 1, 2], "stop": TERM, "over": True, "failed": False}] * 2
+    assert [request.signal for request in requests] == [TERM, TERM]  # a launcher that asks again disturbs neither
 
 
 def test_who_waits_for_data_hears_the_signal_and_the_other_is_not_left_in_a_step() -> None:
-    requests = [SimpleNamespace(signal=0), SimpleNamespace(signal=0)]
+    requests = [StopRequest(), StopRequest()]
 
     def outage(gives_up: Callable[[], bool]) -> bool:
         assert not gives_up()
@@ -127,7 +129,7 @@ def test_a_batch_that_cannot_be_had_ends_both_after_the_same_step(number: int) -
 def test_who_waits_says_so_and_the_others_hear_their_signals_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outage on one rank; the other one is asked to stop after some rounds."""
     monkeypatch.setattr(feed_module, "_PATIENCE_SECONDS", 0.05)
-    requests, rounds = [SimpleNamespace(signal=0), SimpleNamespace(signal=0)], []
+    requests, rounds = [StopRequest(), StopRequest()], []
 
     def outage(gives_up: Callable[[], bool]) -> bool:
         started = time.monotonic()

@@ -36,3 +36,16 @@ with StopRequest():
 assert signal.getsignal(signal.SIGINT) is before
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_rank_that_ends_with_an_error_is_not_ended_before_it_has_said_so():
+    code = """
+import os, signal
+from pipeline.train.preemption import StopRequest
+try:
+    with StopRequest():
+        raise ValueError
+except ValueError:
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
