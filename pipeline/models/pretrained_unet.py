@@ -101,8 +101,12 @@ def _not_trained(url: str, what: str) -> ConfigError:
 
 
 def _told(url: str) -> dict[str, Any]:
-    """Every setting of the pretrained one, with diffusers' own where config.json is silent; lists as tuples."""
+    """Every setting of the pretrained one, with diffusers' own where config.json is silent; lists as tuples.
+
+    What is off by default may be null as well: upcast_attention is in SDXL's own config.json.
+    """
     told = _PART.config(url)
+    told = {name: value for name, value in told.items() if value is not None or _DEFAULTS.get(name) is not False}
     return {name: _frozen(told.get(name, default)) for name, default in _DEFAULTS.items()}
 
 

@@ -59,6 +59,15 @@ def test_geometry_and_weights_are_the_folders(folder: str) -> None:
     assert new.state_dict().keys() == theirs.keys()
 
 
+def test_null_is_off_as_in_sdxls_own_config(tmp_path: Path, folder: str) -> None:
+    told = json.loads((Path(folder) / "unet" / "config.json").read_text())
+    off = {"upcast_attention": None, "mid_block_only_cross_attention": None, "cross_attention_norm": None}
+    (tmp_path / "config.json").write_text(json.dumps({**told, **off}))
+    config = pretrained_unet.with_geometry(UNetConfig(pretrained=str(tmp_path)))
+    assert config.upcast_attention is False
+    pretrained_unet.check(str(tmp_path), unet.build(config, 4, 16, 12, 6))
+
+
 def test_weights_in_several_files_behind_an_address(tmp_path: Path, folder: str) -> None:
     shards = tmp_path / "shards"
     UNet2DConditionModel.from_pretrained(f"{folder}/unet").save_pretrained(shards, max_shard_size="50KB")
