@@ -145,7 +145,8 @@ class Engine(ABC):
         """A context in which the working weights are an average, for forward passes alone. A collective.
 
         Masters, optimizer and gradients are not touched, and the working weights are made from the masters when it is
-        left, in whichever way. It takes no memory beside the state's own.
+        left, unless by RuntimeError or MemoryError, which may be one rank's alone. It takes no memory beside the
+        state's own.
 
         Args:
             key: of the optimizer's state, such as "ema.main".

@@ -192,14 +192,19 @@ class ZeroEngine(Engine):
         masters = getattr(self._zero, name)
         self.optimizer.create_state(masters)
         averages = [self.optimizer.state[master][key] for master in masters]
+        alone = False
         try:
             setattr(self._zero, name, averages)
             self.refresh()
             setattr(self._zero, name, masters)
             yield
+        except (RuntimeError, MemoryError):  # as of memory: the others would never come to a collective
+            alone = True
+            raise
         finally:
             setattr(self._zero, name, masters)
-            self.refresh()
+            if not alone:
+                self.refresh()
 
     def whole(self, tensor: Tensor, *, write: bool = False) -> AbstractContextManager[Any]:
         """See Engine.whole."""
