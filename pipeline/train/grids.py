@@ -48,6 +48,7 @@ class Grids:
     ) -> None:
         self._settings, self._ranks, self._batch_size = config.validation, ranks, batch_size
         self._autoencoder = load_autoencoder(config.validation.autoencoder, manifest)
+        self._autoencoder.enable_slicing()  # one by one: a batch of large pictures has no room beside the training
         self._mean, self._std = torch.tensor(list(scale.mean)), torch.tensor(list(scale.std))
         self._objective = objective_of(config.objective, ranks.device)
         encode = towers or prompt_encoder(config, manifest)
