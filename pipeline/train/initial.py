@@ -51,12 +51,18 @@ def begin(config: TrainConfig, process: Process, engine: Engine) -> dict[str, An
     sharded.together(process, lambda: addresses.append(_address(chosen.run)) if process.is_main else None)
     found = checkpoint.open_checkpoint(*find_run(process.text_of(0, "".join(addresses))))
     which, key = checkpoint.weights_key(found, chosen.weights)
-    objective = yaml.safe_load(found.read(checkpoint.CONFIG))["objective"]
+    learned = what_was_learned(yaml.safe_load(found.read(checkpoint.CONFIG)), config)
     take_weights(found, key, process, engine)
     url = f"{found.store.url}/{found.name}"
-    learned = f"{objective['kind']} {objective['prediction']}"
     say(f"beginning with weights {which} of {url}, which learned {learned}; steps and optimizer begin anew")
     return {"checkpoint": url, "weights": which, "step": found.step}
+
+
+def what_was_learned(before: Mapping[str, Any], config: TrainConfig) -> str:
+    """What the weights say of noisy latents, and of which latents, where the new run has them on another scale."""
+    objective, scale = before["objective"], before.get("normalisation", config.normalisation)
+    others = f" of latents with normalisation={scale}, not {config.normalisation}"
+    return f"{objective['kind']} {objective['prediction']}" + others * (scale != config.normalisation)
 
 
 def _address(run: str) -> str:
