@@ -89,6 +89,14 @@ def test_from_s3(s3_url: str, tmp_path: Path, folder: str) -> None:
     pretrained_unet.load_into(unet.build(config, 4, 16, 12, 6), s3_url)
 
 
+def test_a_run_file_may_say_the_same_once_for_all_levels(tmp_path: Path) -> None:
+    three = {"block_out_channels": (8, 8, 16), "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2}
+    three |= {"up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "attention_head_dim": 2}
+    save(tmp_path, **three, transformer_layers_per_block=2, layers_per_block=2)
+    config = UNetConfig(pretrained=str(tmp_path), attention_head_dim=2, layers_per_block=2)
+    assert pretrained_unet.with_geometry(config).levels == 3
+
+
 def test_a_run_file_that_says_otherwise_is_refused(folder: str) -> None:
     wrong = UNetConfig(pretrained=folder, attention_head_dim=8, block_out_channels=(64, 64))
     with pytest.raises(ConfigError, match=r"^unet\.attention_head_dim: \(8,\), but unet\.pretrained=.* has \(2, 4\)\n"):
