@@ -61,8 +61,10 @@ def begin(config: TrainConfig, process: Process, engine: Engine) -> dict[str, An
 def what_was_learned(before: Mapping[str, Any], config: TrainConfig) -> str:
     """What the weights say of noisy latents, and of which latents, where the new run has them on another scale."""
     objective, scale = before["objective"], before.get("normalisation", config.normalisation)
-    others = f" of latents with normalisation={scale}, not {config.normalisation}"
-    return f"{objective['kind']} {objective['prediction']}" + others * (scale != config.normalisation)
+    learned = f"{objective['kind']} {objective['prediction']}"
+    if scale == config.normalisation:
+        return learned
+    return f"{learned} of latents with normalisation={scale}, not {config.normalisation}"
 
 
 def _address(run: str) -> str:
