@@ -167,4 +167,6 @@ def test_the_autoencoders_own_scale_stays_its_scaling_factor() -> None:
     vae = autoencoder("sd3")  # without quant_conv
     folded = fold_whitening(vae, torch.zeros(16), torch.full((16,), 1 / 0.25))
     assert folded.config.scaling_factor == pytest.approx(0.25)
+    assert vae.config.shift_factor
+    assert folded.config.shift_factor is None
     assert all(torch.equal(a, b) for a, b in zip(folded.parameters(), vae.parameters(), strict=True))

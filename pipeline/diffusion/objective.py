@@ -143,12 +143,12 @@ class Objective:
         return error * prediction.error_scale(self.prediction, alpha, sigma, self.sigma_data)
 
     def denoiser(self, network: Network) -> Denoiser:
-        """The data that a network sees in noisy samples: what samplers are given."""
+        """The data that a network sees in noisy samples, in their dtype, whatever the network's: for samplers."""
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)
             scale = prediction.input_scale(self.prediction, alpha, sigma, self.sigma_data)
-            output = network(x * over(scale, x), self.path.embedding_input(t))
+            output = network(x * over(scale, x), self.path.embedding_input(t)).to(x.dtype)
             return prediction.denoised(self.prediction, output, x, alpha, sigma, self.sigma_data)
 
         return denoise

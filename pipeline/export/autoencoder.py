@@ -25,9 +25,10 @@ def fold_whitening(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> Aut
     Raises:
         DataError: the autoencoder was built without `quant_conv` or `post_quant_conv`.
     """
+    unscaled = {"shift_factor": None, "latents_mean": None, "latents_std": None}
     if not mean.any() and bool((std == std[0]).all()):
         scaled = copy.deepcopy(autoencoder).float().cpu().eval()
-        scaled.register_to_config(scaling_factor=1.0 / float(std[0]))
+        scaled.register_to_config(scaling_factor=1.0 / float(std[0]), **unscaled)
         return scaled
     if autoencoder.quant_conv is None or autoencoder.post_quant_conv is None:
         raise DataError(
@@ -35,7 +36,7 @@ def fold_whitening(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> Aut
             "use an autoencoder with use_quant_conv and use_post_quant_conv (`lathe train-vae` makes such)",
         )
     folded = copy.deepcopy(autoencoder).float().cpu().eval()
-    folded.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
+    folded.register_to_config(scaling_factor=1.0, **unscaled)
     shift, scale = mean.double().cpu(), std.double().cpu()
     encoder, decoder = folded.quant_conv, folded.post_quant_conv
     # mean' = (mean - shift) / scale and logvar' = logvar - 2 log(scale); z = scale z' + shift

@@ -31,14 +31,17 @@ class LogStore(Protocol):
 
 
 def read_log(store: LogStore) -> list[dict[str, Any]]:
-    """The lines of a run's log in order of step. A line torn by a kill is left out."""
-    lines: list[dict[str, Any]] = []
-    for name in _log_files(store):
-        for text in store.read(name).decode().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
+    """The lines of a run's log in order of step. A line that was torn by a kill, or is none of ours, is left out."""
+    return [line for name in _log_files(store) for line in _parsed(store.read(name))]
+
+
+def _parsed(content: bytes) -> list[dict[str, Any]]:
+    lines = []
+    for text in content.decode(errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -121,7 +124,7 @@ class _PartsLog:
 
     def drop_after(self, step: int) -> None:
         for name in reversed(_log_files(self._store)):
-            lines = [json.loads(text) for text in self._store.read(name).splitlines()]
+            lines = _parsed(self._store.read(name))
             kept = [line for line in lines if line["step"] <= step]
             if len(kept) == len(lines):
                 break

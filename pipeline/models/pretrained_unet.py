@@ -47,7 +47,7 @@ def with_geometry(config: UNetConfig) -> UNetConfig:
         first = error.errors(include_url=False)[0]
         raise _not_trained(url, ".".join(map(str, (*first["loc"], first["msg"])))) from error
     for name in sorted(set(UNetConfig.model_fields) - {"pretrained"}):
-        said, there, usual = (_value(one, name) for one in (config, found, UNetConfig()))
+        said, there, usual = (_value(one, name, found.levels) for one in (config, found, UNetConfig()))
         if said not in (there, usual):
             raise ConfigError(
                 f"unet.{name}: {getattr(config, name)}, but unet.pretrained={url} has {getattr(found, name)}",
@@ -89,8 +89,9 @@ def load_into(unet: UNet2DConditionModel, url: str) -> None:
     unet.load_state_dict(_PART.load(url).state_dict())
 
 
-def _value(config: UNetConfig, name: str) -> Any:
-    return config.by_level(name) if name in PER_LEVEL else getattr(config, name)
+def _value(config: UNetConfig, name: str, levels: int) -> Any:
+    value = getattr(config, name)
+    return value * levels if name in PER_LEVEL and len(value) == 1 else value
 
 
 def _not_trained(url: str, what: str) -> ConfigError:
@@ -101,8 +102,12 @@ def _not_trained(url: str, what: str) -> ConfigError:
 
 
 def _told(url: str) -> dict[str, Any]:
-    """Every setting of the pretrained one, with diffusers' own where config.json is silent; lists as tuples."""
+    """Every setting of the pretrained one, with diffusers' own where config.json is silent; lists as tuples.
+
+    What is off by default may be null as well: upcast_attention is in SDXL's own config.json.
+    """
     told = _PART.config(url)
+    told = {name: value for name, value in told.items() if value is not None or _DEFAULTS.get(name) is not False}
     return {name: _frozen(told.get(name, default)) for name, default in _DEFAULTS.items()}
 
 

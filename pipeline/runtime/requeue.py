@@ -14,13 +14,22 @@ VARIABLE = "LATHE_REQUEUE_FILE"
 
 
 def clear() -> None:
-    """At a start: what an earlier one left says nothing of this one."""
+    """At a start: what an earlier one left says nothing of this one.
+
+    Raises:
+        StorageError: it is no regular file, or could not be written when it is needed.
+    """
     file = _file()
-    if file is not None:
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise _problem(file, error) from error
+    if file is None:
+        return
+    if file.exists() and not file.is_file():
+        raise StorageError(f"{VARIABLE}={file} is no file, and would be replaced by one", "name another, or unset it")
+    try:
+        _partial(file).touch()
+        _partial(file).unlink()
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise _problem(file, error) from error
 
 
 def is_asked() -> bool:
@@ -45,17 +54,20 @@ def ask(*, stopped_by: int, step: int | None = None, steps: int | None = None, c
     if file is None:
         return
     told = {"step": step, "steps": steps, "signal": signal.Signals(stopped_by).name, "checkpoint": checkpoint}
-    partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
-        partial.replace(file)
+        _partial(file).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        _partial(file).replace(file)
     except OSError as error:
         raise _problem(file, error) from error
 
 
 def _file() -> Path | None:
     name = os.environ.get(VARIABLE, "")
-    return Path(name) if name and os.environ.get("RANK", "0") == "0" else None
+    return Path(name).resolve() if name and os.environ.get("RANK", "0") == "0" else None
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(file.name + ".partial")
 
 
 def _problem(file: Path, error: OSError) -> StorageError:

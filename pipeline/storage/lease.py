@@ -26,6 +26,7 @@ LEASE = "lease.json"
 RENEWED_SECONDS = 3.0
 WATCHED_SECONDS = 12.0  # of a holder elsewhere that may be gone
 _LOOK_SECONDS = 1.0
+_SHORT_SECONDS, _MOST_UNREAD = 0.1, 10
 _LEAVE_SECONDS = 5.0  # for a store that is slow, or away
 _GONE_STATES = ("X", "Z")
 
@@ -63,10 +64,17 @@ class Lease:
             LatheError: another process holds it.
             StorageError: it cannot be read or written.
         """
+        unread = 0
         while not self._store.write(LEASE, self._bytes(), if_absent=True):
             theirs = self._read()
-            if theirs is None:
-                continue  # given back meanwhile
+            if theirs is None:  # given back meanwhile, if it is a file at all
+                unread += 1
+                if unread == _MOST_UNREAD:
+                    raise StorageError(
+                        f"{self._store.url}/{LEASE} is in the way, and no file", "delete it, or choose another output"
+                    )
+                time.sleep(_SHORT_SECONDS)
+                continue
             if self._outlives(theirs):
                 self._store.write(LEASE, self._bytes())
                 time.sleep(_LOOK_SECONDS)  # of several that take it over, the last to write has it
@@ -185,7 +193,7 @@ def _started(pid: int) -> float | None:
     """When a process started, by a clock that nobody sets; None where there is no such process."""
     try:
         text = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, OverflowError):
         text = ""
     if text:
         fields = text.rpartition(")")[2].split()
@@ -194,5 +202,5 @@ def _started(pid: int) -> float | None:
         return None
     try:
         return psutil.Process(int(pid)).create_time()
-    except (psutil.Error, ValueError):
+    except (psutil.Error, ValueError, TypeError, OverflowError):
         return None

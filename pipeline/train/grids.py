@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline.config import TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Scale
+from pipeline.diffusion.grid import levels
 from pipeline.diffusion.objective import objective_of
 from pipeline.generate import generate
 from pipeline.models.conditioning import FrozenTowers, Remembered
@@ -31,7 +32,8 @@ class Grids:
         towers: that run while training; None = none do.
 
     Raises:
-        ConfigError: the run file does not say where the text towers are that prompts need.
+        ConfigError: the run file does not say where the text towers are that prompts need, or asks for a grid of times
+            that its objective cannot have.
         DataError: the autoencoder is not the one that made the latents.
         StorageError: it cannot be read.
     """
@@ -47,9 +49,12 @@ class Grids:
         towers: FrozenTowers | None = None,
     ) -> None:
         self._settings, self._ranks, self._batch_size = config.validation, ranks, batch_size
-        self._autoencoder = load_autoencoder(config.validation.autoencoder, manifest)
-        self._mean, self._std = torch.tensor(list(scale.mean)), torch.tensor(list(scale.std))
         self._objective = objective_of(config.objective, ranks.device)
+        sampling = config.validation.sampling
+        levels(self._objective.path, sampling.grid, sampling.steps)  # what cannot be is told now
+        self._autoencoder = load_autoencoder(config.validation.autoencoder, manifest)
+        self._autoencoder.enable_slicing()  # one by one: a batch of large pictures has no room beside the training
+        self._mean, self._std = torch.tensor(list(scale.mean)), torch.tensor(list(scale.std))
         encode = towers or prompt_encoder(config, manifest)
         self._encode = Remembered(encode, [*config.validation.prompts, ""])
         prompts = len(config.validation.prompts)

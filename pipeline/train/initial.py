@@ -14,7 +14,7 @@ from safetensors.torch import load as read_tensors
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.runtime import state
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
@@ -51,12 +51,20 @@ def begin(config: TrainConfig, process: Process, engine: Engine) -> dict[str, An
     sharded.together(process, lambda: addresses.append(_address(chosen.run)) if process.is_main else None)
     found = checkpoint.open_checkpoint(*find_run(process.text_of(0, "".join(addresses))))
     which, key = checkpoint.weights_key(found, chosen.weights)
-    objective = yaml.safe_load(found.read(checkpoint.CONFIG))["objective"]
+    learned = what_was_learned(yaml.safe_load(found.read(checkpoint.CONFIG)), config)
     take_weights(found, key, process, engine)
     url = f"{found.store.url}/{found.name}"
-    learned = f"{objective['kind']} {objective['prediction']}"
     say(f"beginning with weights {which} of {url}, which learned {learned}; steps and optimizer begin anew")
     return {"checkpoint": url, "weights": which, "step": found.step}
+
+
+def what_was_learned(before: Mapping[str, Any], config: TrainConfig) -> str:
+    """What the weights say of noisy latents, and of which latents, where the new run has them on another scale."""
+    objective, scale = before["objective"], before.get("normalisation", config.normalisation)
+    learned = f"{objective['kind']} {objective['prediction']}"
+    if scale == config.normalisation:
+        return learned
+    return f"{learned} of latents with normalisation={scale}, not {config.normalisation}"
 
 
 def _address(run: str) -> str:
@@ -77,9 +85,26 @@ def take_weights(found: Checkpoint, key: str, process: Process, engine: Engine) 
         DataError: it is damaged, or of another geometry; LatheError on other ranks.
     """
     frozen: dict[str, Tensor] = {}
-    sharded.together(process, lambda: frozen.update(_fill(found, key, engine)))
+    sharded.together(process, lambda: frozen.update(_fill_if_there(found, key, engine)))
     state.set_frozen(engine, frozen)
     state.restore(engine, 0)
+
+
+def _fill_if_there(found: Checkpoint, key: str, engine: Engine) -> dict[str, Tensor]:
+    where = f"{found.store.url}/{found.name}"
+    try:
+        frozen = _fill(found, key, engine)
+    except StorageError as error:
+        if found.store.exists(f"{found.name}/{checkpoint.COMPLETE}"):
+            raise
+        raise DataError(
+            f"init_from: {where} was deleted while it was read, by the run that it is of",
+            "start again, or name one that stays there (checkpoint.keep_every)",
+        ) from error
+    broken = [mine.parameter for mine in state.fragments(engine) if not mine.tensors[state.WEIGHT].isfinite().all()]
+    if broken:
+        raise DataError(f"init_from: weights of {where} are not finite: {broken[0]}", "name an earlier checkpoint")
+    return frozen
 
 
 def _fill(found: Checkpoint, key: str, engine: Engine) -> dict[str, Tensor]:

@@ -79,6 +79,13 @@ def test_the_denoiser_gives_the_network_what_training_gave_it(fields: dict) -> N
     objective.denoiser(network)(alpha * x0 + sigma * noise, t)
 
 
+@pytest.mark.parametrize("fields", KINDS, ids=str)
+def test_what_a_network_in_low_precision_says_is_gone_on_with_in_float32(fields: dict) -> None:
+    objective = made(**fields)
+    noisy, t = latents(4)[0], objective.times_at(torch.full((4,), 0.5))
+    assert objective.denoiser(lambda x, _: x.bfloat16())(noisy, t).dtype == torch.float32
+
+
 def test_the_default_is_bit_for_bit_what_it_was() -> None:
     """Rectified flow before there were others: the formulas as written then."""
     objective = made(timestep_mean=0.4)

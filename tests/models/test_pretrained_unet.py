@@ -59,6 +59,15 @@ def test_geometry_and_weights_are_the_folders(folder: str) -> None:
     assert new.state_dict().keys() == theirs.keys()
 
 
+def test_null_is_off_as_in_sdxls_own_config(tmp_path: Path, folder: str) -> None:
+    told = json.loads((Path(folder) / "unet" / "config.json").read_text())
+    off = {"upcast_attention": None, "mid_block_only_cross_attention": None, "cross_attention_norm": None}
+    (tmp_path / "config.json").write_text(json.dumps({**told, **off}))
+    config = pretrained_unet.with_geometry(UNetConfig(pretrained=str(tmp_path)))
+    assert config.upcast_attention is False
+    pretrained_unet.check(str(tmp_path), unet.build(config, 4, 16, 12, 6))
+
+
 def test_weights_in_several_files_behind_an_address(tmp_path: Path, folder: str) -> None:
     shards = tmp_path / "shards"
     UNet2DConditionModel.from_pretrained(f"{folder}/unet").save_pretrained(shards, max_shard_size="50KB")
@@ -78,6 +87,14 @@ def test_from_s3(s3_url: str, tmp_path: Path, folder: str) -> None:
         store.upload(file, f"unet/{file.name}")
     config = pretrained_unet.with_geometry(UNetConfig(pretrained=s3_url))
     pretrained_unet.load_into(unet.build(config, 4, 16, 12, 6), s3_url)
+
+
+def test_a_run_file_may_say_the_same_once_for_all_levels(tmp_path: Path) -> None:
+    three = {"block_out_channels": (8, 8, 16), "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2}
+    three |= {"up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "attention_head_dim": 2}
+    save(tmp_path, **three, transformer_layers_per_block=2, layers_per_block=2)
+    config = UNetConfig(pretrained=str(tmp_path), attention_head_dim=2, layers_per_block=2)
+    assert pretrained_unet.with_geometry(config).levels == 3
 
 
 def test_a_run_file_that_says_otherwise_is_refused(folder: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from pipeline.config import EngineConfig
 from pipeline.errors import ConfigError
 from pipeline.runtime import deepspeed_config
 from pipeline.runtime.engine import describe, micro_batch
+from pipeline.runtime.zero import ZeroEngine
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 
@@ -224,6 +227,18 @@ def test_an_average_takes_the_place_of_the_weights_and_training_does_not_notice(
         assert len(result["swapping"]) == 12
         for way, found in result["swapping"].items():
             assert (way, [name for name, right in found.items() if not right]) == (way, [])
+
+
+@pytest.mark.parametrize(("error", "collectives"), [(RuntimeError, 1), (MemoryError, 1), (InterruptedError, 2)])
+def test_what_may_be_one_ranks_error_leaves_an_average_without_a_collective(error, collectives):
+    master, wrapped = torch.zeros(2), MagicMock()
+    wrapped.zero_optimization_stage.return_value = 2
+    wrapped.optimizer.single_partition_of_fp32_groups = [master]
+    optimizer = MagicMock(state={master: {"ema.main": torch.ones(2)}})
+    with pytest.raises(error), ZeroEngine(wrapped, optimizer, EngineConfig()).using("ema.main"):
+        raise error
+    assert wrapped.optimizer.update_lp_params.call_count == collectives
+    assert wrapped.optimizer.single_partition_of_fp32_groups[0] is master
 
 
 @pytest.mark.ranks

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.storage import open_store
 from pipeline.train.checkpoint import CONFIG, FORMAT_VERSION, RUN, Checkpoint, noted
 from pipeline.train.compatibility import check_data, check_resume
+from pipeline.train.initial import what_was_learned
 from pipeline.train.trained_on import files
 
 
@@ -211,3 +212,10 @@ def test_data_sets_in_another_order_are_told_as_that(tmp_path, latents, manifest
     two = Checkpoint(store, "step-00000001", {name: noted(text) for name, text in texts.items()})
     with pytest.raises(DataError, match="the data sets stand in another order"):
         check_resume(two, config(), data(other, latents))
+
+
+def test_weights_to_begin_with_are_told_with_the_scale_of_their_latents():
+    before = config(objective={"kind": "ddpm"}).model_dump(mode="json")
+    assert what_was_learned(before, config()) == "ddpm epsilon"
+    scaled = config(normalisation="scaling_factor")
+    assert what_was_learned(before, scaled) == "ddpm epsilon of latents with normalisation=whiten, not scaling_factor"

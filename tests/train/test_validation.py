@@ -15,7 +15,9 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.objective import objective_of
 from pipeline.diffusion.variational_bound import bits, factors
+from pipeline.errors import ConfigError
 from pipeline.runtime.watchdog import Watchdog
+from pipeline.train.grids import Grids
 from pipeline.train.held_out_losses import HeldOutLosses, Losses
 from pipeline.train.validation import Validator
 
@@ -198,3 +200,12 @@ def test_settings_that_do_not_go_together(validation, said):
     with pytest.raises(ValidationError) as told:
         config("manifest.json", validation={"every": 10, **validation})
     assert said in str(told.value)
+
+
+def test_a_grid_that_the_objective_cannot_have_is_told_before_the_first_step(latents):
+    pictures = {"prompts": ["a cat"], "autoencoder": "nowhere", "sampling": {"grid": "trailing"}}
+    settings = config(latents, validation={"every": 10, **pictures})
+    datasets = open_datasets([DataSetConfig(manifest=latents)], global_batch=4)
+    scale = Scale("whiten", datasets.mean, datasets.std)
+    with pytest.raises(ConfigError, match=r"^grid: trailing is for"):
+        Grids(settings, Ranks(), datasets.manifests[0], scale, batch_size=4)

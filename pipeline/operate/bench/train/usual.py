@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipeline.config import TrainConfig
 from pipeline.data.manifest import Manifest
+from pipeline.runtime.base import DTYPES
 from pipeline.runtime.process import Process
 from pipeline.train.network import build_network
 from pipeline.train.trainer import engine_configuration
@@ -47,7 +48,7 @@ class UsualLoop:
     Args:
         config: the trainer's run file.
         ranks: this rank among the others.
-        encoders: what runs beside the UNet, with random weights.
+        encoders: what runs beside the UNet, in its precision, with random weights.
         batch: pictures of this rank in a step.
         manifest: of the latents, for the UNet's geometry.
     """
@@ -57,11 +58,11 @@ class UsualLoop:
     ) -> None:
         network = build_network(config, manifest)
         unet: UNet2DConditionModel = network.unet
-        side, device = manifest.latent_side, ranks.device
-        self._autoencoder = _autoencoder(encoders, manifest.latent_channels).to(device).requires_grad_(False)
-        self._text = _text_encoder(encoders).to(device).requires_grad_(False)
+        side, device, dtype = manifest.latent_side, ranks.device, DTYPES[config.engine.precision]
+        self._autoencoder = _autoencoder(encoders, manifest.latent_channels).to(device, dtype).requires_grad_(False)
+        self._text = _text_encoder(encoders).to(device, dtype).requires_grad_(False)
         self._scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-        self._pixels = torch.rand(batch, 3, _FACTOR * side, _FACTOR * side, device=device) * 2 - 1
+        self._pixels = torch.rand(batch, 3, _FACTOR * side, _FACTOR * side, device=device, dtype=dtype) * 2 - 1
         self._tokens = torch.randint(0, self._text.config.vocab_size, (batch, 77), device=device)
         chosen = config.optimizer
         self._engine, *_ = deepspeed.initialize(
@@ -86,7 +87,7 @@ class UsualLoop:
         steps = torch.randint(0, self._scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy = self._scheduler.add_noise(latents, noise, steps)
         prediction = self._engine(noisy, steps, hidden).sample
-        self._engine.backward(functional.mse_loss(prediction.float(), noise))
+        self._engine.backward(functional.mse_loss(prediction.float(), noise.float()))
         self._engine.step()
         self._ema.step(self._engine.module.parameters())
 
