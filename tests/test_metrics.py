@@ -216,3 +216,11 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     line = json.loads((tmp_path / LOG).read_text())
     assert line["loss"] is None
     assert line["gradient_norm"] is None
+
+
+def test_lines_that_are_none_of_ours_are_left_out(tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("metrics.jsonl", b'{"step": 1, "loss": 2.0}\n\xff\xfe\n[1]\n{"loss": 1}\n{"step": 2, "loss": 1.0}\n')
+    assert [line["step"] for line in read_log(store)] == [1, 2]
+    Metrics(QUIET, "train", 0, store).resume(1)
+    assert [line["step"] for line in read_log(store)] == [1]

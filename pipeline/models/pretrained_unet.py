@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import ValidationError
 
 from pipeline.config import PER_LEVEL, UNetConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.models.diffusers_folder import Part
 from pipeline.models.unet import DERIVED
 
@@ -84,9 +84,13 @@ def load_into(unet: UNet2DConditionModel, url: str) -> None:
     """Fill a UNet of the same geometry with the pretrained weights.
 
     Raises:
-        DataError, StorageError: they cannot be read, or are not whole.
+        DataError, StorageError: they cannot be read, or are not whole, or not finite.
     """
-    unet.load_state_dict(_PART.load(url).state_dict())
+    weights = _PART.load(url).state_dict()
+    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise DataError(f"unet.pretrained: weights of {url} are not finite: {broken}", "use other weights")
+    unet.load_state_dict(weights)
 
 
 def _value(config: UNetConfig, name: str, levels: int) -> Any:

@@ -145,3 +145,12 @@ def test_folders_that_hold_no_unet(tmp_path: Path, folder: str) -> None:
     file.write_text("{")
     with pytest.raises(DataError, match=r"config\.json cannot be read"):
         pretrained_unet.with_geometry(UNetConfig(pretrained=folder))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    with torch.no_grad():
+        model.conv_in.bias[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"unet\.pretrained: weights of .* are not finite: conv_in\.bias"):
+        pretrained_unet.load_into(model, str(tmp_path))

@@ -41,3 +41,16 @@ def test_where_it_cannot_be_written_the_variable_is_named(file, monkeypatch):
     monkeypatch.setenv(requeue.VARIABLE, str(file / "below" / "x"))
     with pytest.raises(StorageError, match=r"LATHE_REQUEUE_FILE=.*: No such file or directory"):
         requeue.ask(stopped_by=15)
+
+
+def test_what_is_no_file_stays_what_it_is(file, monkeypatch):
+    file.mkdir()
+    with pytest.raises(StorageError, match=r"requeue\.json is no file, and would be replaced by one"):
+        requeue.clear()
+    assert file.is_dir()
+
+
+def test_it_is_known_at_a_start_that_it_could_not_be_written(file, monkeypatch):
+    monkeypatch.setenv(requeue.VARIABLE, str(file.parent / "missing" / "requeue.json"))
+    with pytest.raises(StorageError, match=r"LATHE_REQUEUE_FILE=.*No such file or directory"):
+        requeue.clear()

@@ -150,3 +150,22 @@ def test_a_store_that_does_not_answer_keeps_nobody_for_long(tmp_path, monkeypatc
     held.release()
     assert time.monotonic() - started < 5
     back.set()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.mkdir(), lambda path: path.symlink_to(path)], ids=["folder", "loop"]
+)
+def test_what_is_no_file_is_told(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(lease, "_SHORT_SECONDS", 0.01)
+    make(tmp_path / LEASE)
+    with pytest.raises(LatheError, match=r"lease\.json"):
+        Lease(open_store(str(tmp_path))).take()
+
+
+@pytest.mark.parametrize("pid", [None, [], float("inf")])
+def test_a_foreign_process_id_is_no_process(tmp_path, pid):
+    store = open_store(str(tmp_path))
+    left_by(store, pid=pid)
+    held = Lease(store)
+    held.take()
+    held.release()

@@ -75,7 +75,7 @@ def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(
     ranks, asked = ranks_of(resumed), time.monotonic()
     ranks[1].send_signal(signal.SIGTERM)
     assert psutil.wait_procs(ranks, timeout=60)[1] == []
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 20  # 3 s where nothing else runs
     said = finish(resumed, 128 + signal.SIGTERM)
     assert f"going on from {run.output}/{checkpoint.step_name(last)}\n" in said
     stopped = re.search(r"stopped by SIGTERM after step (\d+); .*/step-0+\1\n", said)
