@@ -1,14 +1,14 @@
 # make demo       everything from no data to generated pictures, in .venv and ./lathe-demo
 # make install    the environment in .venv alone
 # make check      format, lint, types, architecture
-# make test-fast  tests that need no server, in two processes, under 3 minutes; ARGS="-n 0" for one
+# make test-fast  tests that need no server and no process of their own, in two processes, under 3 minutes; ARGS="-n 0" for one
 # make test       check and all tests, the smoke demo among them; those with servers or ranks one at a time
 # make test-long  heavier proofs
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 ARGS ?=
-ALONE := s3 or ranks or demo or tools
+ALONE := s3 or ranks or demo or tools or alone
 FAST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not ($(ALONE)) and not long"
 
 .PHONY: demo install develop check format test-fast test test-long clean

@@ -53,6 +53,8 @@ class Lease:
             "started": _started(own),
             "counter": 0,
         }
+        self.lost: LostLeaseError | None = None
+        """What `check` would raise, once the renewal has found it out."""
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._renewing = threading.Thread(target=self._renew, name="lathe-lease", daemon=True)
@@ -116,8 +118,9 @@ class Lease:
                 with self._lock:
                     self._content["counter"] += 1
                     self._store.write(LEASE, self._bytes())
-            except LostLeaseError:
-                return  # it is told before the next completion marker
+            except LostLeaseError as error:
+                self.lost = error
+                return
             except StorageError:
                 continue  # the store is away
         with suppress(StorageError):

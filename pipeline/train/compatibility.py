@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
@@ -128,7 +129,7 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
             "set restart_order=true to go on with these, in an order that begins anew; or use those of the earlier"
             " steps, or train into another output",
         )
-    before = _kept(yaml.safe_load(checkpoint.read(CONFIG)))
+    before = _kept(_completed(yaml.safe_load(checkpoint.read(CONFIG))))
     now = _kept(config.model_dump(mode="json"))
     for field in _FIXED:
         changed = _first_difference(field, _get(before, field), _get(now, field))
@@ -140,6 +141,14 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, datasets: DataSets
                 f"set {_override(listed, _get(before, listed))}, or train into another output",
             )
     return saved
+
+
+def _completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of fields that were not there yet when it was written."""
+    try:
+        return TrainConfig.model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
 
 
 def _kept(tree: dict[str, Any]) -> dict[str, Any]:

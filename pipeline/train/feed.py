@@ -30,6 +30,7 @@ class Feed:
         request: whether this process was asked to stop.
         steps: how many batches are wanted.
         own: further flags of this rank, which travel with the others.
+        hear: given the largest of each of them, on all ranks, for every second that one of them waits for data.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Feed:
         request: StopRequest,
         steps: int,
         own: Callable[[], tuple[int, ...]] = tuple,
+        hear: Callable[[tuple[int, ...]], None] = lambda told: None,
     ) -> None:
-        self._loader, self._ranks, self._request, self._left, self._own = loader, ranks, request, steps, own
+        self._loader, self._ranks, self._request, self._left = loader, ranks, request, steps
+        self._own, self._hear = own, hear
         self._problem: LatheError | None = None
         self._held: Batch | None = None
         self._flag, self._over = 0, False
@@ -72,6 +75,7 @@ class Feed:
         """
         self.waited_seconds = 0.0
         while self._somebody_waits():
+            self._hear(self.told)
             self._hold()
         batch, self._held = self._held, None
         self._over = batch is None or self._flag != 0

@@ -39,10 +39,15 @@ def out_of_memory(error: Exception, config: TrainConfig, ranks: Process | None) 
     place, building = ranks.watch.place, ranks.watch.place.phase == "starts"
     asked = f": {_readable(match)} more were asked for" if (match := _ASKED.search(said)) else ""
     where = "the host's memory" if on_host else f"{ranks.device}'s memory"
+    validating = place.phase == "validates"
     when = "as model and optimizer were built" if building else f"at step {place.step}"
+    if validating:
+        when = f"in the validation after step {place.step}"
     settings = settings_to_change(
         config, ranks.world_size, building=building, on_gpu=ranks.device.type != "cpu", on_host=on_host
     )
+    if validating and config.validation.prompts:
+        settings.insert(0, "fewer or no validation.prompts")
     return OutOfMemoryError(
         f"rank {ranks.rank} ran out of {where} {when}{asked}",
         f"as many of these as it takes, in this order: {', '.join(settings)}",

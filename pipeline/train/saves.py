@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from pipeline.errors import LatheError
 from pipeline.metrics import Metrics
 from pipeline.runtime.engine import Engine, LossScale
 from pipeline.runtime.process import Process
-from pipeline.storage import Store
+from pipeline.storage import Lease, Store
 from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_resume
 from pipeline.train.initial import ORIGIN, begin, origin_of
@@ -39,7 +39,7 @@ class Saves:
         config: the run file.
         datasets: the latents.
         metrics: told of each checkpoint, and made durable with it.
-        check: that the output is still this run's; called before it is said that something is complete.
+        lease: rank 0's, of the output, looked at before it is said that something is complete; None = there is none.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Saves:
         config: TrainConfig,
         datasets: DataSets,
         metrics: Metrics,
-        check: Callable[[], None],
+        lease: Lease | None,
     ) -> None:
         self._store, self._ranks, self._engine, self._metrics = store, ranks, engine, metrics
-        self._engine_config, self._config, self._datasets, self._check_output = engine_config, config, datasets, check
+        self._engine_config, self._config, self._datasets, self._lease = engine_config, config, datasets, lease
         self._worker = WorkerThreads(1, "lathe-save")
         self._origin: dict[str, Any] | None = None
 
@@ -147,7 +147,8 @@ class Saves:
 
     def flags(self) -> tuple[int, ...]:
         """What this rank tells the others in each step of the saves that are on their way."""
-        return tuple(flag for saver in self._savers for flag in saver.flags)
+        is_lost = self._lease is not None and self._lease.lost is not None
+        return (is_lost, *(flag for saver in self._savers for flag in saver.flags))
 
     def hear(self, told: Sequence[int]) -> None:
         """Go on with the saves that are on their way.
@@ -158,9 +159,17 @@ class Saves:
         Raises:
             LatheError: a save failed, and it was one too many, or another run has taken the output over.
         """
+        is_lost, *of_savers = told
+        if is_lost:
+            self._ranks.agree(self._lease.lost if self._lease is not None else None)
         for number, saver in enumerate(self._savers):
-            saver.hear(told[3 * number : 3 * number + 3])
+            saver.hear(of_savers[3 * number : 3 * number + 3])
         self._metrics.set("checkpoint_failures", sum(saver.failures for saver in self._savers))
+
+    def hear_or_finish(self, told: Sequence[int]) -> None:
+        """`hear`; where it raises, what is on its way is finished first."""
+        with self.finished_first():
+            self.hear(told)
 
     def save(self, progress: Progress, skipped_blocks: Sequence[Sequence[int]]) -> None:
         """Begin a checkpoint of the step, unless there is one; all ranks call it at the same step.
@@ -201,11 +210,11 @@ class Saves:
     def finish(self) -> None:
         """Wait for what is on its way; there are no more steps. Raises LatheError where it fails."""
         self._ranks.watch.note("saves")
-        problem: LatheError | None = None
+        problem: Exception | None = None
         for saver in self._savers:
             try:
                 saver.settle(last=True)
-            except LatheError as error:
+            except sharded.FAULTS as error:
                 problem = problem or error
         if problem is not None:
             raise problem
@@ -221,6 +230,10 @@ class Saves:
             with suppress(LatheError):
                 self._keep_log()
             raise
+
+    def _check_output(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     def _keep_log(self) -> None:
         if self._ranks.is_main:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,7 @@ def _fit(config: TrainConfig) -> int:
         ranks.watch.note("starts")
         check_alike(config, datasets, ranks)
         sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
-        return Trainer(config, ranks, datasets, store, lease.check).run()
+        return Trainer(config, ranks, datasets, store, lease).run()
     except (RuntimeError, MemoryError) as error:
         told = out_of_memory(error, config, ranks) or process.lost_rank(error, ranks)
         if told is None:
@@ -116,7 +116,7 @@ class Trainer:
         ranks: this rank among the others.
         datasets: the latents.
         store: the run's output.
-        check: that the output is this run's; asked on rank 0 before a checkpoint is said to be complete.
+        lease: rank 0's, of the output; None = nobody else writes there.
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class Trainer:
         ranks: Process,
         datasets: DataSets,
         store: Store,
-        check: Callable[[], None] = lambda: None,
+        lease: Lease | None = None,
     ) -> None:
         rank_positions(config.global_batch, ranks.rank, ranks.world_size)  # raises where the ranks do not fit
         share = engine.micro_batch(config.engine, config.global_batch, ranks.world_size)
         config, self.towers = load_online(config, datasets.manifests[0], ranks)
         self.config, self.ranks, self.datasets, self.store = config, ranks, datasets, store
         self.progress = Progress(*datasets.mean_and_std(config.normalisation))
-        self.stopped_by = 0
+        self.stopped_by, self.owes_checkpoint = 0, False
         torch.manual_seed(config.seed)
         self.model = build_network(config, datasets.manifests[0], self.towers)
         if config.unet.pretrained:
@@ -163,7 +163,7 @@ class Trainer:
             config=config,
             datasets=datasets,
             metrics=self.metrics,
-            check=check,
+            lease=lease,
         )
 
     def run(self) -> int:
@@ -188,7 +188,8 @@ class Trainer:
             self._open_loader() as self.loader,
         ):
             self.validator = self._open_validator(whitening, request)
-            feed = Feed(self.loader, self.ranks, request, config.steps - progress.step, own=self.saves.flags)
+            left, saves = config.steps - progress.step, self.saves
+            feed = Feed(self.loader, self.ranks, request, left, own=saves.flags, hear=saves.hear_or_finish)
             yield from self._train(feed, line)
             if feed.failed:
                 self.saves.save_before_failing(progress, self.loader.skipped)
@@ -209,6 +210,7 @@ class Trainer:
         while batch is not None:
             started = time.perf_counter()
             loss = self.train_step(batch)
+            self.owes_checkpoint |= progress.step % config.checkpoint.every == 0
             line.move(progress.step, config.steps)
             batch = feed.next()
             with self.saves.finished_first():
@@ -221,16 +223,16 @@ class Trainer:
                 interval = Interval.start(self.ranks.device)
             if feed.failed:
                 break
+            with self.saves.finished_first():
+                # while steps are skipped the weights may be what is broken: keep the checkpoint from before
+                if (self.owes_checkpoint and not progress.skipped.in_a_row) or feed.is_over:
+                    self.saves.save(progress, self.loader.skipped)
+                    self.owes_checkpoint = False
+                if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
+                    self.saves.snapshot(progress)
             if self.validator and self.validator.due(progress.step) and not feed.stopped_by:
                 self.ranks.watch.note("validates")
                 self.validator.run(progress.step)
-            # while steps are skipped the weights may be what is broken: keep the checkpoint from before
-            is_due = progress.step % config.checkpoint.every == 0 and not progress.skipped.in_a_row
-            with self.saves.finished_first():
-                if is_due or feed.is_over:
-                    self.saves.save(progress, self.loader.skipped)
-                if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
-                    self.saves.snapshot(progress)
             yield progress.step
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -257,7 +259,7 @@ class Trainer:
 
     def _is_told_or_saved(self) -> bool:
         config, step = self.config, self.progress.step
-        return step % config.log_every == 0 or step % config.checkpoint.every == 0 or due(config, step)
+        return step % config.log_every == 0 or self.owes_checkpoint or due(config, step)
 
     def _share(self, batch: Batch) -> float:
         """Of the global batch that counts; nobody is asked where nothing may be skipped."""

@@ -538,6 +538,7 @@ def test_a_loader_that_nobody_holds_ends_its_threads(latents: str) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.alone
 def test_an_interpreter_that_ends_does_not_wait_for_reads(latents: str) -> None:
     script = f"""
 import time

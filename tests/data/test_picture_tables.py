@@ -323,6 +323,7 @@ def test_without_pyarrow_the_remedy_is_told(place, monkeypatch):
     assert run(place, "t.csv").pictures == 1
 
 
+@pytest.mark.alone
 def test_memory_is_that_of_a_shard_and_a_row_group(place):
     noise = PICTURES[0] + np.random.default_rng(0).bytes(1 << 20)
     schema = pa.schema([("image", pa.binary()), ("caption", pa.string())])

@@ -507,6 +507,7 @@ class TestServer:
         assert content(tree["output"]) == undisturbed_on_s3
 
 
+@pytest.mark.alone
 class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_the_same_command_goes_on(

@@ -150,6 +150,7 @@ def test_finished_shards_are_taken_for_finished(tmp_path):
     assert len(load_manifest(f"{tmp_path}/latents/manifest.json").buckets()) == 4
 
 
+@pytest.mark.alone
 def test_a_jobs_peak_is_measured_in_a_process_of_its_own(tmp_path):
     write_finished(tmp_path, shards=2, samples=10)
     assert 2**26 < memory._measured(tmp_path, encoded=0) < 2**32

@@ -190,6 +190,7 @@ def test_answers_are_lines_of_json():
     assert [json.loads(line) for line in said.getvalue().splitlines()] == [{"samples": 1}] * 2
 
 
+@pytest.mark.alone
 def test_an_environment_is_made_once_with_links(tmp_path):
     requirements, folder = tmp_path / "list.txt", tmp_path / "peers"
     requirements.write_text("")
@@ -212,6 +213,7 @@ def test_an_environment_is_made_once_with_links(tmp_path):
     assert not (programs / "mine").exists()
 
 
+@pytest.mark.alone
 def test_without_a_package_index_it_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(SetupError, match=r"the peers cannot be installed: .*pip.* failed: ") as told:

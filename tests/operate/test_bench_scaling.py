@@ -28,6 +28,8 @@ from pipeline.operate.bench.scaling.page import page, summary
 from pipeline.operate.bench.scaling.steps import plan_steps
 from pipeline.storage import open_store
 
+pytestmark = pytest.mark.alone
+
 SEED, WINDOW = 5, 10
 SMALL = ScalingBench(
     ranks=16, shards=300, samples=500, buckets=3, batch=512, window=32, block_samples=16, steps=40, receipts_timed=2

@@ -112,6 +112,10 @@ def test_its_loss_is_told_and_the_winners_is_left_alone(store):
     store.write(LEASE, second._bytes())
     with pytest.raises(LostLeaseError, match="was taken over by process"):
         first.check()
+    deadline = time.monotonic() + 20
+    while first.lost is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     first.release()
     assert json.loads(store.read(LEASE))["id"] == second._content["id"]
 

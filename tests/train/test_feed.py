@@ -18,6 +18,7 @@ from pipeline.train.feed import Feed
 from pipeline.train.preemption import StopRequest
 
 TERM = 15
+HEARD: dict[int, list[tuple[int, ...]]] = {}  # by rank, while data were waited for
 
 
 class Ranks:
@@ -63,11 +64,14 @@ def run(*loaders: Loader, requests: list[StopRequest] | None = None, steps: int 
     requests = requests or [StopRequest(), StopRequest()]
 
     def one(rank: int) -> None:
-        feed = Feed(loaders[rank], ranks.rank(rank), requests[rank], steps)
+        heard: list[tuple[int, ...]] = []
+        feed = Feed(loaders[rank], ranks.rank(rank), requests[rank], steps, own=lambda: (rank, 7), hear=heard.append)
         seen = []
         while (batch := feed.next()) is not None:
             seen.append(batch)
         results[rank] = {"seen": seen, "stop": feed.stopped_by, "over": feed.is_over, "failed": feed.failed}
+        assert feed.told == (1, 7)
+        HEARD[rank] = heard
         if feed.failed:
             with pytest.raises(LatheError) as told:
                 feed.raise_failure()
@@ -144,6 +148,8 @@ def test_who_waits_says_so_and_the_others_hear_their_signals_meanwhile(monkeypat
     assert results == [{"seen": [0, 1], "stop": TERM, "over": True, "failed": False}] * 2
     assert len(rounds) in (3, 4)
     assert max(rounds) < 1
+    assert set(HEARD[0]) == {(1, 7)}  # saves go on meanwhile
+    assert HEARD[0] == HEARD[1]
 
 
 def test_an_outage_that_ends_loses_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
+from pipeline.runtime.engine import Outcome
 from pipeline.train.progress import Progress
 from pipeline.train.trainer import Trainer
 
@@ -41,7 +42,7 @@ def bare(**changes: Any) -> Trainer:
     trainer = Trainer.__new__(Trainer)
     trainer.config = TrainConfig.model_validate({"manifest": "m", "output": "o", "steps": 6, **changes})
     trainer.progress = Progress((), ())
-    trainer.validator = None
+    trainer.validator, trainer.owes_checkpoint = None, False
     queued: list[int] = []
 
     def train_step(batch: object) -> torch.Tensor:
@@ -97,3 +98,20 @@ def test_too_many_skipped_samples_let_a_save_on_its_way_be_finished():
     with pytest.raises(DataError, match="could not be read, more than"):
         trainer._share(SimpleNamespace(weight=torch.zeros(64)))
     assert trainer.saves.finished
+
+
+def test_a_checkpoint_that_was_due_as_steps_were_skipped_is_made_after_the_next_that_was_not():
+    trainer, order = bare(checkpoint={"every": 2}), []
+    skipped = {1, 2, 3}  # steps, counted from 1
+
+    def outcomes(*, wait: bool) -> list[Any]:
+        return [Outcome.NOT_FINITE if trainer.progress.step in skipped else Outcome.APPLIED]
+
+    trainer.engine = SimpleNamespace(outcomes=outcomes)
+    trainer.saves.save = lambda progress, blocks: order.append(f"saved {progress.step}")
+    trainer.ranks.watch = SimpleNamespace(note=lambda phase: None)
+    trainer.validator = SimpleNamespace(due=lambda step: step == 4, run=lambda step: order.append(f"validated {step}"))
+    trainer.reporter = SimpleNamespace(report=lambda *_: ({}, 0.0))
+    for _ in trainer._train(Feed(6), SimpleNamespace(move=lambda *_: None, row=lambda *_, **__: None)):
+        pass
+    assert order == ["saved 4", "validated 4", "saved 6"]  # not after step 2; and before validation, which may fail
