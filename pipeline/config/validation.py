@@ -39,7 +39,9 @@ class ValidationConfig(Section):
     @model_validator(mode="after")
     def _settings_fit(self) -> ValidationConfig:
         if self.prompts and self.every is None:
-            raise ValueError("every: null, but prompts for its pictures; set it to a number of steps, or leave them out")
+            raise ValueError(
+                "every: null, but prompts for its pictures; set it to a number of steps, or leave them out"
+            )
         if self.prompts and not self.autoencoder:
             raise ValueError("autoencoder: missing, and prompts need it; set it to what the latents were encoded with")
         if self.autoencoder and not self.prompts:

@@ -39,6 +39,7 @@ class Feed:
         ranks: Process,
         request: StopRequest,
         steps: int,
+        *,
         own: Callable[[], tuple[int, ...]] = tuple,
         hear: Callable[[tuple[int, ...]], None] = lambda told: None,
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,7 +240,14 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
 
     ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
     saves = Saves(
-        bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=Log(), check=check
+        bed.store,
+        ranks,
+        bed.engine,
+        engine_config={},
+        config=None,
+        datasets=None,
+        metrics=Log(),
+        lease=SimpleNamespace(check=check, lost=None),
     )
     saves._savers = [bed.saver]
     bed.before_marker = saves._before_marker
@@ -249,3 +257,16 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
         raise LatheError("of a step")
     assert bed.steps() == ([] if is_lost else [1])
     assert bool(flushed) is not is_lost
+
+
+def test_an_output_that_was_lost_ends_the_run_within_a_step(tmp_path):
+    bed = Bed(tmp_path)
+    lease = SimpleNamespace(check=lambda: None, lost=None)
+    ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
+    saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=None, lease=lease)
+    saves._savers = []
+    assert saves.flags() == (False,)
+    lease.lost = LostLeaseError("taken over")
+    assert saves.flags() == (True,)
+    with pytest.raises(LostLeaseError, match="taken over"):
+        saves.hear((1,))
