@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,7 @@ _PASSED_ON = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT")
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _NAMES = re.compile(r"\S*[\d/]\S*")  # of files, addresses, steps: in these, errors that are alike differ
 _LESS_MEMORY = "start fewer ranks on a machine, set a smaller shuffle_window or a larger zero_stage, or give more"
+_KILLING = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
 _ENDING = (signal.SIGHUP, signal.SIGQUIT)  # ranks are told to end by SIGTERM
 
 
@@ -87,18 +89,26 @@ def main(arguments: Sequence[str]) -> int:
         try:
             launch_command(launch_command_parser().parse_args(list(arguments)))
         except ChildFailedError as failure:
-            rank, first = failure.get_first_failure()
+            rank, first = _first(failure)
             if -first.exitcode in _ASKING and not requeue.is_asked():  # there was nothing to save yet
                 requeue.ask(stopped_by=-first.exitcode)
             return _tell(Path(folder), rank, first.exitcode, kernel_kills.since(killed, kernel_kills.counts()))
     return 0
 
 
+def _first(failure: Any) -> tuple[int, Any]:
+    """The rank that ended first, and how. One that was killed is: the others may tell of its loss before it is seen."""
+    ends: dict[int, Any] = failure.failures
+    killed = ((rank, end) for rank, end in ends.items() if -end.exitcode in _KILLING)
+    return next(killed, None) or failure.get_first_failure()
+
+
 class _Signals:
     """While it is entered, signals that ask to stop go on to the ranks. Afterwards they do nothing, if one came."""
 
     def __init__(self) -> None:
-        self._passed_on = False
+        self._passed_on, self._busy = False, False
+        self._come: deque[int] = deque()
 
     def __enter__(self) -> None:
         for name in _PASSED_ON:
@@ -109,7 +119,21 @@ class _Signals:
             signal.signal(getattr(signal, name), signal.SIG_IGN if self._passed_on else signal.SIG_DFL)
 
     def pass_on(self, number: int, _frame: FrameType | None) -> None:
-        """Give a signal to the ranks, and go on waiting for them; before there are any, end by it."""
+        """Give a signal to the ranks, and go on waiting for them; before there are any, end by it.
+
+        One that comes meanwhile, in the midst of this very call, is given to them after it: the first one counts.
+        """
+        self._come.append(number)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._come:
+                self._give(self._come.popleft())
+        finally:
+            self._busy = False
+
+    def _give(self, number: int) -> None:
         ranks = [child for child in psutil.Process().children() if _is_rank(child)]
         if not ranks and not self._passed_on:
             raise SystemExit(128 + number)

