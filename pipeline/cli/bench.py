@@ -25,6 +25,10 @@ app = typer.Typer(
 Root = Annotated[
     str, typer.Option("--root", metavar="URL", help="Below it a new folder is made and deleted. Default: a local one.")
 ]
+S3Root = Annotated[
+    str,
+    typer.Option("--root", metavar="URL", help="Prefix on your own S3 server. Default: an embedded one on loopback."),
+]
 Size = Annotated[str, typer.Option("--size", help="`small`, `standard` or `large`; how long each takes is said above.")]
 Repeats = Annotated[
     int | None, typer.Option("--repeats", metavar="N", min=1, help="Rounds; the figures are their medians.")
@@ -98,12 +102,7 @@ def bench_scaling(
 @app.command("loader")
 def bench_loader(
     *,
-    root: Annotated[
-        str,
-        typer.Option(
-            "--root", metavar="URL", help="Prefix on your own S3 server. Default: an embedded one on loopback."
-        ),
-    ] = "",
+    root: S3Root = "",
     size: Size = "standard",
     repeats: Repeats = None,
     figures: FiguresFile = None,
@@ -139,12 +138,7 @@ def bench_loader(
 @app.command("checkpoint")
 def bench_checkpoint(
     *,
-    root: Annotated[
-        str,
-        typer.Option(
-            "--root", metavar="URL", help="Prefix on your own S3 server. Default: an embedded one on loopback."
-        ),
-    ] = "",
+    root: S3Root = "",
     size: Size = "standard",
     repeats: Repeats = None,
     figures: FiguresFile = None,
