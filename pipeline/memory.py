@@ -1,4 +1,4 @@
-"""Memory of this process: whether it is short of it, and whether what it frees is kept."""
+"""Memory of this process: whether it is short of it, whether what it frees is kept, and the most that it held."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import ctypes
 import functools
 import os
 import resource
+import threading
+from types import TracebackType
+from typing import Self
 
 import psutil
 
@@ -41,3 +44,40 @@ def _available_bytes() -> int:
     available = psutil.virtual_memory().available
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return available if limit == resource.RLIM_INFINITY else min(available, limit - psutil.Process().memory_info().vms)
+
+
+class MemoryPeak:
+    """The largest sum of resident memory over this process and all its descendants, in bytes, while it is open.
+
+    Pages that processes share are counted once for each, so the figure is an upper bound.
+
+    Args:
+        interval_seconds: how often it is looked at.
+        alone: this process without its descendants.
+    """
+
+    def __init__(self, interval_seconds: float = 0.5, *, alone: bool = False) -> None:
+        self.bytes = 0
+        self._interval, self._alone, self._stop = interval_seconds, alone, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-peak", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(self._interval):
+            total = 0
+            for process in [me] if self._alone else [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:
+                    continue
+            self.bytes = max(self.bytes, total)

@@ -21,9 +21,10 @@ from pipeline import runfile
 from pipeline.config import RunConfig
 from pipeline.demo.lock import only_one
 from pipeline.demo.object_store import EmbeddedObjectStore
-from pipeline.demo.processes import MemoryPeak, run_together
+from pipeline.demo.processes import run_together
 from pipeline.demo.state import DemoState
 from pipeline.errors import ConfigError, SetupError
+from pipeline.memory import MemoryPeak
 from pipeline.storage import open_store
 
 BUCKET = "lathe-demo"

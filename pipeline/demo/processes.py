@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 
@@ -19,39 +16,6 @@ from pipeline.errors import LatheError
 from pipeline.tether import signals_deferred, start_tethered
 
 STOP_GRACE_SECONDS = 60.0
-
-
-class MemoryPeak:
-    """The largest sum of resident memory over this process and all its descendants, in bytes, while it is open.
-
-    Pages that processes share are counted once for each, so the figure is an upper bound.
-    """
-
-    def __init__(self, interval_seconds: float = 0.5) -> None:
-        self.bytes = 0
-        self._interval, self._stop = interval_seconds, threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory-peak", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._stop.wait(self._interval):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    total += process.memory_info().rss
-                except psutil.Error:
-                    continue
-            self.bytes = max(self.bytes, total)
 
 
 def run_together(

@@ -12,9 +12,10 @@ import pytest
 
 from pipeline.demo import guided_run
 from pipeline.demo.lock import only_one
-from pipeline.demo.processes import MemoryPeak, run_together
+from pipeline.demo.processes import run_together
 from pipeline.demo.state import DemoState
 from pipeline.errors import ConfigError, LatheError, SetupError
+from pipeline.memory import MemoryPeak
 
 
 def test_an_unknown_preset_is_told_with_the_known_ones(tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.memory import MemoryPeak
 from pipeline.operate.bench.checkpoint.bed import Bed, Target
-from pipeline.operate.bench.checkpoint.resident import Resident
 from pipeline.operate.bench.setting import setting
 from pipeline.storage import open_store
 
 PACKAGES = ("torch", "diffusers", "safetensors", "numpy", "s3fs")
 Say = Callable[[str], None]
 Figures = dict[str, float]
+
+_LOOK_SECONDS = 0.01  # a save of the small network is soon over
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,9 @@ def _pair(bed: Bed, target: Target) -> Figures:
 
 def _round(bed: Bed, target: Target, steps: int) -> Figures:
     """Undisturbed steps, and steps until a save is stored."""
-    with Resident() as before:
+    with MemoryPeak(_LOOK_SECONDS, alone=True) as before:
         quiet = statistics.median(bed.steps(steps))
-    with Resident() as during:
+    with MemoryPeak(_LOOK_SECONDS, alone=True) as during:
         stall = bed.stall(target)
         busy = statistics.median(bed.steps_until_stored(target))
     save = target.done[-1]
@@ -115,7 +117,7 @@ def _round(bed: Bed, target: Target, steps: int) -> Figures:
         "slow_down": busy / quiet,
         "save_seconds": save.seconds,
         "mb_per_second": save.size / 1e6 / save.seconds,
-        "added_bytes": max(0, during.most_bytes - before.most_bytes),
+        "added_bytes": max(0, during.bytes - before.bytes),
     }
 
 
