@@ -216,7 +216,7 @@ class Trainer:
             with self.saves.finished_first():
                 self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
                 interval.add(loss, feed.waited_seconds, time.perf_counter() - started)  # what the device took included
-                self.saves.hear(feed.told)
+                self.saves.hear(feed.told, last=batch is None)
             if progress.step % config.log_every == 0 or batch is None:
                 figures, left = self.reporter.report(progress, interval, self.loader)
                 line.row(progress.step, config.steps, figures, eta_seconds=left)
@@ -226,10 +226,10 @@ class Trainer:
             with self.saves.finished_first():
                 # while steps are skipped the weights may be what is broken: keep the checkpoint from before
                 if (self.owes_checkpoint and not progress.skipped.in_a_row) or feed.is_over:
-                    self.saves.save(progress, self.loader.skipped)
+                    self.saves.save(progress, self.loader.skipped, last=feed.is_over)
                     self.owes_checkpoint = False
                 if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
-                    self.saves.snapshot(progress)
+                    self.saves.snapshot(progress, last=feed.is_over)
             if self.validator and self.validator.due(progress.step) and not feed.stopped_by:
                 self.ranks.watch.note("validates")
                 self.validator.run(progress.step)

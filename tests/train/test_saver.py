@@ -195,6 +195,23 @@ def test_the_last_one_must_not_fail(tmp_path):
         bed.saver.settle(last=True)
 
 
+def test_the_last_state_is_tried_although_the_save_before_was_one_too_many_to_fail(tmp_path, capfd):
+    bed = Bed(tmp_path, limit=1)
+    ranks, told = bed.saver._ranks, SimpleNamespace(set=lambda *_: None)
+    saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=told, lease=None)
+    saves._savers = [bed.saver]
+    bed.store.fails_at = ".done.json"
+    bed.begin()
+    assert bed.saver._quiet.wait(20)
+    bed.store.fails_at = ""
+    saves.hear((False, *bed.saver.flags), last=True)
+    bed.train()
+    bed.saver.begin(bed.step, counters={}, notes={}, last=True)
+    saves.finish()
+    assert capfd.readouterr().err.startswith("step 1 could not be saved, the last step is tried (1 of 1 in a row):\n")
+    assert bed.steps() == [2]
+
+
 @pytest.mark.parametrize("error", [LostLeaseError("taken over"), ZeroDivisionError("a bug")])
 def test_a_lost_output_and_a_bug_end_the_run_at_once_and_no_marker_is_written(tmp_path, error):
     bed = Bed(tmp_path)
