@@ -86,7 +86,7 @@ class Saves:
         else:
             if there:
                 raise LatheError(f"no checkpoint of {self._store.url} can be read", "train into another output")
-            self._origin = begin(config, self._ranks, self._engine)
+            self._origin = begin(config, self._datasets.manifests[0], self._ranks, self._engine)
         self._prepare(progress)
 
     def _check(self, saved: list[TrainedOn], notes: list[dict[str, Any]], found: checkpoint.Checkpoint) -> None:

@@ -9,29 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from one_rank import alone, small_engine
+from torch import Tensor
 
-from pipeline.config import AverageConfig, EngineConfig, OptimizerConfig
 from pipeline.data.threads import WorkerThreads
 from pipeline.errors import LatheError, StorageError
-from pipeline.runtime import engine
-from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.storage.lease import LostLeaseError
 from pipeline.train import checkpoint
-from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.saver import Save, Saver
 from pipeline.train.saves import Saves
 from pipeline.train.shelf import Shelf, newest_and_every
 
 THREAD = "lathe-save-0"
-
-
-class Alone(Process):
-    """A world of one without a process group."""
-
-    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
-        return values
 
 
 class Faulty:
@@ -59,11 +49,8 @@ class Bed:
     """A small network, its engine, and who saves it."""
 
     def __init__(self, folder: Any, limit: int = 3, keep: int = 2) -> None:
-        ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 5))
-        optimizer = AdamWithEMA(parameter_groups(module, 0.1), OptimizerConfig(), (AverageConfig(decay=0.9),))
-        self.engine = engine.build(ranks, module, optimizer, EngineConfig(zero_stage=0), micro_batch=4)
+        ranks = alone()
+        self.engine = small_engine(ranks)
         self.store = Faulty(open_store(str(folder)))
         self.done: list[Save] = []
         self.before_marker: Callable[[], None] = lambda: None
@@ -255,7 +242,7 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
         if lost[0]:
             raise LostLeaseError("taken over")
 
-    ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
+    ranks = alone()
     saves = Saves(
         bed.store,
         ranks,
@@ -279,7 +266,7 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
 def test_an_output_that_was_lost_ends_the_run_within_a_step(tmp_path):
     bed = Bed(tmp_path)
     lease = SimpleNamespace(check=lambda: None, lost=None)
-    ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
+    ranks = alone()
     saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=None, lease=lease)
     saves._savers = []
     assert saves.flags() == (False,)
