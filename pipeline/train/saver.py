@@ -94,7 +94,7 @@ class Saver:
         self._in_a_row = 0
         self.failures = 0
         """Saves that failed so far."""
-        self.newest = 0
+        self.newest = self._newest_before = 0
         """Step of the newest save that has not failed; 0 = none."""
         # written by the background thread: numbers of saves
         self._written = self._failed = self._concluded = 0
@@ -126,7 +126,7 @@ class Saver:
         }
         self._number += 1
         self._save, self._concluding, self._problem = Save(step, run, notes, started), False, None
-        self.newest = step
+        self._newest_before, self.newest = self.newest, step
         self._submit(self._write_part, "_written")
 
     @property
@@ -237,7 +237,7 @@ class Saver:
 
     def _fail(self, save: Save, *, last: bool, before_last: bool) -> None:
         """Count it, and tell why once; or raise, where it was one too many, the lease is lost, or it is a bug."""
-        problem, self._save, self.newest = self._problem, None, 0
+        problem, self._save, self.newest = self._problem, None, self._newest_before
         self.failures += 1
         self._in_a_row += 1
         teller = self._ranks.first(problem is not None) or 0

@@ -145,6 +145,11 @@ class Saves:
         if gone := self._snapshots.gone:
             say(f"deleted {len(gone)} snapshots of averages later than step {step}: their course was left behind")
 
+    @property
+    def is_any(self) -> bool:
+        """Whether there is a checkpoint, or one on its way; the same on all ranks."""
+        return self._saver.newest > 0
+
     def flags(self) -> tuple[int, ...]:
         """What this rank tells the others in each step of the saves that are on their way."""
         is_lost = self._lease is not None and self._lease.lost is not None

@@ -172,7 +172,9 @@ class Trainer:
         self.reporter.start(progress.step)
         whitening = Scale("whiten", progress.mean, progress.std)
         self.examples = Examples(config, self.datasets, whitening, self.ranks.device, self.towers)
-        self.suspects = Suspects(config, self.datasets, self.ranks, self.engine, progress.step)
+        self.suspects = Suspects(
+            config, self.datasets, self.ranks, self.engine, step=progress.step, is_saved=lambda: self.saves.is_any
+        )
         facts = introduction(config, self.sizes, self.datasets, self.ranks, self.engine, step=progress.step)
         say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))
         with (
