@@ -15,6 +15,7 @@ from pipeline.storage import Store
 from pipeline.train import checkpoint
 from pipeline.train.compatibility import check_data
 from pipeline.train.snapshots import is_missing
+from pipeline.train.towers import check_named
 
 
 def conclusion_seen(store: Store, config: TrainConfig) -> str:
@@ -59,6 +60,7 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, DataSets]:
         )
     for manifest in datasets.manifests:
         check_data(config, manifest)
+        check_named(config, manifest)
     if config.validation.every is not None:
         places(datasets.manifests, config.validation.samples)  # raises where nothing is held out
     return config, datasets

@@ -84,6 +84,12 @@ def test_unchanged_weights_have_the_same_losses_to_the_bit(latents):
     assert found.bound_bits is None
 
 
+def test_names_of_noise_levels_sort_as_text(latents):
+    names = list(losses(config(latents, validation={"every": 10, "samples": 1, "noise_levels": 12}), 0.5).by_level)
+    assert names == sorted(names)
+    assert [name.partition("_")[0] for name in names[:2] + names[-2:]] == ["00", "01", "10", "11"]
+
+
 @pytest.mark.parametrize("objective", [{}, {"kind": "ddpm"}, {"kind": "edm"}], ids=str)
 def test_ranks_together_say_what_one_says(latents, objective):
     settings = config(latents, objective=objective)
