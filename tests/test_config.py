@@ -50,6 +50,7 @@ def test_one_data_set_or_several(tmp_path_factory: pytest.TempPathFactory) -> No
         ("manifest: m\nloader: {requests: 0}", "loader.requests: Input should be greater than or equal to 1"),
         ("manifest: m\nloader: {cache_gib: 0}", "loader.cache_gib: Input should be greater than 0"),
         ("manifest: m\nema_decay: 0.99", "ema_decay: unknown field"),
+        ("manifest: m\nunet: {pretrained: ''}", "unet.pretrained: String should have at least 1 character (got '')"),
         (
             "manifest: m\nunet: {pretrained: a}\ninit_from: {run: b}",
             "unet.pretrained: given, and init_from too; keep one of the two to begin with",

@@ -39,6 +39,7 @@ class UNetConfig(Section):
 
     pretrained: str | None = Field(
         None,
+        min_length=1,
         description="start from this UNet: folder, s3:// prefix or hub id of diffusers' UNet2DConditionModel, or of a"
         " pipeline that has one; its config.json decides the geometry. null = random weights",
     )

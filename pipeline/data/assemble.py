@@ -49,6 +49,7 @@ class Assembler:
             positions=torch.tensor(self._positions),
             epochs=torch.from_numpy(places.epoch),
             datasets=torch.tensor([self._datasets.streams[s].dataset for s in places.stream.tolist()]),
+            shards=places.shard,
             moments=arrays.moments,
             text=arrays.text,
             size=arrays.size,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.manifest import Bucket
+from pipeline.data.order import Integers
 
 Change = Callable[[Tensor], Tensor]
 
@@ -41,6 +42,7 @@ class Batch:
     positions: Tensor  # int64 [b], places in the global batch
     epochs: Tensor  # int64 [b], each sample's epoch of its stream
     datasets: Tensor  # int64 [b]
+    shards: Integers  # int64 [b], numbers in the data sets' manifests
     moments: Tensor  # float16 [b, 2C, h, w]: the posterior's mean and log-variance
     text: dict[str, TowerText]  # by tower
     size: Tensor  # int32 [b, 6], see images.size_record

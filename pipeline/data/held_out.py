@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.data.batch import Batch
@@ -19,8 +20,9 @@ from pipeline.data.gather import gather
 from pipeline.data.latent_block import LatentBlock, parse_block
 from pipeline.data.layout import Layout
 from pipeline.data.manifest import Bucket, Manifest
+from pipeline.data.not_finite import MENDED, listed, not_finite
 from pipeline.data.shard_plan import load_plans
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 
 _REQUESTS_AT_ONCE = 8
 _Row = tuple[LatentBlock, int] | None
@@ -78,7 +80,7 @@ def read_held_out(datasets: DataSets, limit: int, *, rank: int, world_size: int,
 
     Raises:
         ConfigError: none is held out.
-        DataError, StorageError: a receipt or block is damaged or cannot be read.
+        DataError, StorageError: a receipt or block is damaged or cannot be read; or latents are not finite.
     """
     batches: list[Batch] = []
     for bucket, found in sorted(places(datasets.manifests, limit).items()):
@@ -89,6 +91,11 @@ def read_held_out(datasets: DataSets, limit: int, *, rank: int, world_size: int,
         rows += [(None, None)] * (share - len(mine))
         parts = (rows[first : first + batch_size] for first in range(0, share, batch_size))
         batches += [_batch(bucket, part, layout) for part in parts]
+    if broken := [sample for batch in batches for sample in not_finite(batch, datasets)]:
+        raise DataError(
+            f"held-out latents are not finite: {listed(broken)}",
+            f"`lathe verify {broken[0].dataset}` {MENDED}; or set validation.every=null",
+        )
     return batches
 
 
@@ -124,6 +131,7 @@ def _batch(bucket: Bucket, rows: Sequence[tuple[Place | None, _Row]], layout: La
         positions=torch.tensor([0 if place is None else place.position for place, _ in rows]),
         epochs=torch.tensor(zeros),
         datasets=torch.tensor([0 if place is None else place.dataset for place, _ in rows]),
+        shards=np.array([0 if place is None else place.shard for place, _ in rows]),
         moments=arrays.moments,
         text=arrays.text,
         size=arrays.size,

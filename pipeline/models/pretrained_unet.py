@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from pipeline.config import PER_LEVEL, UNetConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.models.diffusers_folder import Part
+from pipeline.models.diffusers_folder import CONFIG, Part
 from pipeline.models.unet import DERIVED
 
 _PART = Part(UNet2DConditionModel, "unet", "unet.pretrained")
 _OTHER_LATENTS = "train on latents of the autoencoder that it was trained with"
 _OTHER_TOWERS = "train on captions encoded for the text towers that it was trained with"
+_OTHER_UNET = "give a UNet of the geometry of SD 1.5, SD 2, SDXL, or one like them"
 _NULLABLE = ("mid_block_type",)
 _DEFAULTS = {
     name: parameter.default
@@ -44,8 +45,7 @@ def with_geometry(config: UNetConfig) -> UNetConfig:
     try:
         found = UNetConfig.model_validate({name: told[name] for name in ours} | {"pretrained": url})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _not_trained(url, ".".join(map(str, (*first["loc"], first["msg"])))) from error
+        raise _refused(url, error, told) from error
     for name in sorted(set(UNetConfig.model_fields) - {"pretrained"}):
         said, there, usual = (_value(one, name, found.levels) for one in (config, found, UNetConfig()))
         if said not in (there, usual):
@@ -99,10 +99,17 @@ def _value(config: UNetConfig, name: str, levels: int) -> Any:
 
 
 def _not_trained(url: str, what: str) -> ConfigError:
-    return ConfigError(
-        f"unet.pretrained: {url} has {what}, which Lathe does not train",
-        "give a UNet of the geometry of SD 1.5, SD 2, SDXL, or one like them",
-    )
+    return ConfigError(f"unet.pretrained: {CONFIG} of {url} has {what}, which Lathe does not train", _OTHER_UNET)
+
+
+def _refused(url: str, error: ValidationError, told: dict[str, Any]) -> ConfigError:
+    """The first value that is none, or the first that do not go together."""
+    first = error.errors(include_url=False)[0]
+    if first["loc"]:
+        name = str(first["loc"][0])
+        return _not_trained(url, f"{name}={told[name]}")
+    said = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"unet.pretrained: {CONFIG} of {url}: {said}", _OTHER_UNET)
 
 
 def _told(url: str) -> dict[str, Any]:

@@ -197,6 +197,11 @@ def start(config: EngineConfig) -> Process:
     return process
 
 
+def is_alone() -> bool:
+    """Whether no launcher has announced other ranks."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def _join_for_deepspeed(on_gpu: bool, timeout: timedelta) -> torch.device:
     """The process group as DeepSpeed wants it; returns where this rank computes."""
     choose_accelerator()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
-import re
-import secrets
 import shutil
 import stat
 import time
@@ -20,11 +17,9 @@ from typing import BinaryIO
 from pipeline.errors import StorageError
 from pipeline.storage import traffic
 from pipeline.storage.base import Entry, changed, checked_name, checked_prefix, checked_range
+from pipeline.storage.whole_file import PARTIAL, partial_of, stem_of, write_whole
 
 _log = logging.getLogger(__name__)
-_PARTIAL = ".partial"  # files being written: `.NAME.HEX.partial`, never listed
-_PARTIAL_NAME = re.compile(r"\.(.+)\.[0-9a-f]{12}\.partial", re.DOTALL)
-_ANEW = 3
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -107,7 +102,7 @@ class LocalStore:
         entries = []
         with translated(deepest):
             for name in self._names(deepest, into):
-                if name.startswith(prefix) and not name.endswith(_PARTIAL):
+                if name.startswith(prefix) and not name.endswith(PARTIAL):
                     try:
                         status = (self._folder / name).stat()
                     except FileNotFoundError:  # deleted since, or a link to nowhere
@@ -137,18 +132,18 @@ class LocalStore:
     def leftovers(self) -> tuple[str, ...]:
         """See Store.leftovers."""
         with translated(self._folder):
-            return tuple(sorted(name for name in self._names(self._folder) if _partial_of(name.rpartition("/")[2])))
+            return tuple(sorted(name for name in self._names(self._folder) if partial_of(name.rpartition("/")[2])))
 
     def sweep(self, names: Iterable[str], older_than_seconds: float = 0.0) -> int:
         """See Store.sweep."""
         stems: dict[Path, set[str]] = {}
         for path in map(self._path, names):
-            stems.setdefault(path.parent, set()).add(_partial_of(path.name) or _stem(path.name))
+            stems.setdefault(path.parent, set()).add(partial_of(path.name) or stem_of(path.name))
         swept = 0
         for folder, wanted in stems.items():
             with translated(folder):
                 for path in folder.iterdir() if folder.is_dir() else ():
-                    if _partial_of(path.name) in wanted and _is_older(path, older_than_seconds):
+                    if partial_of(path.name) in wanted and _is_older(path, older_than_seconds):
                         path.unlink(missing_ok=True)
                         swept += 1
         return swept
@@ -165,53 +160,6 @@ class LocalStore:
         return self._folder / checked_name(name)
 
 
-def write_whole(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> int:
-    """Write a file through `fill`. It takes its name once it is on disk; on failure nothing is left.
-
-    Where somebody sweeps the unfinished file, `fill` is called again with a new one. Returns the file's size.
-
-    Raises:
-        FileExistsError: the name is taken, and `replace` is off.
-        OSError: as the operating system says; see `translated`.
-        StorageError: it was swept again and again.
-    """
-    for tries_left in reversed(range(1 + _ANEW)):
-        partial = path.with_name(f".{_stem(path.name)}.{secrets.token_hex(6)}{_PARTIAL}")
-        try:
-            with _create(partial) as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-                size = os.fstat(file.fileno()).st_size
-            if _take_name(partial, path, replace):
-                break
-        finally:
-            partial.unlink(missing_ok=True)
-        if not tries_left:
-            raise StorageError(
-                f"{path}: another process clears unfinished files here again and again",
-                "end the other jobs that write to the same output, then run the same command again",
-            )
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return size
-
-
-def _take_name(partial: Path, path: Path, replace: bool) -> bool:
-    """False: the partial file has been swept."""
-    try:
-        if replace:
-            partial.replace(path)
-        else:
-            path.hardlink_to(partial)  # refuses a name that is taken, in one step
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _copy(source: Path, target: Path) -> int:
     """Copy a local file, whole or not at all; its size. Raises StorageError."""
     with translated(source):
@@ -225,20 +173,6 @@ def _copy(source: Path, target: Path) -> int:
         return write_whole(target, fill)
 
 
-def _stem(name: str) -> str:
-    """What a partial file's name says of the file's own name: all of it, as far as file systems take it."""
-    raw = name.encode()
-    if len(raw) <= 200:
-        return name
-    return f"{raw[:150].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
-
-
-def _partial_of(name: str) -> str | None:
-    """The stem of the file that a partial file was to become; None for other files."""
-    found = _PARTIAL_NAME.fullmatch(name)
-    return found[1] if found else None
-
-
 def _version(status: os.stat_result) -> str:
     return str(status.st_mtime_ns)
 
@@ -250,14 +184,6 @@ def _is_older(path: Path, seconds: float) -> bool:
         return path.stat().st_mtime < time.time() - seconds
     except FileNotFoundError:
         return False
-
-
-def _create(path: Path) -> BinaryIO:
-    for _ in range(10):  # `delete` elsewhere may take the emptied folder away in between
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            return path.open("xb")
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
 
 
 @contextmanager

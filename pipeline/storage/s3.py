@@ -11,9 +11,10 @@ from typing import Any, BinaryIO
 from pipeline.errors import StorageError
 from pipeline.storage import s3_parts
 from pipeline.storage.base import Entry, changed, checked_name, checked_prefix, checked_range
-from pipeline.storage.local import translated, write_whole
+from pipeline.storage.local import translated
 from pipeline.storage.s3_client import S3Client, client
 from pipeline.storage.s3_errors import Kind, S3Error, explain
+from pipeline.storage.whole_file import write_whole
 
 _DELETE_AT_ONCE = 1000  # S3's own limit
 _ABSENT = {"IfNoneMatch": "*"}

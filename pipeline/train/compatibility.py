@@ -39,6 +39,9 @@ _OF_EACH_MACHINE: Any = {  # its disk, network and cores
     "loader": {"cache", "cache_gib", "workers", "requests", "steps_ahead"},
     "metrics": True,
     "engine": {"threads_per_rank"},
+    # where these lie: whoever loads them holds their hashes against the latents'
+    "text": {"towers": {"__all__": {"model", "pretrained"}}},
+    "validation": {"autoencoder"},
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import torch
@@ -14,15 +14,16 @@ from torch import Tensor
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import DataSets
+from pipeline.data.not_finite import MENDED, SampleName, listed, not_finite
 from pipeline.errors import DataError, LatheError
 from pipeline.runtime import state
 from pipeline.runtime.engine import Engine, Outcome
 from pipeline.runtime.process import Process
 from pipeline.train.skipped_steps import LIMIT
 
-_NAMED = 3  # of what is not finite, in a message
+_BEFORE = "; the last checkpoint is from before"
+_NAMED = 3  # of the state that is not finite, in a message
 _TOLD = 3  # skipped steps of which a rank tells that its latents are to blame
-Sample = tuple[str, str]  # its data set's address, its key
 _log = logging.getLogger(__name__)
 
 
@@ -35,14 +36,27 @@ class Suspects:
         ranks: this rank among the others.
         engine: that trains.
         step: steps done before the first one.
+        is_saved: whether there is a checkpoint, the same on all ranks.
     """
 
-    def __init__(self, config: TrainConfig, datasets: DataSets, ranks: Process, engine: Engine, step: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        datasets: DataSets,
+        ranks: Process,
+        engine: Engine,
+        *,
+        step: int,
+        is_saved: Callable[[], bool],
+    ) -> None:
         self._config, self._datasets, self._ranks, self._engine = config, datasets, ranks, engine
+        self._is_saved = is_saved
         self._known = step  # steps whose outcome was told
         self._recent: deque[Batch] = deque(maxlen=3)  # an outcome may come a step late
         self._loss = torch.zeros(())
-        self._row: dict[int, list[Sample]] = {}  # steps since the last applied one, and what was broken of each here
+        self._row: dict[
+            int, list[SampleName]
+        ] = {}  # steps since the last applied one, and what was broken of each here
         self._told = 0
 
     def remember(self, batch: Batch, loss: Tensor) -> None:
@@ -57,11 +71,12 @@ class Suspects:
             if outcome is Outcome.APPLIED:
                 self._row.clear()
             elif outcome is Outcome.NOT_FINITE:
-                found = [name for batch in self._recent if batch.step == step for name in self._not_finite(batch)]
+                batches = [batch for batch in self._recent if batch.step == step]
+                found = [name for batch in batches for name in not_finite(batch, self._datasets)]
                 self._row[step] = found
                 if found and self._told < _TOLD:
                     self._told += 1
-                    _log.warning("step %d was skipped: not finite are the latents of %s", step + 1, _listed(found))
+                    _log.warning("step %d was skipped: not finite are the latents of %s", step + 1, listed(found))
 
     def explain(self, step: int) -> NoReturn:
         """Raise, on all ranks, what made the last `LIMIT` steps fail. A collective.
@@ -75,19 +90,12 @@ class Suspects:
         of_all = self._ranks.sum(torch.tensor([len(broken), *map(len, here)]))
         by_state, by_data = bool(of_all[0] > 0), 2 * int((of_all[1:] > 0).sum()) > len(here)
         if by_state:
-            self._ranks.agree(_state_problem(what, broken) if broken else None)
+            self._ranks.agree(self._state_problem(what, broken) if broken else None)
         if by_data:
             samples = [name for found in here for name in found]
-            self._ranks.agree(_data_problem(what, samples) if samples else None)
+            self._ranks.agree(self._data_problem(what, samples) if samples else None)
         which = "the gradient, not the loss," if math.isfinite(float(self._loss)) else "the loss itself"
         raise LatheError(f"{what}: {which} overflowed; latents and weights are finite", self._remedy())
-
-    def _not_finite(self, batch: Batch) -> list[Sample]:
-        bad = ~batch.moments.isfinite().flatten(1).all(1)
-        return [
-            (self._datasets.stores[int(batch.datasets[place])].url, batch.keys[place])
-            for place in bad.nonzero().flatten().tolist()
-        ]
 
     def _broken_state(self) -> list[str]:
         """Names of what is not finite of this rank's weights, moments and averages."""
@@ -99,33 +107,22 @@ class Suspects:
         ]
 
     def _remedy(self) -> str:
-        before = "the last checkpoint is from before"
+        again, before = ("resume", _BEFORE) if self._is_saved() else ("begin anew", "")
         if self._config.engine.precision == "float16":
-            return f"resume with engine.precision=bfloat16 or a smaller optimizer.learning_rate; {before}"
+            return f"{again} with engine.precision=bfloat16 or a smaller optimizer.learning_rate{before}"
         clip = "" if self._config.optimizer.gradient_clip else ", and with optimizer.gradient_clip=1"
-        return f"resume with a smaller optimizer.learning_rate or a longer optimizer.warmup_steps{clip}; {before}"
+        return f"{again} with a smaller optimizer.learning_rate or a longer optimizer.warmup_steps{clip}{before}"
 
+    def _data_problem(self, what: str, samples: list[SampleName]) -> DataError:
+        return DataError(
+            f"{what}: not finite are the latents of {listed(samples)}",
+            f"`lathe verify {samples[0].dataset}` {MENDED}{_BEFORE if self._is_saved() else ''}",
+        )
 
-def _data_problem(what: str, samples: list[Sample]) -> DataError:
-    return DataError(
-        f"{what}: not finite are the latents of {_listed(samples)}",
-        f"`lathe verify {samples[0][0]}` names all such samples: encode their shards anew, or take them down with"
-        " `lathe remove`; the last checkpoint is from before",
-    )
-
-
-def _state_problem(what: str, broken: list[str]) -> LatheError:
-    more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-    return LatheError(
-        f"{what}: weights or optimizer are not finite: {', '.join(broken[:_NAMED])}{more}",
-        "delete the newest checkpoints, whose weights are broken, to go on from one before, with a smaller"
-        " optimizer.learning_rate",
-    )
-
-
-def _listed(samples: list[Sample]) -> str:
-    """Samples by name, a few of them: `0012, 0033 and 5 more of s3://bucket/latents`."""
-    unique = list(dict.fromkeys(samples))
-    keys, addresses = [key for _, key in unique[:_NAMED]], sorted({address for address, _ in unique})
-    more = f" and {len(unique) - _NAMED} more" if len(unique) > _NAMED else ""
-    return f"{', '.join(keys)}{more} of {', '.join(addresses)}"
+    def _state_problem(self, what: str, broken: list[str]) -> LatheError:
+        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        back = "delete the newest checkpoints, whose weights are broken, to go on from one before,"
+        return LatheError(
+            f"{what}: weights or optimizer are not finite: {', '.join(broken[:_NAMED])}{more}",
+            f"{back if self._is_saved() else 'begin anew'} with a smaller optimizer.learning_rate",
+        )

@@ -74,8 +74,9 @@ class HeldOutLosses:
         )
         self._row_weights = self._bound_weights(datasets) if variational_bound.has_bound(self._objective) else None
         levels = edges(objective_of(config.objective), config.validation.noise_levels).tolist()
-        self.levels = [f"{part}_{low:.2f}-{high:.2f}" for part, (low, high) in enumerate(pairwise(levels))]
-        """The parts of the noise levels sigma / sqrt(alpha^2 + sigma^2): number, lower and upper end."""
+        digits = len(str(config.validation.noise_levels - 1))
+        self.levels = [f"{part:0{digits}}_{low:.2f}-{high:.2f}" for part, (low, high) in enumerate(pairwise(levels))]
+        """The parts of the noise levels sigma / sqrt(alpha^2 + sigma^2): number, to sort by, lower and upper end."""
 
     @torch.no_grad()
     def of(self, network: nn.Module, before_each: Callable[[], None]) -> Losses:

@@ -94,7 +94,7 @@ class Saver:
         self._in_a_row = 0
         self.failures = 0
         """Saves that failed so far."""
-        self.newest = 0
+        self.newest = self._newest_before = 0
         """Step of the newest save that has not failed; 0 = none."""
         # written by the background thread: numbers of saves
         self._written = self._failed = self._concluded = 0
@@ -102,18 +102,19 @@ class Saver:
         self._quiet = threading.Event()
         self._quiet.set()
 
-    def begin(self, step: int, *, counters: Mapping[str, int], notes: Mapping[str, Any]) -> None:
+    def begin(self, step: int, *, counters: Mapping[str, int], notes: Mapping[str, Any], last: bool = False) -> None:
         """Copy this rank's state; the rest is done in the background. A save that is on its way is waited for.
 
         Args:
             step: steps done.
             counters: numbers that `sharded.restore` gives back, with `step` and `optimizer_step`.
             notes: of this rank alone, for JSON; see `Checkpoint.notes`.
+            last: no step follows: this state is tried although the save before it was one too many to fail.
 
         Raises:
             LatheError: the one that was on its way failed, and it was one too many.
         """
-        self.settle()
+        self.settle(before_last=last)
         started = time.perf_counter()
         self._copy()
         everything = {**counters, "step": step, "optimizer_step": state.optimizer_step(self._engine)}
@@ -125,7 +126,7 @@ class Saver:
         }
         self._number += 1
         self._save, self._concluding, self._problem = Save(step, run, notes, started), False, None
-        self.newest = step
+        self._newest_before, self.newest = self.newest, step
         self._submit(self._write_part, "_written")
 
     @property
@@ -138,12 +139,13 @@ class Saver:
         """How far this rank is, for the largest of each over all ranks to tell how far the save is."""
         return -self._written, self._failed, self._concluded
 
-    def hear(self, told: Sequence[int], *, last: bool = False) -> None:
+    def hear(self, told: Sequence[int], *, last: bool = False, before_last: bool = False) -> None:
         """Go on with the save that is on its way, if it is so far.
 
         Args:
             told: the largest that a rank has of each flag.
             last: there is no training to go on with: a failure is an error.
+            before_last: the last one follows at once: a failure is only told.
 
         Raises:
             LatheError: the save failed, and it was one too many.
@@ -154,7 +156,7 @@ class Saver:
         if -behind < self._number or (self._concluding and concluded < self._number):
             return
         if failed == self._number:
-            self._fail(self._save, last=last)
+            self._fail(self._save, last=last, before_last=before_last)
         elif self._concluding:
             done, self._save, self._in_a_row = self._save, None, 0
             self._when_done(done)
@@ -163,11 +165,11 @@ class Saver:
             if self._ranks.is_main:
                 self._submit(self._conclude, "_concluded")
 
-    def settle(self, *, last: bool = False) -> None:
+    def settle(self, *, last: bool = False, before_last: bool = False) -> None:
         """Wait for the save that is on its way, if any. Raises as `hear` does."""
         while self._save is not None:
             self._ranks.wait_for_all(self._quiet.wait)
-            self.hear(self._ranks.largest(*self.flags), last=last)
+            self.hear(self._ranks.largest(*self.flags), last=last, before_last=before_last)
 
     def _copy(self) -> None:
         """All spans one after the other; the host waits for the device once."""
@@ -233,17 +235,19 @@ class Saver:
             files |= {marker: noted(data), done["file"]: {"size": done["size"], "sha256": done["sha256"]}}
         return files
 
-    def _fail(self, save: Save, *, last: bool) -> None:
+    def _fail(self, save: Save, *, last: bool, before_last: bool) -> None:
         """Count it, and tell why once; or raise, where it was one too many, the lease is lost, or it is a bug."""
-        problem, self._save, self.newest = self._problem, None, 0
+        problem, self._save, self.newest = self._problem, None, self._newest_before
         self.failures += 1
         self._in_a_row += 1
         teller = self._ranks.first(problem is not None) or 0
         reason = self._ranks.text_of(teller, str(problem))
         passing = problem is None or (isinstance(problem, FAULTS) and not isinstance(problem, LostLeaseError))
-        if last or self._in_a_row >= self._limit or self._ranks.any(not passing):
+        too_many = self._in_a_row >= self._limit and not before_last
+        if last or too_many or self._ranks.any(not passing):
             self._ranks.agree(problem)
-        say(f"step {save.step} could not be saved, training goes on ({self._in_a_row} of {self._limit} in a row):")
+        then = "the last step is tried" if before_last else "training goes on"
+        say(f"step {save.step} could not be saved, {then} ({self._in_a_row} of {self._limit} in a row):")
         say(reason)
         if self._ranks.is_main:
             self._worker.submit(partial(self._give_up, save.step), ())

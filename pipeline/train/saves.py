@@ -86,7 +86,7 @@ class Saves:
         else:
             if there:
                 raise LatheError(f"no checkpoint of {self._store.url} can be read", "train into another output")
-            self._origin = begin(config, self._ranks, self._engine)
+            self._origin = begin(config, self._datasets.manifests[0], self._ranks, self._engine)
         self._prepare(progress)
 
     def _check(self, saved: list[TrainedOn], notes: list[dict[str, Any]], found: checkpoint.Checkpoint) -> None:
@@ -145,16 +145,22 @@ class Saves:
         if gone := self._snapshots.gone:
             say(f"deleted {len(gone)} snapshots of averages later than step {step}: their course was left behind")
 
+    @property
+    def is_any(self) -> bool:
+        """Whether there is a checkpoint, or one on its way; the same on all ranks."""
+        return self._saver.newest > 0
+
     def flags(self) -> tuple[int, ...]:
         """What this rank tells the others in each step of the saves that are on their way."""
         is_lost = self._lease is not None and self._lease.lost is not None
         return (is_lost, *(flag for saver in self._savers for flag in saver.flags))
 
-    def hear(self, told: Sequence[int]) -> None:
+    def hear(self, told: Sequence[int], *, last: bool = False) -> None:
         """Go on with the saves that are on their way.
 
         Args:
             told: the largest that a rank has of each flag, the same on all ranks.
+            last: no step follows. What became of them is heard by the last save, which is tried in any case.
 
         Raises:
             LatheError: a save failed, and it was one too many, or another run has taken the output over.
@@ -162,7 +168,7 @@ class Saves:
         is_lost, *of_savers = told
         if is_lost:
             self._ranks.agree(self._lease.lost if self._lease is not None else None)
-        for number, saver in enumerate(self._savers):
+        for number, saver in enumerate(() if last else self._savers):
             saver.hear(of_savers[3 * number : 3 * number + 3])
         self._metrics.set("checkpoint_failures", sum(saver.failures for saver in self._savers))
 
@@ -171,12 +177,13 @@ class Saves:
         with self.finished_first():
             self.hear(told)
 
-    def save(self, progress: Progress, skipped_blocks: Sequence[Sequence[int]]) -> None:
+    def save(self, progress: Progress, skipped_blocks: Sequence[Sequence[int]], *, last: bool = False) -> None:
         """Begin a checkpoint of the step, unless there is one; all ranks call it at the same step.
 
         Args:
             progress: of the run.
             skipped_blocks: that this rank has met, see `LatentLoader.skipped`.
+            last: see `Saver.begin`.
 
         Raises:
             LatheError: the one before failed, and it was one too many.
@@ -188,14 +195,14 @@ class Saves:
         scale = self._engine.loss_scale
         loss_scale = {"loss_scale": scale.scale, "loss_scale_good_steps": scale.good_steps} if scale else {}
         notes = {"skipped_blocks": [list(block) for block in skipped_blocks]}
-        self._saver.begin(progress.step, counters={**progress.counters(), **loss_scale}, notes=notes)
+        self._saver.begin(progress.step, counters={**progress.counters(), **loss_scale}, notes=notes, last=last)
         self._metrics.set("checkpoint_stall_seconds", time.perf_counter() - started)
 
     def save_before_failing(self, progress: Progress, skipped_blocks: Sequence[Sequence[int]]) -> None:
         """Before a failure is told: the steps since the last checkpoint are not at fault, if they can be saved."""
         is_new = self._saver.newest != progress.step
         try:
-            self.save(progress, skipped_blocks)
+            self.save(progress, skipped_blocks, last=True)
             self.finish()
         except sharded.FAULTS as error:
             say(f"step {progress.step} could not be saved: {error}")
@@ -203,9 +210,9 @@ class Saves:
             if is_new:
                 say(f"saved step {progress.step}, the last one with whole data")
 
-    def snapshot(self, progress: Progress) -> None:
-        """Begin a snapshot of the averages; all ranks call it at the same step. Raises as `save` does."""
-        self._snapshots.take(progress.step)
+    def snapshot(self, progress: Progress, *, last: bool = False) -> None:
+        """Begin a snapshot of the averages; all ranks call it at the same step. `last` and errors as of `save`."""
+        self._snapshots.take(progress.step, last=last)
 
     def finish(self) -> None:
         """Wait for what is on its way; there are no more steps. Raises LatheError where it fails."""

@@ -94,7 +94,7 @@ class Snapshots:
         if due(config, step) and ranks.any(ranks.is_main and step not in shelf.steps):
             self.take(step)
 
-    def take(self, step: int) -> None:
-        """Begin a snapshot; all ranks call it at the same step. Raises as `Saver.begin` does."""
+    def take(self, step: int, *, last: bool = False) -> None:
+        """Begin a snapshot; all ranks call it at the same step. `last` and errors as of `Saver.begin`."""
         if state.optimizer_step(self._engine):  # or every step so far was skipped: there is nothing to average
-            self.saver.begin(step, counters={}, notes={})
+            self.saver.begin(step, counters={}, notes={}, last=last)

@@ -39,25 +39,31 @@ def load_towers(
         ConfigError: they are not the manifest's, by name, tokenizer, hash of weights, layer, norm, or pooled vector.
         DataError, StorageError: one cannot be loaded.
     """
-    mark = manifest.fingerprint
-    known, given = [tower.name for tower in mark.text_towers], {config.name: config for config in configs}
-    if sorted(known) != sorted(given):
-        raise ConfigError(
-            f"{field}: {' and '.join(given) or 'none'}, but the latents' captions are for {' and '.join(known)}",
-            "set it to the towers of the run file that encoded them",
-        )
     found = {}
-    for tower in mark.text_towers:
-        config, tokenizer = given[tower.name], Tokenizer(tower.context_length, given[tower.name].pad)
-        frozen = FrozenTower(config, device, precision)
-        if differ := _differences(tower, _described(config, tokenizer, frozen)):
-            raise ConfigError(
-                f"{field}: tower {tower.name} ({config.model}) is not the one that the latents' captions are for:"
-                f" {', '.join(differ)} differ",
-                "set it to that of the run file that encoded them",
-            )
+    for tower, config in _pairs(configs, manifest, field):
+        tokenizer, frozen = Tokenizer(tower.context_length, config.pad), FrozenTower(config, device, precision)
+        _check(tower, _described(config, tokenizer, frozen), config, field)
         found[tower.name] = (tokenizer, frozen)
-    return FrozenTowers(found, trimmed=mark.text_padding == "trimmed")
+    return FrozenTowers(found, trimmed=manifest.fingerprint.text_padding == "trimmed")
+
+
+def check_named(config: TrainConfig, manifest: Manifest) -> None:
+    """Whether towers that a cached run names, and perhaps never loads, are those of its captions, as far as is told.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if config.text.mode != "cached" or not config.text.towers:
+        return
+    for tower, named in _pairs(config.text.towers, manifest, "text.towers"):
+        told = {
+            "tokenizer": digest_of(Tokenizer(tower.context_length, named.pad).fingerprint()),
+            "weights": named.sha256 or tower.weights,
+            "layer": named.layer,
+            "final_norm": named.final_norm,
+            "pooled_width": (tower.pooled_width or 1) if named.pooled else 0,  # only the weights tell how wide
+        }
+        _check(tower, tower.model_copy(update=told), named, "text.towers")
 
 
 def load_online(config: TrainConfig, manifest: Manifest, ranks: Process) -> tuple[TrainConfig, FrozenTowers | None]:
@@ -122,6 +128,27 @@ def towers_of_run(config: TrainConfig, manifest: Manifest, given: Sequence[Tower
             )
         pinned.append(tower.model_copy(update={"sha256": known.sha256}) if known else tower)
     return load_towers(pinned, manifest, field="towers" if given else "text.towers")
+
+
+def _pairs(configs: Sequence[TowerConfig], manifest: Manifest, field: str) -> list[tuple[Tower, TowerConfig]]:
+    """The manifest's towers, each with the one of its name. Raises ConfigError where the names are others."""
+    known, given = manifest.fingerprint.text_towers, {config.name: config for config in configs}
+    if sorted(tower.name for tower in known) != sorted(given):
+        names = " and ".join(tower.name for tower in known)
+        raise ConfigError(
+            f"{field}: {' and '.join(given) or 'none'}, but the latents' captions are for {names}",
+            "set it to the towers of the run file that encoded them",
+        )
+    return [(tower, given[tower.name]) for tower in known]
+
+
+def _check(noted: Tower, found: Tower, config: TowerConfig, field: str) -> None:
+    if differ := _differences(noted, found):
+        raise ConfigError(
+            f"{field}: tower {noted.name} ({config.model}) is not the one that the latents' captions are for:"
+            f" {', '.join(differ)} differ",
+            "set it to that of the run file that encoded them",
+        )
 
 
 def _described(config: TowerConfig, tokenizer: Tokenizer, frozen: FrozenTower) -> Tower:

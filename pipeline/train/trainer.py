@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,21 +11,19 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.console import ProgressLine, ProgressTable, table
+from pipeline.console import ProgressTable, table
 from pipeline.data.batch import Batch
-from pipeline.data.datasets import DataSets, open_datasets
-from pipeline.data.held_out import places
+from pipeline.data.datasets import DataSets
 from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
 from pipeline.metrics import Metrics
-from pipeline.models.pretrained_unet import with_geometry
 from pipeline.runtime import engine, process, requeue
 from pipeline.runtime.process import Process
 from pipeline.storage import Lease, Store, open_store
-from pipeline.train import checkpoint, sharded
-from pipeline.train.compatibility import check_alike, check_data
+from pipeline.train import checkpoint, sharded, start
+from pipeline.train.compatibility import check_alike
 from pipeline.train.diagnosis import Suspects
 from pipeline.train.examples import Examples
 from pipeline.train.feed import Feed
@@ -39,7 +36,7 @@ from pipeline.train.preemption import StopRequest
 from pipeline.train.progress import Progress
 from pipeline.train.reporting import COLUMNS, Reporter
 from pipeline.train.saves import Saves
-from pipeline.train.snapshots import due, is_missing
+from pipeline.train.snapshots import due
 from pipeline.train.telling import conclusion, introduction, say
 from pipeline.train.towers import load_online
 from pipeline.train.validation import Validator
@@ -65,22 +62,18 @@ def fit(config: TrainConfig) -> None:
 
 def _fit(config: TrainConfig) -> int:
     store = open_store(config.output)
-    finished = [c for c in checkpoint.find(store, warn=False) if c.step >= config.steps]
-    if finished and not is_missing(store, config, finished[0].step):
-        say(f"finished already: {store.url}/{finished[0].name} has all {config.steps} steps")
+    seen = start.conclusion_seen(store, config)
+    if seen and process.is_alone():
+        say(seen)
         return 0
-    config = config.model_copy(update={"unet": with_geometry(config.unet)})
-    with ProgressLine("data", "receipts", visible=os.environ.get("RANK", "0") == "0") as line:
-        datasets = open_datasets(
-            config.sources, global_batch=config.global_batch, mixing=config.loader.mixing, progress=line.update
-        )
-    for manifest in datasets.manifests:
-        check_data(config, manifest)
-    if config.validation.every is not None:
-        places(datasets.manifests, config.validation.samples)  # raises where nothing is held out
+    config, datasets = (config, None) if seen else start.open_data(config)
     ranks, lease = None, Lease(store, say)
     try:
         ranks = process.start(config.engine)
+        if start.is_finished(seen, store, ranks):
+            say(seen)
+            return 0
+        assert datasets is not None  # noqa: S101
         ranks.watch.note("starts")
         check_alike(config, datasets, ranks)
         sharded.together(ranks, lambda: lease.take() if ranks.is_main else None)
@@ -179,7 +172,9 @@ class Trainer:
         self.reporter.start(progress.step)
         whitening = Scale("whiten", progress.mean, progress.std)
         self.examples = Examples(config, self.datasets, whitening, self.ranks.device, self.towers)
-        self.suspects = Suspects(config, self.datasets, self.ranks, self.engine, progress.step)
+        self.suspects = Suspects(
+            config, self.datasets, self.ranks, self.engine, step=progress.step, is_saved=lambda: self.saves.is_any
+        )
         facts = introduction(config, self.sizes, self.datasets, self.ranks, self.engine, step=progress.step)
         say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))
         with (
@@ -216,7 +211,7 @@ class Trainer:
             with self.saves.finished_first():
                 self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
                 interval.add(loss, feed.waited_seconds, time.perf_counter() - started)  # what the device took included
-                self.saves.hear(feed.told)
+                self.saves.hear(feed.told, last=batch is None)
             if progress.step % config.log_every == 0 or batch is None:
                 figures, left = self.reporter.report(progress, interval, self.loader)
                 line.row(progress.step, config.steps, figures, eta_seconds=left)
@@ -226,10 +221,10 @@ class Trainer:
             with self.saves.finished_first():
                 # while steps are skipped the weights may be what is broken: keep the checkpoint from before
                 if (self.owes_checkpoint and not progress.skipped.in_a_row) or feed.is_over:
-                    self.saves.save(progress, self.loader.skipped)
+                    self.saves.save(progress, self.loader.skipped, last=feed.is_over)
                     self.owes_checkpoint = False
                 if due(config, progress.step):  # a run that has no time left for it takes it when it is resumed
-                    self.saves.snapshot(progress)
+                    self.saves.snapshot(progress, last=feed.is_over)
             if self.validator and self.validator.due(progress.step) and not feed.stopped_by:
                 self.ranks.watch.note("validates")
                 self.validator.run(progress.step)

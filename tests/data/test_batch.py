@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ def batch() -> Batch:
         positions=torch.arange(2),
         epochs=torch.zeros(2, dtype=torch.int64),
         datasets=torch.zeros(2, dtype=torch.int64),
+        shards=np.zeros(2, np.int64),
         moments=torch.ones(2, 4, 2, 4, dtype=torch.float16),
         text={"a": texts, "b": TowerText(tokens=torch.ones(2, 5, dtype=torch.int64), pooled=torch.ones(2, 6))},
         size=torch.zeros(2, 6, dtype=torch.int32),

@@ -118,6 +118,23 @@ def test_what_is_not_trained_here_is_named(tmp_path: Path, changes: dict[str, An
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("layers_per_block", "two", "config.json of FOLDER has layers_per_block=two, which Lathe does not train"),
+        ("norm_num_groups", -4, "config.json of FOLDER has norm_num_groups=-4, which Lathe does not train"),
+        ("layers_per_block", [1, 2, 3], "config.json of FOLDER: layers_per_block: 3 values for 2 levels;"),
+    ],
+)
+def test_a_wrong_value_of_its_config_is_told_by_file_and_field(tmp_path, folder, name, value, said) -> None:
+    told = json.loads((Path(folder) / "unet" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, name: value}))
+    with pytest.raises(ConfigError) as error:
+        pretrained_unet.with_geometry(UNetConfig(pretrained=str(tmp_path)))
+    assert error.value.message.startswith(f"unet.pretrained: {said}".replace("FOLDER", str(tmp_path)))
+    assert error.value.remedy == "give a UNet of the geometry of SD 1.5, SD 2, SDXL, or one like them"
+
+
+@pytest.mark.parametrize(
     ("built", "said"),
     [
         ((16, 16, 12, 6), r"4 latent channels \(in_channels\), and the latents have 16\n"),

@@ -71,6 +71,27 @@ def test_a_stall_is_told_with_the_stack_and_so_is_its_end(caplog: pytest.LogCapt
     assert "test_a_stall_is_told" in said[1]
 
 
+@pytest.mark.parametrize(
+    ("phases", "apart"),
+    [
+        ("a", [0]),  # in a run of one or two ranks all log their stacks
+        ("aa", [0, 1]),
+        ("ab", [0, 1]),
+        ("aab", [2]),
+        ("aabb", [0, 1, 2, 3]),
+        ("aaabbb", []),
+        ("aaaaaaba", [6]),
+    ],
+)
+def test_ranks_that_stand_apart_log_their_stacks(phases: str, apart: list[int]) -> None:
+    now = time.time()
+    watches = [Watchdog(rank) for rank in range(len(phases))]
+    for watch in watches:
+        watch._others = [place(phase, 1, now, seen=now) for phase in phases]
+        watch.note(phases[watch._rank], 1)
+    assert [watch._rank for watch in watches if watch._is_apart()] == apart
+
+
 def test_a_stall_is_told_before_the_time_out() -> None:
     with pytest.raises(ValueError, match="stall_seconds: 700, but after timeout_seconds=600 the run has ended"):
         EngineConfig(stall_seconds=700)

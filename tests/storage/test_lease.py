@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -95,6 +96,20 @@ def test_one_from_elsewhere_is_watched(store):
     with pytest.raises(LatheError, match="on node7"):
         Lease(store).take()
     elsewhere.release()
+
+
+def test_a_folder_without_hard_links_holds_one_too(tmp_path, monkeypatch):
+    def link(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    store = open_store(str(tmp_path))
+    held = Lease(store)
+    held.take()
+    with pytest.raises(LatheError, match="is being written to by process"):
+        Lease(store).take()
+    held.release()
+    assert not store.exists(LEASE)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"pid": "x"}'])

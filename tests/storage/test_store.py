@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -269,7 +270,7 @@ class TestFolder:
 
     def test_what_a_killed_writer_left_is_swept(self, tmp_path: Path) -> None:
         code = (
-            "import os, sys; from pathlib import Path; from pipeline.storage.local import write_whole\n"
+            "import os, sys; from pathlib import Path; from pipeline.storage.whole_file import write_whole\n"
             "write_whole(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), 9))"
         )
         names = ["a.tar", "a.tar.json", "deep/b", "n" * 250, "n" * 249 + "m", "é" * 120]
@@ -311,6 +312,29 @@ class TestFolder:
             store.write("x", b"new")
         assert "other jobs" in caught.value.remedy
         assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "x", "y"]  # and nothing unfinished
+
+    @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+    def test_without_hard_links_one_of_many_makes_the_file_too(self, tmp_path: Path, monkeypatch, number: int) -> None:
+        def link(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "link", link)
+        store = open_store(str(tmp_path))
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda i: store.write("claim", b"%d" % i, if_absent=True), range(8)))
+        assert sum(won) == 1
+        assert store.read("claim") == b"%d" % won.index(True)
+        replace, left = Path.replace, iter(range(1))
+
+        def swept(partial: Path, path: Path) -> Path:
+            if next(left, None) is not None:
+                assert store.sweep(["other"]) == 1
+            return replace(partial, path)
+
+        monkeypatch.setattr(Path, "replace", swept)
+        assert store.write("other", b"whole", if_absent=True)
+        assert store.read("other") == b"whole"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["claim", "other"]
 
     def test_a_file_in_place_of_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "f").write_text("x")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline import runfile
 from pipeline.config import DataSetConfig, TrainConfig
 from pipeline.data.datasets import DataSets, open_datasets
-from pipeline.data.manifest import MANIFEST, BucketCount, Manifest, load_manifest
+from pipeline.data.manifest import MANIFEST, BucketCount, Manifest, Tower, digest_of, load_manifest
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.text import Tokenizer
 from pipeline.storage import open_store
+from pipeline.train import start
 from pipeline.train.checkpoint import CONFIG, FORMAT_VERSION, RUN, Checkpoint, noted
-from pipeline.train.compatibility import check_data, check_resume
+from pipeline.train.compatibility import check_alike, check_data, check_resume
 from pipeline.train.initial import what_was_learned
 from pipeline.train.trained_on import files
 
@@ -219,3 +222,57 @@ def test_weights_to_begin_with_are_told_with_the_scale_of_their_latents():
     assert what_was_learned(before, config()) == "ddpm epsilon"
     scaled = config(normalisation="scaling_factor")
     assert what_was_learned(before, scaled) == "ddpm epsilon of latents with normalisation=whiten, not scaling_factor"
+
+
+def check_two(latents: str, first: TrainConfig, second: TrainConfig) -> None:
+    """What the second of two ranks finds."""
+    told: list[dict[str, object]] = []
+
+    def differing(values: dict[str, object]) -> list[str]:
+        told.append(values)
+        return [name for name in values if repr(values[name]) != repr(told[0][name])]
+
+    for one in (first, second):
+        check_alike(one, data(latents), SimpleNamespace(differing=differing))
+
+
+def elsewhere(machine: str, sha256: str = "1" * 64, **changes) -> TrainConfig:
+    tower = {"name": "clip", "model": f"/{machine}/clip", "pretrained": "", "sha256": sha256}
+    text = {"mode": "cached", "context_length": 8, "towers": [tower]}
+    pictures = {"every": 10, "prompts": ["a cat"], "autoencoder": f"/{machine}/vae", **changes}
+    return config(text=text, validation=pictures)
+
+
+def test_models_may_lie_elsewhere_on_each_machine_but_are_the_same(latents):
+    check_two(latents, elsewhere("a"), elsewhere("b"))
+    with pytest.raises(ConfigError, match="the ranks have different run files: text\n"):
+        check_two(latents, elsewhere("a"), elsewhere("b", sha256="2" * 64))
+    with pytest.raises(ConfigError, match="the ranks have different run files: validation\n"):
+        check_two(latents, elsewhere("a"), elsewhere("b", prompts=["a dog"]))
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"sha256": "1" * 64}, ""),
+        ({"name": "other"}, "text.towers: other, but the latents' captions are for clip"),
+        (
+            {"sha256": "2" * 64, "layer": "penultimate", "final_norm": False, "pad": "end", "pooled": True},
+            "tokenizer, weights, layer, final_norm, pooled_width differ",
+        ),
+    ],
+)
+def test_towers_that_a_cached_run_only_names_are_those_of_its_captions(manifest, monkeypatch, named, said):
+    digest = digest_of(Tokenizer(8).fingerprint())
+    stored = Tower(name="clip", tokenizer=digest, context_length=8, weights="1" * 64, layer="last", width=4)
+    mark = manifest.fingerprint.model_copy(update={"text_mode": "cached", "text_towers": (stored,)})
+    cached = manifest.model_copy(update={"fingerprint": mark})
+    monkeypatch.setattr(start, "open_datasets", lambda *_, **__: SimpleNamespace(manifests=(cached,)))
+    now = config(text={"mode": "cached", "context_length": 8, "towers": [{"model": "m", **named}]})
+    if not said:
+        start.open_data(now)
+        return
+    with pytest.raises(ConfigError) as error:
+        start.open_data(now)
+    assert error.value.message.startswith("text.towers: ")
+    assert error.value.message.endswith(said)

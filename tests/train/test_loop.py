@@ -71,7 +71,7 @@ def bare(**changes: Any) -> Trainer:
         "loader": SimpleNamespace(skipped=[]),
         "ranks": SimpleNamespace(device=torch.device("cpu"), world_size=1, sum=lambda values: values),
         "datasets": SimpleNamespace(samples=100),
-        "saves": SimpleNamespace(hear=lambda told: None, save=lambda *_: None, finished_first=finished_first),
+        "saves": SimpleNamespace(hear=lambda *_, **__: None, save=lambda *_, **__: None, finished_first=finished_first),
     }
     for name, fake in fakes.items():
         setattr(trainer, name, fake)
@@ -108,10 +108,12 @@ def test_a_checkpoint_that_was_due_as_steps_were_skipped_is_made_after_the_next_
         return [Outcome.NOT_FINITE if trainer.progress.step in skipped else Outcome.APPLIED]
 
     trainer.engine = SimpleNamespace(outcomes=outcomes)
-    trainer.saves.save = lambda progress, blocks: order.append(f"saved {progress.step}")
+    trainer.saves.save = lambda progress, blocks, last: order.append(f"saved {progress.step}" + ", the last" * last)
     trainer.ranks.watch = SimpleNamespace(note=lambda phase: None)
+    trainer.saves.hear = lambda told, last: order.append("leaves the rest to the last save") if last else None
     trainer.validator = SimpleNamespace(due=lambda step: step == 4, run=lambda step: order.append(f"validated {step}"))
     trainer.reporter = SimpleNamespace(report=lambda *_: ({}, 0.0))
     for _ in trainer._train(Feed(6), SimpleNamespace(move=lambda *_: None, row=lambda *_, **__: None)):
         pass
-    assert order == ["saved 4", "validated 4", "saved 6"]  # not after step 2; and before validation, which may fail
+    assert order[:2] == ["saved 4", "validated 4"]  # not after step 2; and before validation, which may fail
+    assert order[2:] == ["leaves the rest to the last save", "saved 6, the last"]

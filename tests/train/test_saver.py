@@ -9,29 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from one_rank import alone, small_engine
+from torch import Tensor
 
-from pipeline.config import AverageConfig, EngineConfig, OptimizerConfig
 from pipeline.data.threads import WorkerThreads
 from pipeline.errors import LatheError, StorageError
-from pipeline.runtime import engine
-from pipeline.runtime.process import Process
 from pipeline.storage import Store, open_store
 from pipeline.storage.lease import LostLeaseError
 from pipeline.train import checkpoint
-from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.saver import Save, Saver
 from pipeline.train.saves import Saves
 from pipeline.train.shelf import Shelf, newest_and_every
 
 THREAD = "lathe-save-0"
-
-
-class Alone(Process):
-    """A world of one without a process group."""
-
-    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
-        return values
 
 
 class Faulty:
@@ -59,11 +49,8 @@ class Bed:
     """A small network, its engine, and who saves it."""
 
     def __init__(self, folder: Any, limit: int = 3, keep: int = 2) -> None:
-        ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 5))
-        optimizer = AdamWithEMA(parameter_groups(module, 0.1), OptimizerConfig(), (AverageConfig(decay=0.9),))
-        self.engine = engine.build(ranks, module, optimizer, EngineConfig(zero_stage=0), micro_batch=4)
+        ranks = alone()
+        self.engine = small_engine(ranks)
         self.store = Faulty(open_store(str(folder)))
         self.done: list[Save] = []
         self.before_marker: Callable[[], None] = lambda: None
@@ -167,7 +154,7 @@ def test_a_store_that_fails_costs_one_checkpoint_and_is_told_once(tmp_path, capf
     assert said.startswith("step 2 could not be saved, training goes on (1 of 3 in a row):\n")
     assert said.count("no room to write it\n  free some disk space\n") == 1
     assert bed.steps() == [1]
-    assert bed.saver.newest == 0
+    assert bed.saver.newest == 1
     assert {name: bed.store.read(name) for name in before} == before
     bed.store.fails_at = ""
     bed.save()
@@ -193,6 +180,23 @@ def test_the_last_one_must_not_fail(tmp_path):
     bed.begin()
     with pytest.raises(StorageError, match="no room to write it"):
         bed.saver.settle(last=True)
+
+
+def test_the_last_state_is_tried_although_the_save_before_was_one_too_many_to_fail(tmp_path, capfd):
+    bed = Bed(tmp_path, limit=1)
+    ranks, told = bed.saver._ranks, SimpleNamespace(set=lambda *_: None)
+    saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=told, lease=None)
+    saves._savers = [bed.saver]
+    bed.store.fails_at = ".done.json"
+    bed.begin()
+    assert bed.saver._quiet.wait(20)
+    bed.store.fails_at = ""
+    saves.hear((False, *bed.saver.flags), last=True)
+    bed.train()
+    bed.saver.begin(bed.step, counters={}, notes={}, last=True)
+    saves.finish()
+    assert capfd.readouterr().err.startswith("step 1 could not be saved, the last step is tried (1 of 1 in a row):\n")
+    assert bed.steps() == [2]
 
 
 @pytest.mark.parametrize("error", [LostLeaseError("taken over"), ZeroDivisionError("a bug")])
@@ -238,7 +242,7 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
         if lost[0]:
             raise LostLeaseError("taken over")
 
-    ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
+    ranks = alone()
     saves = Saves(
         bed.store,
         ranks,
@@ -262,7 +266,7 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
 def test_an_output_that_was_lost_ends_the_run_within_a_step(tmp_path):
     bed = Bed(tmp_path)
     lease = SimpleNamespace(check=lambda: None, lost=None)
-    ranks = Alone(rank=0, world_size=1, device=torch.device("cpu"), side_group=None)
+    ranks = alone()
     saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=None, lease=lease)
     saves._savers = []
     assert saves.flags() == (False,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.objective import objective_of
 from pipeline.diffusion.variational_bound import bits, factors
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.train.grids import Grids
 from pipeline.train.held_out_losses import HeldOutLosses, Losses
@@ -83,6 +84,12 @@ def test_unchanged_weights_have_the_same_losses_to_the_bit(latents):
     assert found.bound_bits is None
 
 
+def test_names_of_noise_levels_sort_as_text(latents):
+    names = list(losses(config(latents, validation={"every": 10, "samples": 1, "noise_levels": 12}), 0.5).by_level)
+    assert names == sorted(names)
+    assert [name.partition("_")[0] for name in names[:2] + names[-2:]] == ["00", "01", "10", "11"]
+
+
 @pytest.mark.parametrize("objective", [{}, {"kind": "ddpm"}, {"kind": "edm"}], ids=str)
 def test_ranks_together_say_what_one_says(latents, objective):
     settings = config(latents, objective=objective)
@@ -95,6 +102,18 @@ def test_ranks_together_say_what_one_says(latents, objective):
     assert shared.by_level == pytest.approx(alone.by_level, rel=1e-6)
     assert (shared.bound_bits or 0) == pytest.approx(alone.bound_bits or 0, rel=1e-6)
     assert (alone.bound_bits is None) == (objective != {"kind": "ddpm"})
+
+
+def test_held_out_latents_that_are_not_finite_are_named(tmp_path, make_latents):
+    def spoil(number, moments):
+        if number in (43, 45):
+            moments[0, 1, 2] = float("nan")
+
+    folder = tmp_path / "spoilt"
+    said = f"held-out latents are not finite: 0043 in 00000.tar, 0045 in 00000.tar of {folder}"
+    with pytest.raises(DataError, match=re.escape(said)) as told:
+        losses(config(make_latents(folder, change=spoil)), 0.5)
+    assert f"`lathe verify {folder}` names all such samples" in told.value.remedy
 
 
 def test_the_whole_is_the_mean_of_its_parts_where_nothing_is_weighted(latents):

@@ -15,6 +15,7 @@ from pipeline.runtime.process import Process
 from pipeline.storage import open_store
 from pipeline.train import checkpoint, initial
 from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.initial import Source
 from rank_checks.elastic import place
 from rank_checks.nets import ENGINES, KEYS, build, inputs, train
 
@@ -28,7 +29,7 @@ def saved_by(folder: Path, name: str, world_size: int) -> Checkpoint:
 
 def begun(ranks: Process, found: Checkpoint, stage: int, **how: Any) -> tuple[Engine, dict[str, Any]]:
     built = build(ranks, stage, **how)
-    initial.take_weights(found, KEY, ranks, built)
+    initial.take_weights(lambda: Source(found, KEY), ranks, built)
     whole = checkpoint.load_weights(found.store, found.name, "slow")
     parts = [(f, whole[f.parameter].flatten()[f.offset : f.offset + f.length]) for f in state.fragments(built)]
     with torch.no_grad():
@@ -51,7 +52,7 @@ def refused(ranks: Process, found: Checkpoint) -> str:
     built = build(ranks, 2)
     built.module.extra = nn.Parameter(torch.ones(2, 3), requires_grad=False)
     try:
-        initial.take_weights(found, KEY, ranks, built)
+        initial.take_weights(lambda: Source(found, KEY), ranks, built)
     except (DataError, LatheError) as error:
         return str(error)
     return ""
