@@ -37,6 +37,7 @@ SMALL = {
     "checkpoint": {"every": 4, "keep": 2},
     "log_every": 1,
 }
+_started: list[subprocess.Popen[str]] = []
 
 
 class Run:
@@ -63,7 +64,7 @@ class Run:
         command = launcher if ranks > 1 else [sys.executable, "-m", "pipeline", "train"]
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
         environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": str(ranks)}
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [*command, str(self.file), *overrides],
             env=environment,
             stdout=subprocess.PIPE,
@@ -71,6 +72,8 @@ class Run:
             text=True,
             cwd=self.file.parent,
         )
+        _started.append(child)
+        return child
 
     def wait_for_step(self, step: int, child: subprocess.Popen[str]) -> None:
         started = psutil.Process(child.pid).create_time()
@@ -109,7 +112,23 @@ class Run:
 
 
 def ranks_of(child: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(child.pid).children(recursive=True) if "RANK" in p.environ()]
+    return [p for p in psutil.Process(child.pid).children(recursive=True) if _is_rank(p)]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return "RANK" in process.environ()
+    except psutil.Error:  # it has ended
+        return False
+
+
+def end_all() -> None:
+    """Kill the commands that a failed test left behind; their ranks end with them."""
+    while _started:
+        child = _started.pop()
+        if child.poll() is None:
+            child.kill()
+            child.wait()
 
 
 def finish(child: subprocess.Popen[str], code: int = 0) -> str:

@@ -44,6 +44,7 @@ class S3Client:
         self._connections = asyncio.Semaphore(_MAX_CONNECTIONS)  # who waits for one has asked for nothing yet
         self._outage = _Outage()
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_leave_unclaimed)
         self._thread = threading.Thread(target=self._loop.run_forever, name="lathe-s3", daemon=True)
         self._thread.start()
         self._fs = s3fs.S3FileSystem(
@@ -169,6 +170,11 @@ class S3Client:
             client.meta.events.register("provide-client-params.s3", self._pace.be_prompt)
             self._hooked = client, RangeReader(client)
         return self._hooked[1]
+
+
+def _leave_unclaimed(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Of aiohttp's own tasks, when a connection breaks as they write: the request itself tells what happened."""
+    log.debug("%s: %r", context["message"], context.get("exception"))
 
 
 def _length(message: dict[str, Any]) -> int:

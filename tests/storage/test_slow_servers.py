@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import logging
 import socket
@@ -188,3 +190,21 @@ def test_limits_that_are_none_are_refused(name: str, said: str, monkeypatch: pyt
     monkeypatch.setenv(name, said)
     with pytest.raises(ConfigError, match=f"{name}='{said}' is not a number of"):
         pace({})
+
+
+def test_what_aiohttp_leaves_behind_when_a_connection_breaks_is_nobodys_business(caplog):
+    client = s3_client.S3Client(pace(), {})
+
+    async def write() -> None:
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    async def nobody_asks() -> None:
+        task = asyncio.ensure_future(write())
+        await asyncio.sleep(0.01)
+        del task
+        gc.collect()
+
+    with caplog.at_level(logging.DEBUG, "lathe.storage"):
+        asyncio.run_coroutine_threadsafe(nobody_asks(), client._loop).result(timeout=5)
+        client.close()
+    assert [r.levelno for r in caplog.records if "never retrieved" in r.getMessage()] == [logging.DEBUG]

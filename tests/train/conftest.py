@@ -6,14 +6,14 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import fingerprint, provenance
-from training_run import Run, finish
+from training_run import Run, end_all, finish
 
 from pipeline.data.fold import fold
 from pipeline.data.manifest import (
@@ -85,6 +85,12 @@ def write_latents(
     np.save(empty, np.zeros(LENGTH, np.uint16))
     (folder / f"{EMPTY_PREFIX}tokens.clip.npy").write_bytes(empty.getvalue())
     return str(folder / MANIFEST)
+
+
+@pytest.fixture(autouse=True)
+def _no_command_stays() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture
