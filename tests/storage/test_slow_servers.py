@@ -193,7 +193,7 @@ def test_limits_that_are_none_are_refused(name: str, said: str, monkeypatch: pyt
 
 
 def test_what_aiohttp_leaves_behind_when_a_connection_breaks_is_nobodys_business(caplog):
-    client = s3_client.S3Client(pace(), {})
+    client = s3_client.S3Client(Pace(1.0, 1.0), {})
 
     async def write() -> None:
         raise ConnectionResetError("Cannot write to closing transport")
