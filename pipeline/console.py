@@ -102,6 +102,7 @@ class ProgressLine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
+            self._bar.update(self._task, visible=self._bar.tasks[self._task].total is not None)  # moved at all
             self._bar.stop()
         elif kind is None and self._total and self._printed != (self._done, self._total, self._note):
             self._print()

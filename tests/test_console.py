@@ -148,6 +148,13 @@ def test_a_terminal_gets_a_bar_with_what_is_done_and_left(monkeypatch: pytest.Mo
     assert drawn[-1] == "  400 images/s"
 
 
+def test_a_bar_that_nothing_moved_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch)
+    with ProgressLine("data", "receipts"):
+        pass
+    assert screen.getvalue().endswith("\r\x1b[2K\x1b[?25h")  # its line is wiped
+
+
 @pytest.mark.parametrize("columns", [60, 80, 100, 200])
 def test_bar_and_note_keep_to_a_line_each_of_any_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     screen = terminal(monkeypatch, columns)
