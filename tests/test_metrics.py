@@ -49,10 +49,13 @@ def test_names_follow_prometheus_conventions():
     names = [d.name(job) for d in DEFINITIONS for job in d.jobs]
     assert len(names) == len(set(names))
     for name in names:
-        assert re.fullmatch(r"lathe_(train|first_stage|encode)_[a-z0-9_]+", name)
-        assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|percent|total)(_|$)", name), (
-            f"{name}: base units, gauges"
+        assert re.fullmatch(r"lathe_(train|first_stage|encode|storage)_[a-z0-9_]+", name)
+        assert not re.search(r"_(ms|milliseconds|minutes|hours|days|kb|mb|bits|percent)(_|$)", name), (
+            f"{name}: base units"
         )
+    for one in DEFINITIONS:
+        assert all(name.endswith("_total") == (one.kind == "counter") for name in map(one.name, one.jobs))
+        assert not re.search(r"_(total|count|sum|bucket|info|gauge|counter|histogram|summary)$", one.key), one.key
 
 
 def test_endpoint_serves_what_was_set():
@@ -96,10 +99,10 @@ def test_labels_tell_the_series_of_one_metric_apart():
         metrics.set("rejects", 1, reason='odd "quotes"\n')
         metrics.set("busy_ratio", 0.5, stage="decode")
         text = _scrape(metrics.address)
-        assert 'lathe_encode_rejects{reason="not_an_image"} 2.0' in text
-        assert 'lathe_encode_rejects{reason="odd \\"quotes\\"\\n"} 1.0' in text
+        assert 'lathe_encode_rejects_total{reason="not_an_image"} 2.0' in text
+        assert 'lathe_encode_rejects_total{reason="odd \\"quotes\\"\\n"} 1.0' in text
         assert 'lathe_encode_busy_ratio{stage="decode"} 0.5' in text
-        assert "lathe_encode_images 0.0" in text
+        assert "lathe_encode_images_total 0.0" in text
     finally:
         metrics.close()
 

@@ -11,7 +11,6 @@ from typing import Self
 
 import psutil
 
-from pipeline import storage
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.metrics import Metrics
 
@@ -38,7 +37,6 @@ class Reporter:
         self._meter, self._metrics, self._on_progress = meter, metrics, on_progress
         self._period_seconds = period_seconds
         self._shards = meter.snapshot().shards
-        self._retries_before = storage.counters()["retries"]
         self._process = psutil.Process()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
@@ -69,12 +67,11 @@ class Reporter:
         metrics = self._metrics
         metrics.set("images", now.images)
         metrics.set("images_per_second", now.images_per_second)
-        metrics.set("bytes_read", now.bytes_read)
-        metrics.set("bytes_written", now.bytes_written)
+        metrics.set("read_bytes", now.bytes_read)
+        metrics.set("written_bytes", now.bytes_written)
         metrics.set("shards_done", now.shards)
         metrics.set("target_shards", now.total)
         metrics.set("eta_seconds", math.nan if now.eta_seconds is None else now.eta_seconds)
-        metrics.set("storage_retries", storage.counters()["retries"] - self._retries_before)
         metrics.set("resident_memory_bytes", self._process.memory_info().rss)
         for reason, count in now.rejected.items():
             metrics.set("rejects", count, reason=reason)

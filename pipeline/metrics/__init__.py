@@ -2,6 +2,19 @@
 
 from pipeline.metrics.job import Metrics
 from pipeline.metrics.log import LOG, PARTS, LogStore, read_log
-from pipeline.metrics.table import DEFINITIONS, ENCODE, TRAINING, Definition, Job
+from pipeline.metrics.table import DEFINITIONS, ENCODE, STORAGE, TRAINING, Definition, Job, Subject
 
-__all__ = ["DEFINITIONS", "ENCODE", "LOG", "PARTS", "TRAINING", "Definition", "Job", "LogStore", "Metrics", "read_log"]
+__all__ = [
+    "DEFINITIONS",
+    "ENCODE",
+    "LOG",
+    "PARTS",
+    "STORAGE",
+    "TRAINING",
+    "Definition",
+    "Job",
+    "LogStore",
+    "Metrics",
+    "Subject",
+    "read_log",
+]

@@ -17,6 +17,7 @@ LOG = "metrics.jsonl"
 """The log's name in a folder, which can be appended to."""
 PARTS = "metrics/"
 """Where the log's parts go on S3, where nothing can be appended to: `metrics/00000001.jsonl`, by first step."""
+_RENAMED = {"validation_bound_bits": "validation_bound"}  # in logs of earlier versions
 
 
 class LogStore(Protocol):
@@ -41,7 +42,7 @@ def _parsed(content: bytes) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+                lines.append({_RENAMED.get(str(key), str(key)): value for key, value in line.items()})
     return lines
 
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import MetricsConfig
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.reporter import Reporter
-from pipeline.metrics import Metrics
+from pipeline.metrics import DEFINITIONS, Metrics
 
 
 @pytest.fixture
@@ -20,7 +20,8 @@ def metrics() -> Metrics:
 
 
 def figure(metrics: Metrics, key: str, **labels: str) -> float | None:
-    return metrics.registry.get_sample_value(f"lathe_encode_{key}", labels)
+    (one,) = (d for d in DEFINITIONS if d.key == key and "encode" in d.jobs)
+    return metrics.registry.get_sample_value(one.name("encode"), labels)
 
 
 def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
@@ -37,12 +38,11 @@ def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
     expected = {
         "images": 30,
         "images_per_second": 3,
-        "bytes_read": 500,
-        "bytes_written": 70,
+        "read_bytes": 500,
+        "written_bytes": 70,
         "shards_done": 2,
         "target_shards": 4,
         "eta_seconds": 10,
-        "storage_retries": 0,
     }
     assert {key: figure(metrics, key) for key in expected} == pytest.approx(expected)
     assert figure(metrics, "rejects", reason="not_an_image") == 2
