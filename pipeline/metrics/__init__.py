@@ -2,6 +2,7 @@
 
 from pipeline.metrics.job import Metrics
 from pipeline.metrics.log import LOG, PARTS, LogStore, read_log
+from pipeline.metrics.place import Place
 from pipeline.metrics.table import DEFINITIONS, ENCODE, STORAGE, TRAINING, Definition, Job, Subject
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Job",
     "LogStore",
     "Metrics",
+    "Place",
     "Subject",
     "read_log",
 ]

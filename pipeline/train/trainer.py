@@ -18,10 +18,10 @@ from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
 from pipeline.diffusion.loss import weighted_loss
-from pipeline.metrics import Metrics
+from pipeline.metrics import Metrics, Place
 from pipeline.runtime import engine, process, requeue
 from pipeline.runtime.process import Process
-from pipeline.storage import Lease, Store, open_store
+from pipeline.storage import Lease, Store, counters, open_store
 from pipeline.train import checkpoint, sharded, start
 from pipeline.train.compatibility import check_alike
 from pipeline.train.diagnosis import Suspects
@@ -146,7 +146,14 @@ class Trainer:
             micro_batch=share,
             gradient_clip=chosen.gradient_clip,
         )
-        self.metrics = Metrics(config.metrics, "train", ranks.rank, store, config.model_dump(mode="json"))
+        self.metrics = Metrics(
+            config.metrics,
+            "train",
+            Place(config.output, ranks.rank, ranks.world_size, int(os.environ["LOCAL_RANK"])),
+            log_store=store,
+            about=config.model_dump(mode="json"),
+            traffic=counters,
+        )
         self.reporter = Reporter(config, ranks, self.engine, self.metrics, samples=datasets.samples)
         self.saves = Saves(
             store,
@@ -195,7 +202,7 @@ class Trainer:
         if self.stopped_by:
             ask = partial(requeue.ask, step=progress.step, steps=config.steps, checkpoint=where)
             sharded.together(self.ranks, lambda: ask(stopped_by=self.stopped_by))  # once one leaves, launchers end all
-        self.metrics.close()
+        self.metrics.close(stopped=bool(self.stopped_by))
         say(conclusion(where, progress.step, self.stopped_by))
 
     def _train(self, feed: Feed, line: ProgressTable) -> Iterator[int]:

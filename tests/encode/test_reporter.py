@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 
@@ -29,8 +28,8 @@ def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
     meter = Meter(1000, 4, decoders=1, clock=lambda: now[0], shards_before=1)
     began = time.time()
     with Reporter(meter, metrics):
-        assert math.isnan(figure(metrics, "eta_seconds") or 0)
-        assert figure(metrics, "last_commit_timestamp_seconds") == 0  # the shard before is no commit of this run
+        assert figure(metrics, "eta_seconds") is None
+        assert figure(metrics, "last_commit_timestamp_seconds") is None  # the shard before is no commit of this run
         with meter.busy("decode"):
             now[0] += 10
         meter.count(images=30, rejected={"not_an_image": 2}, filtered={"filtered_where": 3}, read=500, written=70)
@@ -43,6 +42,7 @@ def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
         "shards_done": 2,
         "target_shards": 4,
         "eta_seconds": 10,
+        "finished": 0,
     }
     assert {key: figure(metrics, key) for key in expected} == pytest.approx(expected)
     assert figure(metrics, "rejects", reason="not_an_image") == 2
@@ -70,6 +70,7 @@ def test_the_watcher_hears_of_start_middle_and_end(metrics: Metrics) -> None:
         meter.count(images=1, shards=4)
     assert heard[-1].images == 2
     assert (heard[-1].done, heard[-1].eta_seconds) == (4, 0)
+    assert (figure(metrics, "images"), figure(metrics, "finished")) == (2, 1)
     told = len(heard)
     again.clear()
     assert not again.wait(0.02)

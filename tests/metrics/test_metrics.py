@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import MetricsConfig
 from pipeline.errors import SetupError, StorageError
-from pipeline.metrics import DEFINITIONS, LOG, Metrics, read_log
+from pipeline.metrics import DEFINITIONS, LOG, Metrics, Place, read_log
 from pipeline.storage import open_store
 
 QUIET = MetricsConfig(prometheus=False)
@@ -100,7 +100,7 @@ def test_labels_tell_the_series_of_one_metric_apart():
         metrics.set("busy_ratio", 0.5, stage="decode")
         text = _scrape(metrics.address)
         assert 'lathe_encode_rejects_total{reason="not_an_image"} 2.0' in text
-        assert 'lathe_encode_rejects_total{reason="odd \\"quotes\\"\\n"} 1.0' in text
+        assert 'lathe_encode_rejects_total{reason="odd \\"quotes\\"\\\\n"} 1.0' in text
         assert 'lathe_encode_busy_ratio{stage="decode"} 0.5' in text
         assert "lathe_encode_images_total 0.0" in text
     finally:
@@ -131,7 +131,7 @@ def test_taken_port_moves_on_to_a_free_one():
 def test_two_jobs_in_one_process_do_not_share_a_registry():
     first, second = Metrics(QUIET, "train"), Metrics(QUIET, "train")
     first.set("loss", 1.0)
-    assert second.registry.get_sample_value("lathe_train_loss") == 0.0
+    assert second.registry.get_sample_value("lathe_train_loss") is None
 
 
 def test_address_that_is_not_ours_names_the_field():
@@ -139,11 +139,15 @@ def test_address_that_is_not_ours_names_the_field():
         Metrics(MetricsConfig(host="192.0.2.1"), "train")
 
 
-def test_other_ranks_neither_serve_nor_log(tmp_path):
-    metrics = Metrics(MetricsConfig(), "train", rank=1, log_store=open_store(str(tmp_path)))
-    metrics.log(1, {"loss": 1.0})
+def test_other_ranks_serve_what_is_theirs_and_log_nothing(tmp_path):
+    metrics = Metrics(MetricsConfig(), "train", Place(number=1, count=2), log_store=open_store(str(tmp_path)))
+    metrics.log(1, {"loss": 1.0, "resident_memory_bytes": 5})
+    metrics.set("rank_step", 7)
+    text = _scrape(metrics.address)
     metrics.close()
-    assert metrics.address == ""
+    assert "lathe_train_rank_step 7.0" in text
+    assert "lathe_train_resident_memory_bytes 5.0" in text
+    assert "lathe_train_loss" not in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,5 +229,5 @@ def test_lines_that_are_none_of_ours_are_left_out(tmp_path):
     store = open_store(str(tmp_path))
     store.write("metrics.jsonl", b'{"step": 1, "loss": 2.0}\n\xff\xfe\n[1]\n{"loss": 1}\n{"step": 2, "loss": 1.0}\n')
     assert [line["step"] for line in read_log(store)] == [1, 2]
-    Metrics(QUIET, "train", 0, store).resume(1)
+    Metrics(QUIET, "train", log_store=store).resume(1)
     assert [line["step"] for line in read_log(store)] == [1]
