@@ -3,7 +3,7 @@
 from pipeline.metrics.job import Metrics
 from pipeline.metrics.log import LOG, PARTS, LogStore, read_log
 from pipeline.metrics.place import Place
-from pipeline.metrics.table import DEFINITIONS, ENCODE, STORAGE, TRAINING, Definition, Job, Subject
+from pipeline.metrics.table import DEFINITIONS, ENCODE, STORAGE, TRAINING, Definition, Job, Subject, Value
 
 __all__ = [
     "DEFINITIONS",
@@ -18,5 +18,6 @@ __all__ = [
     "Metrics",
     "Place",
     "Subject",
+    "Value",
     "read_log",
 ]

@@ -108,12 +108,19 @@ class Metrics:
         if self._trackers is not None:
             self._trackers.pictures(step, name, sheet, pictures, captions)
 
-    def resume(self, step: int) -> None:
-        """Drop the lines that a killed run logged after `step`, its last checkpoint. Call it once, before `log`."""
+    def resume(self, step: int) -> int:
+        """Drop the lines that a killed run logged after `step`, its last checkpoint. Call it once, before `log`.
+
+        Returns:
+            how many starts of the run the log tells of, which has `restarts` in its lines; 0 where there is no log.
+        """
+        starts = 0
         if self._log is not None:
+            starts = self._log.starts()
             self._log.drop_after(step)
         if self._trackers is not None:
             self._trackers.start(step)
+        return starts
 
     def flush(self) -> None:
         """Make every line so far durable; called with each checkpoint. Raises StorageError."""

@@ -69,6 +69,21 @@ def plain(value: Value) -> Any:
     return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
+def _starts(files: Iterable[bytes]) -> int:
+    """How many starts the lines of a log tell of.
+
+    Args:
+        files: of the log, the newest first; older ones are read only while nothing is found.
+    """
+    found = False
+    for lines in map(_parsed, files):
+        found |= bool(lines)
+        for line in reversed(lines):
+            if isinstance(line.get("restarts"), int):
+                return int(line["restarts"]) + 1
+    return int(found)  # a log from before they were told
+
+
 class _FolderLog:
     """One file, appended to line by line, so that a reader sees each line at once.
 
@@ -87,6 +102,9 @@ class _FolderLog:
             self._waiting += f"{line}\n".encode()
             with suppress(OSError):
                 self._write()
+
+    def starts(self) -> int:
+        return _starts(self._store.read(name) for name in _log_files(self._store))
 
     def drop_after(self, step: int) -> None:
         kept = [line for line in read_log(self._store) if line["step"] <= step]
@@ -123,10 +141,14 @@ class _PartsLog:
     def append(self, step: int, line: str) -> None:
         self._lines.append((step, line))
 
+    def starts(self) -> int:
+        return _starts(self._store.read(name) for name in reversed(_log_files(self._store)))
+
     def drop_after(self, step: int) -> None:
         for name in reversed(_log_files(self._store)):
             lines = _parsed(self._store.read(name))
             kept = [line for line in lines if line["step"] <= step]
+            self._stored = [(line["step"], json.dumps(line)) for line in kept]
             if len(kept) == len(lines):
                 break
             if kept:

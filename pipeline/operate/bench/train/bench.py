@@ -25,8 +25,9 @@ from pipeline.cores import available_cores
 from pipeline.errors import SetupError
 from pipeline.operate.bench.loader.samples import QUARTER, write_latents, write_samples
 from pipeline.operate.bench.setting import setting
-from pipeline.operate.bench.train.gpu import peak, stated_step_seconds
+from pipeline.operate.bench.train.gpu import stated_step_seconds
 from pipeline.operate.bench.train.sizes import Pairs, TrainBench
+from pipeline.runtime.peak import peak_flops
 from pipeline.storage import open_store
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "diffusers", "open-clip-torch", "numpy")
@@ -94,7 +95,7 @@ def judged(measured: dict[str, Any], precision: str) -> dict[str, Any]:
     others = [name for name in names if name != "trainer"]
     seconds = {name: statistics.median(turns[name]["seconds"] for turns in rounds) for name in names}
     rate = measured["flops_per_step"] / seconds["trainer"]
-    most = peak(measured["device_name"], precision)
+    most = peak_flops(measured["device_name"], precision)
     told = {
         "over": {
             name: interval([turns["trainer"]["seconds"] / turns[name]["seconds"] for turns in rounds])

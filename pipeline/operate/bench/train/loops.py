@@ -15,7 +15,8 @@ from pipeline.storage import open_store
 from pipeline.train.examples import Example
 from pipeline.train.network import build_network
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
-from pipeline.train.trainer import Trainer, engine_configuration
+from pipeline.train.telling import engine_configuration
+from pipeline.train.trainer import Trainer
 
 
 class WholeTrainer:

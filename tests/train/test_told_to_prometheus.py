@@ -1,0 +1,121 @@
+"""What a run tells Prometheus: by every rank, the values of its own log, through kills and restarts; at no cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from training_run import SMALL, Run, finish, ranks_of
+
+from pipeline.config import TrainConfig
+from pipeline.data.datasets import open_datasets
+from pipeline.metrics import DEFINITIONS, read_log
+from pipeline.runtime import process
+from pipeline.storage import open_store
+from pipeline.train.trainer import Trainer
+
+
+def scraped(file: Path) -> dict[str, float]:
+    (entry,) = json.loads(file.read_text())
+    text = urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics", timeout=10).read().decode()
+    return {
+        "".join([sample.name, *sample.labels.values()]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.ranks
+def test_every_rank_is_found_and_tells_what_the_log_has(tmp_path, latents):
+    targets = tmp_path / "targets"
+    settings: dict[str, Any] = {
+        "metrics": {"discovery": str(targets), "peak_flops": 1e12},
+        "engine": {**SMALL["engine"], "zero_stage": 0},
+        "steps": 100_000,
+        "optimizer": {"warmup_steps": 3, "schedule": "constant"},
+    }
+    run = Run(tmp_path, latents, **settings)
+    child = run.start()
+    try:
+        run.wait_for_step(6, child)
+        files = [targets / f"lathe-train-run-{rank}.json" for rank in (0, 1)]
+        mine, other = (scraped(file) for file in files)
+        lines = {line["step"]: line for line in read_log(run.store) if "loss" in line}
+        for rank in ranks_of(child):
+            rank.send_signal(signal.SIGKILL)
+    finally:
+        child.kill()
+        child.communicate()
+    assert sorted(targets.iterdir()) == files  # so that somebody notices
+
+    line = lines[int(mine["lathe_train_step"])]
+    definitions = {d.key: d for d in DEFINITIONS if "train" in d.jobs}
+    assert set(line) - {"step", "time"} <= set(definitions)
+    for key, value in line.items():
+        if key != "time":
+            for label, number in value.items() if isinstance(value, dict) else [("", value)]:
+                assert mine[f"lathe_train_{key}{label}"] == pytest.approx(number, rel=1e-8), key
+    parts = ("data_wait", "forward_backward", "optimizer", "logging")
+    assert sum(line[f"{part}_seconds"] for part in parts) == pytest.approx(line["step_seconds"], rel=0.35)
+    assert (line["restarts"], line["world_size"]) == (0, 2)
+    assert line["straggler_ratio"] >= 1
+    assert 0 < line["mfu_ratio"] < 1
+    assert line["noise_level_loss"]
+
+    told = {name for name in other if name.startswith("lathe_train_")}
+    local = {d.name("train") for d in definitions.values() if d.scope == "local" and "device" not in d.key}
+    assert told == local
+    assert other["lathe_train_rank_step"] >= line["step"]
+    assert abs(time.time() - other["lathe_train_rank_last_step_timestamp_seconds"]) < 60
+    assert other["lathe_storage_requests_totalread"] > 0
+
+    again = run.start()
+    run.wait_for_step(line["step"] + 20, again)
+    os.kill(again.pid, signal.SIGTERM)
+    finish(again, code=128 + signal.SIGTERM)
+    assert read_log(run.store)[-1]["restarts"] == 1
+    assert list(targets.iterdir()) == []
+
+
+def test_losses_and_weights_are_the_same_with_and_without(tmp_path, latents):
+    config = TrainConfig.model_validate(
+        {
+            "manifest": latents,
+            **SMALL,
+            "engine": {"zero_stage": 0, "accumulation": 2},
+            "output": str(tmp_path / "run"),
+            "metrics": {"pushgateway": "http://127.0.0.1:9"},
+        }
+    )
+    ranks = process.start(config.engine)
+    try:
+        found = [_trained(config, ranks, tmp_path / name, told=told) for name, told in (("on", True), ("off", False))]
+    finally:
+        ranks.finish()
+    assert found[0] == found[1]
+
+
+def _trained(config: TrainConfig, ranks: process.Process, output: Path, *, told: bool) -> tuple[list[float], int]:
+    """Losses of 5 steps, and the weights' digest."""
+    metrics = config.metrics if told else config.metrics.model_copy(update={"prometheus": False, "pushgateway": None})
+    config = config.model_copy(update={"output": str(output), "metrics": metrics})
+    datasets = open_datasets(config.sources, global_batch=config.global_batch)
+    trainer = Trainer(config, ranks, datasets, open_store(config.output))
+    if not told:
+        trainer.levels = None
+    steps = trainer.steps()
+    for _ in range(5):
+        next(steps)
+    steps.close()
+    lines = [line for line in read_log(open_store(config.output)) if "loss" in line]
+    assert all(("noise_level_loss" in line) == told for line in lines)
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return [line["loss"] for line in lines], hash(weights.numpy().tobytes())
