@@ -231,3 +231,38 @@ def test_lines_that_are_none_of_ours_are_left_out(tmp_path):
     assert [line["step"] for line in read_log(store)] == [1, 2]
     Metrics(QUIET, "train", log_store=store).resume(1)
     assert [line["step"] for line in read_log(store)] == [1]
+
+
+def test_starts_are_counted_by_the_log(log_store):
+    for start in range(3):
+        metrics = Metrics(QUIET, "train", log_store=log_store)
+        assert metrics.resume(4) == start
+        metrics.log(4, {"restarts": start})
+        metrics.flush()
+        for step in (5, 6):  # killed before the next checkpoint
+            metrics.log(step, {"loss": 1.0, "restarts": start})
+        metrics.flush()
+    assert [line["step"] for line in read_log(log_store)] == [4, 4, 4, 5, 6]
+    assert Metrics(QUIET, "train", log_store=log_store).resume(0) == 3
+    assert read_log(log_store) == []
+
+
+def test_a_start_takes_no_lines_of_the_step_that_it_goes_on_from(log_store):
+    first = Metrics(QUIET, "train", log_store=log_store)
+    for step in (2, 4, 6):
+        first.log(step, {"loss": float(step), "restarts": 0})
+        first.flush()  # each part begins with its own step
+    second = Metrics(QUIET, "train", log_store=log_store)
+    assert second.resume(4) == 1
+    second.log(4, {"restarts": 1})
+    second.flush()
+    second.log(6, {"loss": 7.0, "restarts": 1})
+    second.close()
+    assert [(line["step"], line.get("loss")) for line in read_log(log_store)] == [(2, 2), (4, 4), (4, None), (6, 7)]
+
+
+def test_logs_from_before_starts_were_told_are_of_one(log_store):
+    log_store.write("metrics.jsonl", b'{"step": 1, "validation_bound_bits": {"main": 2.0}}\n')
+    log_store.write("metrics/00000001.jsonl", b'{"step": 1, "validation_bound_bits": {"main": 2.0}}\n')
+    assert read_log(log_store) == [{"step": 1, "validation_bound": {"main": 2.0}}]
+    assert Metrics(QUIET, "train", log_store=log_store).resume(1) == 1

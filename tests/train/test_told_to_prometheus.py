@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
+from scraping import scraped, target
 from training_run import SMALL, Run, finish, ranks_of
 
 from pipeline.config import TrainConfig
@@ -21,16 +19,6 @@ from pipeline.metrics import DEFINITIONS, read_log
 from pipeline.runtime import process
 from pipeline.storage import open_store
 from pipeline.train.trainer import Trainer
-
-
-def scraped(file: Path) -> dict[str, float]:
-    (entry,) = json.loads(file.read_text())
-    text = urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics", timeout=10).read().decode()
-    return {
-        "".join([sample.name, *sample.labels.values()]): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @pytest.mark.ranks
@@ -47,7 +35,7 @@ def test_every_rank_is_found_and_tells_what_the_log_has(tmp_path, latents):
     try:
         run.wait_for_step(6, child)
         files = [targets / f"lathe-train-run-{rank}.json" for rank in (0, 1)]
-        mine, other = (scraped(file) for file in files)
+        mine, other = (scraped(target(file)) for file in files)
         lines = {line["step"]: line for line in read_log(run.store) if "loss" in line}
         for rank in ranks_of(child):
             rank.send_signal(signal.SIGKILL)
@@ -61,8 +49,10 @@ def test_every_rank_is_found_and_tells_what_the_log_has(tmp_path, latents):
     assert set(line) - {"step", "time"} <= set(definitions)
     for key, value in line.items():
         if key != "time":
-            for label, number in value.items() if isinstance(value, dict) else [("", value)]:
-                assert mine[f"lathe_train_{key}{label}"] == pytest.approx(number, rel=1e-8), key
+            labels = definitions[key].labels
+            for label, number in value.items() if labels else [("", value)]:
+                series = f"lathe_train_{key}" + "".join(f"{{{name}={label}}}" for name in labels)
+                assert mine[series] == pytest.approx(number, rel=1e-8), key
     parts = ("data_wait", "forward_backward", "optimizer", "logging")
     assert sum(line[f"{part}_seconds"] for part in parts) == pytest.approx(line["step_seconds"], rel=0.35)
     assert (line["restarts"], line["world_size"]) == (0, 2)
@@ -75,7 +65,7 @@ def test_every_rank_is_found_and_tells_what_the_log_has(tmp_path, latents):
     assert told == local
     assert other["lathe_train_rank_step"] >= line["step"]
     assert abs(time.time() - other["lathe_train_rank_last_step_timestamp_seconds"]) < 60
-    assert other["lathe_storage_requests_totalread"] > 0
+    assert other["lathe_storage_requests_total{operation=read}"] > 0
 
     again = run.start()
     run.wait_for_step(line["step"] + 20, again)
