@@ -122,10 +122,10 @@ _SPEED = (
     Definition(
         "straggler_ratio",
         "1",
-        "Slowest rank's own time for data, losses and gradients, over the median rank's",
+        "Slowest rank's own time for data and the forward pass, over the median rank's",
         TRAIN,
     ),
-    Definition("slowest_rank", "1", "Which rank that is", TRAIN),
+    Definition("slowest_rank", "1", "Rank whose own time for data and the forward pass is longest", TRAIN),
 )
 _CHECKPOINTS = (
     Definition("checkpoint_seconds", "s", "Wall time of the last checkpoint, until it was stored", TRAINING),

@@ -7,12 +7,14 @@ import re
 import socket
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import MetricsConfig
 from pipeline.errors import SetupError, StorageError
 from pipeline.metrics import DEFINITIONS, LOG, Metrics, Place, read_log
+from pipeline.metrics.page import up_to_date
 from pipeline.storage import open_store
 
 QUIET = MetricsConfig(prometheus=False)
@@ -266,3 +268,11 @@ def test_logs_from_before_starts_were_told_are_of_one(log_store):
     log_store.write("metrics/00000001.jsonl", b'{"step": 1, "validation_bound_bits": {"main": 2.0}}\n')
     assert read_log(log_store) == [{"step": 1, "validation_bound": {"main": 2.0}}]
     assert Metrics(QUIET, "train", log_store=log_store).resume(1) == 1
+
+
+def test_the_page_has_the_present_table():
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    text = page.read_text()
+    assert text == up_to_date(text), "python -m pipeline.metrics.page docs/metrics.md"
+    for one in DEFINITIONS:
+        assert text.count(f"| {one.help} |") == 1, one.key
