@@ -45,7 +45,8 @@ def _row(definition: Definition, subject: Subject) -> str:
     others = ", ".join(f"`{other}`" for other in definition.jobs if other != subject)
     labels = ", ".join(f"`{label}`" for label in definition.labels)
     by = "each process" if definition.scope == "local" else "rank 0"
-    return f"| `{name}`{f', {others} too' if others else ''} | {labels} | {definition.kind} | {by} | {definition.unit} | {definition.help} |"
+    also = f", {others} too" if others else ""
+    return f"| `{name}`{also} | {labels} | {definition.kind} | {by} | {definition.unit} | {definition.help} |"
 
 
 if __name__ == "__main__":

@@ -42,6 +42,6 @@ def test_two_trainers_take_turns_and_the_page_tells_of_them():
     for kind in ("reference", "tiny"):
         assert [set(turns) for turns in result[kind]["rounds"]] == [{"on", "off"}] * 2
     told = page(result, "lathe bench metrics --size small")
-    for line in summary(result).splitlines()[-2:]:
+    for line in summary(result).splitlines()[-3:]:
         assert f"- {line}" in told
     assert "lathe bench metrics --size small" in told

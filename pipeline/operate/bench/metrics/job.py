@@ -1,11 +1,11 @@
 """`lathe bench metrics`: what it costs a step to be told of.
 
-One process has two trainers of the same network and data, one as it comes and scraped once a turn, one that measures,
-reduces, logs and serves nothing. They take turns of a few steps, in opposite order every other time, so that a noisy
-neighbour meets both.
-(a) Steps that take as long as steps do, some hundred milliseconds: ratios of neighbouring turns, each with a line of
-the log.
-(b) The shortest steps there are, on one thread, with as many lines as by default: added CPU time.
+One process has two trainers of the same network and data, one as it comes, one that measures, reduces, logs and serves
+nothing. They take turns of 20 steps with one line of the log, as often as by default, and in opposite order every other
+time, so that a noisy neighbour meets both.
+(a) Steps of about a tenth of a second: ratios of neighbouring turns.
+(b) The shortest steps there are: added CPU time.
+Scrapes, which come every 15 s or so, are measured apart.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ SIZES = {
     "small": TrainBench(
         zero_stage=0,
         samples=512,
-        reference=Pairs(_ALONE, batch=8, steps=4, pairs=10, warmup=4),
+        reference=Pairs(_ALONE, batch=8, steps=_LOG_EVERY, pairs=6, warmup=4),
         tiny=Pairs(_ALONE, batch=1, steps=_LOG_EVERY, pairs=10, warmup=5),
     ),
     "standard": TrainBench(
         zero_stage=0,
         samples=2048,
-        reference=Pairs(_ALONE, batch=8, steps=4, pairs=200, warmup=8),
+        reference=Pairs(_ALONE, batch=8, steps=_LOG_EVERY, pairs=60, warmup=8),
         tiny=Pairs(_ALONE, batch=1, steps=_LOG_EVERY, pairs=100, warmup=20),
     ),
     "large": TrainBench(
         zero_stage=0,
         samples=16_384,
-        reference=Pairs(REFERENCE, batch=64, steps=20, pairs=100, warmup=10),
+        reference=Pairs(REFERENCE, batch=64, steps=_LOG_EVERY, pairs=100, warmup=10),
         tiny=Pairs(_ALONE, batch=1, steps=_LOG_EVERY, pairs=200, warmup=50),
     ),
 }
@@ -79,6 +79,7 @@ def bench_metrics(bench: TrainBench, say: Callable[[str], None] = lambda text: N
         "metrics_on_over_off_interval": [ratio["low"], ratio["high"]],
         "metrics_ms_per_step": added["median"],
         "metrics_ms_per_step_interval": [added["low"], added["high"]],
+        "scrape_ms": 1e3 * found["tiny"]["scrape"]["cpu_seconds"],
         **found,
         "sizes": asdict(bench),
         "setting": about,

@@ -18,14 +18,13 @@ Written by `lathe bench metrics`: what does it cost a step to be told of?
 _HOW = """
 Two trainers of the same network and latents take turns in one process, in opposite order every other time: **on** is
 `lathe train` as it comes, with its parts timed, losses by noise level, operations counted, the reduction over ranks and
-a line of the log, its numbers served, and scraped by a client in the same process at the end of each turn; **off** has
-none of these. Ratios and differences are of neighbouring turns; intervals are 95 %, by bootstrap.
+a line of the log; **off** has none of these. Ratios and differences are of neighbouring turns; intervals are 95 %, by
+bootstrap. Turns are of {steps} steps with one line of the log, as by default.
 
 - **reference**: a UNet of {parameters:,} parameters, {batch} samples a rank and step; {ranks} rank(s) on {device},
-  {threads} threads each. {pairs} pairs of turns of {steps} steps with a line of the log, {log_ratio:g} times as often
-  as by default.
-- **tiny**: the smallest network, one thread, {tiny[batch]} sample a rank and step; {tiny[pairs]} pairs of turns of
-  {tiny[steps]} steps with a line of the log, as by default. CPU time is that of all threads.
+  {threads} thread(s) each; {pairs} pairs of turns.
+- **tiny**: the same with {tiny[batch]} sample(s); {tiny[pairs]} pairs of turns. CPU time is that of all threads.
+- a **scrape** is the CPU time of both sides, in one process; Prometheus asks every 15 s or so.
 """
 _AGAIN = """## How to repeat it
 
@@ -44,7 +43,7 @@ def page(result: dict[str, Any], command: str) -> str:
     """The whole page: figures, what they mean, machine, versions, and the command that measures them again."""
     sizes = result["sizes"]
     reference = sizes["reference"]
-    about = {**result["reference"], **reference, "tiny": sizes["tiny"], "log_ratio": 20 / reference["steps"]}
+    about = {**result["reference"], **reference, "tiny": sizes["tiny"]}
     parts = [
         _HEAD,
         "\n".join(f"- {verdict}" for verdict in _verdicts(result)) + "\n",
@@ -64,6 +63,7 @@ def _verdicts(result: dict[str, Any]) -> list[str]:
         f" {MOST_OVER_OFF}: {passed(ratio['high'] <= MOST_OVER_OFF)}",
         f"metrics_ms_per_step: {added['median']:.3f} ({added['low']:.3f} to {added['high']:.3f}), to be at most"
         f" {MOST_MILLISECONDS}: {passed(added['high'] <= MOST_MILLISECONDS)}",
+        f"a scrape takes {result['scrape_ms']:.2f} ms of CPU time",
     ]
 
 

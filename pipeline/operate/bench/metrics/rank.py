@@ -19,6 +19,9 @@ from pipeline.runtime.process import Process
 from pipeline.train.reporting import Figures
 
 
+_SCRAPES = 50
+
+
 class _Silence:
     """In place of a trainer's `Reporter`: nothing is reduced over the ranks, logged, or told."""
 
@@ -51,12 +54,7 @@ def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict
     if not address:
         raise AssertionError("the metrics are not served")
 
-    def scraped(steps: int) -> None:
-        on(steps)
-        with urllib.request.urlopen(address, timeout=10) as answer:  # noqa: S310  (our own)
-            answer.read()
-
-    turns: dict[str, Callable[[int], None]] = {"on": scraped, "off": off}
+    turns: dict[str, Callable[[int], None]] = {"on": on, "off": off}
     for turn in turns.values():
         turn(job["warmup"])
     rounds = []
@@ -65,11 +63,19 @@ def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict
         rounds.append({name: timed(turns[name], job["steps"], ranks) for name in order})
     return {
         "rounds": rounds,
+        "scrape": timed(lambda times: _scrape(address, times), _SCRAPES, ranks),
         "parameters": on.parameters,
         "device": ranks.device.type,
         "threads": torch.get_num_threads(),
         "ranks": ranks.world_size,
     }
+
+
+def _scrape(address: str, times: int) -> None:
+    """Ask for the numbers as Prometheus does, in this process: what the asking takes is counted too."""
+    for _ in range(times):
+        with urllib.request.urlopen(address, timeout=10) as answer:  # noqa: S310  (our own)
+            answer.read()
 
 
 if __name__ == "__main__":
