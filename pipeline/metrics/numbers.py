@@ -87,7 +87,9 @@ def clean(label: str) -> str:
 
 
 def _family(definition: Definition, subject: Subject, values: Mapping[tuple[str, ...], float]) -> Metric:
-    name, told = definition.name(subject), f"{definition.help} ({definition.unit})"
+    name, told = definition.name(subject), definition.help
+    if definition.unit != "1":
+        told += f" ({definition.unit})"
     if definition.kind == "histogram":
         return _histogram(HistogramMetricFamily(name, told, labels=definition.labels), values)
     kind = CounterMetricFamily if definition.kind == "counter" else GaugeMetricFamily

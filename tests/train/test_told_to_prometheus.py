@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from scraping import scraped, target
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import SMALL, Run, finish, ranks_of
 
 from pipeline.config import TrainConfig
@@ -91,6 +92,57 @@ def test_losses_and_weights_are_the_same_with_and_without(tmp_path, latents):
     finally:
         ranks.finish()
     assert found[0] == found[1]
+
+
+class _Waits(TorchDispatchMode):
+    """Counts how often the host asks for a number of the device, or for a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ops = torch.ops.aten
+        self.count += func in (ops._local_scalar_dense.default, ops.is_nonzero.default, ops._to_copy.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_lines_of_the_log_nothing_is_waited_for_nor_reduced(tmp_path, latents, monkeypatch):
+    config = TrainConfig.model_validate(
+        {
+            "manifest": latents,
+            **SMALL,
+            "engine": {"zero_stage": 0},
+            "output": str(tmp_path / "run"),
+            "log_every": 10,
+            "checkpoint": {"every": 100},
+        }
+    )
+    reductions = []
+    plain = torch.distributed.all_reduce
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda *args, **kwargs: reductions.append(1) or plain(*args, **kwargs)
+    )
+    ranks = process.start(config.engine)
+    try:
+        found = {}
+        for told in (True, False):
+            trainer = Trainer(config, ranks, open_datasets(config.sources, global_batch=8), open_store(config.output))
+            if not told:
+                trainer.levels = None
+            steps = trainer.steps()
+            next(steps)
+            with _Waits() as waits:
+                before = len(reductions)
+                for _ in range(3):
+                    next(steps)
+                found[told] = waits.count, len(reductions) - before
+            steps.close()
+            trainer.metrics.close()
+    finally:
+        ranks.finish()
+    assert found[True] == found[False]
+    assert found[True][1] == 3  # of the flags that travel with each step
 
 
 def _trained(config: TrainConfig, ranks: process.Process, output: Path, *, told: bool) -> tuple[list[float], int]:

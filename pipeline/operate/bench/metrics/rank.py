@@ -18,7 +18,6 @@ from pipeline.operate.bench.train.rank import main, timed
 from pipeline.runtime.process import Process
 from pipeline.train.reporting import Figures
 
-
 _SCRAPES = 50
 
 
