@@ -134,16 +134,19 @@ class Metrics:
             failed: what it was told stays, so that somebody notices.
             stopped: the process was asked to end, and has no time to wait for a scrape.
         """
-        if self._pusher is not None:
-            self._pusher.close(failed=failed, stopped=stopped)
-        if self._announcement is not None and not failed:
-            self._announcement.withdraw()
-        if self._server is not None:
-            self._server.close()
-        self._server = self._announcement = self._pusher = None
-        if self._trackers is not None:
-            self._trackers.close()
-        self.flush()
+        try:
+            if self._trackers is not None:
+                self._trackers.close()
+            self._trackers = None
+            self.flush()
+        finally:
+            if self._pusher is not None:
+                self._pusher.close(failed=failed, stopped=stopped)
+            if self._announcement is not None and not failed:
+                self._announcement.withdraw()
+            if self._server is not None:
+                self._server.close()
+            self._server = self._announcement = self._pusher = None
 
     def __enter__(self) -> Self:
         return self

@@ -22,24 +22,26 @@ class NoiseLevels:
 
     Args:
         config: the run file.
+        device: where noise levels are asked for.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._edges = edges(objective_of(config.objective), config.validation.noise_levels)
-        self.names = [f"{part}_{low:.2f}-{high:.2f}" for part, (low, high) in enumerate(pairwise(self._edges.tolist()))]
-        """Number, lower and upper end of each, as sigma / sqrt(alpha^2 + sigma^2)."""
+    def __init__(self, config: TrainConfig, device: torch.device | None = None) -> None:
+        found = edges(objective_of(config.objective), config.validation.noise_levels)
+        self._inner = found[1:-1].float().to(device)  # now: the host waits for it
+        ends, digits = found.tolist(), len(str(config.validation.noise_levels - 1))
+        self.names = [f"{part:0{digits}}_{low:.2f}-{high:.2f}" for part, (low, high) in enumerate(pairwise(ends))]
+        """Number, to sort by, lower and upper end of each, as sigma / sqrt(alpha^2 + sigma^2)."""
 
     def part_of(self, levels: Tensor) -> Tensor:
         """Which part each noise level is in: int64 [b]; an edge belongs to the part above it."""
-        inner = self._edges[1:-1].to(levels)
-        return torch.bucketize(levels.contiguous(), inner, right=True)
+        return torch.bucketize(levels.contiguous(), self._inner, right=True)
 
 
 class LevelLosses:
     """Squared errors since the last line of the log, by part of the noise levels.
 
     Args:
-        levels: their parts.
+        levels: their parts, on the errors' device.
         device: where the errors are.
     """
 

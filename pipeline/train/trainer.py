@@ -137,7 +137,7 @@ class Trainer:
         )
         self.metrics = open_metrics(config, ranks, store)
         self.reporter = Reporter(config, ranks, self.engine, self.metrics, datasets=datasets, towers=self.towers)
-        self.levels: NoiseLevels | None = NoiseLevels(config)
+        self.levels: NoiseLevels | None = NoiseLevels(config, ranks.device)
         self.saves = Saves(
             store,
             ranks,
