@@ -14,6 +14,7 @@ from pathlib import Path
 from socketserver import BaseServer
 
 import pytest
+from prometheus_client.openmetrics import exposition, parser
 from scraping import scraped
 
 from pipeline import storage
@@ -132,6 +133,17 @@ def test_every_definition_is_told_by_somebody() -> None:
         expected = {d.name(job) for d in DEFINITIONS if job in d.jobs}
         expected |= {d.name("storage") for d in DEFINITIONS if "storage" in d.jobs}
         assert {name.removesuffix("_total") for name in expected} == names
+
+
+def test_what_is_served_is_openmetrics_too() -> None:
+    storage.traffic.count("read", 0.3)
+    metrics = Metrics(QUIET, "encode", traffic=storage.counters)
+    metrics.add("rejects", 2, reason='a"b\\c')
+    text = exposition.generate_latest(metrics.registry).decode()
+    families = list(parser.text_string_to_metric_families(text))
+    samples = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    assert samples["lathe_encode_rejects_total", 'a"b\\c'] == 2
+    assert ("lathe_storage_request_seconds_count", "read") in samples
 
 
 class TestDiscovery:
