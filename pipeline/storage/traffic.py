@@ -22,6 +22,9 @@ OPERATIONS = {
 }
 """What S3's requests are for; others, which uploads in parts need, are `other`. Local files have `read` and `write`."""
 OTHER = "other"
+ERROR_KINDS = ("transient", "garbled", "slow", "forbidden", "no_keys", "no_room", OTHER)
+"""What can be wrong with a request that is given up. All are told as 0 from the start: a rate does not see the first of
+a series that begins with it."""
 BOUNDS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper ends of the buckets in which requests are counted by how long they took; the last one has none."""
 
@@ -40,7 +43,7 @@ class _Totals:
         self.lock = threading.Lock()
         self.durations: defaultdict[str, list[int]] = defaultdict(_BUCKETS.copy)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.errors: Counter[str] = Counter()
+        self.errors = Counter(dict.fromkeys(ERROR_KINDS, 0))
         self.retries = self.read = self.written = 0
 
 
@@ -69,9 +72,9 @@ def count_retry() -> None:
 
 
 def count_error(kind: str) -> None:
-    """A request that was given up because the store could not serve it; `kind` is one of few words."""
+    """A request that was given up because the store could not serve it; `kind` is one of `ERROR_KINDS`, or `other`."""
     with _totals.lock:
-        _totals.errors[kind] += 1
+        _totals.errors[kind if kind in ERROR_KINDS else OTHER] += 1
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import yaml
 from monitoring import INFRA, RULES, Prometheus, tool, wait_until
 
 from pipeline.metrics import DEFINITIONS
+from pipeline.storage import counters
+from pipeline.storage.traffic import ERROR_KINDS
 
 RUNBOOKS = Path(__file__).parents[2] / "docs/runbooks.md"
 CASES = sorted((Path(__file__).parent / "rules").glob("*.yml"))
@@ -80,6 +82,13 @@ def test_runbooks_explain_alerts_that_there_are():
         assert any(series.startswith(name) for d in DEFINITIONS for s in d.jobs for series in d.series(s)) or (
             name in NOT_METRICS
         ), name
+
+
+def test_the_runbook_explains_every_kind_of_error():
+    section = RUNBOOKS.read_text().partition("### LatheStorageErrors")[2].partition("###")[0]
+    kinds = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in section.splitlines() if line.startswith("| `")]
+    assert {kind for line in kinds for kind in line} - {"kind"} == set(ERROR_KINDS)
+    assert set(counters()["errors"]) == set(ERROR_KINDS)
 
 
 @pytest.mark.parametrize("name", ALERTS)
