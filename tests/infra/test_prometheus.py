@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from monitoring import (
 from training_run import Run, ranks_of
 
 from pipeline.config import MetricsConfig
-from pipeline.data.manifest import RECEIPT_SUFFIX, Receipt
+from pipeline.data.manifest import RECEIPT_SUFFIX, load_receipt
 from pipeline.metrics import DEFINITIONS, Metrics, Place, read_log
 from pipeline.metrics.table import flat
 from pipeline.storage import counters, open_store
@@ -202,18 +203,24 @@ def same(logged: Any, labels: tuple[str, ...], told: float) -> bool:
     return told != told if logged is None else told == pytest.approx(logged, rel=1e-8)
 
 
-def test_counts_of_a_worker_that_pushes_are_those_of_its_receipts_and_go_with_it(cluster):
-    store = open_store(cluster.latents)
-    receipts = [
-        Receipt.from_bytes(store.read(entry.name)) for entry in store.list("") if entry.name.endswith(RECEIPT_SUFFIX)
-    ]
-    assert receipts
-    pushed = cluster.prometheus.query('last_over_time(lathe_encode_images_total{run="latents"}[5m])')
-    by_worker = {series["metric"]["worker"]: float(series["value"][1]) for series in pushed}
-    assert sorted(by_worker) == ["0", "1"]
-    assert 'worker="1"' not in fetch(f"{cluster.pushgateway.url}/metrics")
+def test_counts_that_a_worker_has_pushed_are_those_of_its_receipts_and_go_with_it(cluster):
+    sources = sorted(path.name for path in (cluster.folder / "images").iterdir())
+    store = open_store(f"{cluster.latents}/32")
+    receipts = [load_receipt(store, name + RECEIPT_SUFFIX) for name in sources[1::2]]
+    assert told(cluster, "images") == {"": sum(receipt.samples() for receipt in receipts)}
+    assert told(cluster, "rejects") == Counter(reject.reason for receipt in receipts for reject in receipt.rejects)
+    assert told(cluster, "finished") == {"": 1}
+    assert 'run="latents"' not in fetch(f"{cluster.pushgateway.url}/metrics")
     assert not list(cluster.discovery.glob("lathe-encode-*"))
     assert cluster.prometheus.query('up{lathe_job="encode"}') == []
+
+
+def told(cluster: Cluster, key: str) -> dict[str, float]:
+    """What the second worker pushed last, by reason where there are reasons."""
+    definition = next(d for d in DEFINITIONS if d.key == key and "encode" in d.jobs)
+    name = definition.name("encode")
+    found = cluster.prometheus.query(f'last_over_time({name}{{run="latents", worker="1"}}[5m])')
+    return {series["metric"].get("reason", ""): float(series["value"][1]) for series in found}
 
 
 def test_promtool_lints_what_is_scraped(cluster):
