@@ -26,7 +26,7 @@ class Package(NamedTuple):
 
     Args:
         name: of the package.
-        programs: as their project calls them; Debian may put `prometheus-` before.
+        programs: as their projects call them.
         fixed: files that Debian's programs look for at these places alone, also where they are unpacked elsewhere.
     """
 
@@ -46,9 +46,14 @@ UNPACKED = {
         ),
     )
 }
-INSTALLED = {"browser": (Package("chromium", ("chromium",)), Package("chromium-driver", ("chromedriver",)))}
+INSTALLED = {"browser": (Package("chromium", ("chromium",)),)}
 GROUPS = UNPACKED | INSTALLED
 """Packages by the mark of the tests that want them."""
+_OTHER_NAMES = {
+    "pushgateway": ("prometheus-pushgateway",),
+    "alertmanager": ("prometheus-alertmanager",),
+    "chromium": ("chromium-browser", "google-chrome"),
+}
 
 
 def main(groups: Sequence[str]) -> int:
@@ -69,7 +74,8 @@ def main(groups: Sequence[str]) -> int:
 def program(name: str) -> str | None:
     """The path of a program, on the PATH or unpacked; None = it is not there."""
     folders = os.pathsep.join([os.environ.get("PATH", os.defpath), str(FOLDER / "bin")])
-    return shutil.which(name, path=folders) or shutil.which(f"prometheus-{name}", path=folders)
+    found = (shutil.which(one, path=folders) for one in (name, *_OTHER_NAMES.get(name, ())))
+    return next((path for path in found if path), None)
 
 
 def missing(group: str) -> list[str]:
