@@ -19,6 +19,7 @@ def _now(board: Board) -> Row:
     rate = f"sum by (run) ({board.selected('images_per_second')})"
     left = f"max by (run) ({board.selected('eta_seconds')})"
     rejects, images = (f"sum by (run) ({board.selected(key)})" for key in ("rejects", "images"))
+    rejects = f"({rejects} or on (run) 0 * {images})"  # there is no series before the first
     working = f"count by (run) ({board.selected('finished')} == 0)"
     age = f"time() - max by (run) ({board.selected('last_commit_timestamp_seconds')})"
     return Row(

@@ -13,6 +13,7 @@ _RATES = {"bytes": "Bps", "requests": "reqps"}
 _COUNT = "short"  # numbers of things: 12.3 K
 _SHARES = ("mfu_ratio", "busy_ratio")
 _OF_RUN = 'run=~"$run"'
+_QUANTILES = ((0.5, "median"), (0.99, "slowest"))
 
 
 class Board:
@@ -25,10 +26,6 @@ class Board:
     def __init__(self, job: Subject) -> None:
         self.job = job
         self._who = "worker {{worker}}" if job == "encode" else "rank {{rank}}"
-
-    def has(self, key: str) -> bool:
-        """Whether the table gives this job such a metric."""
-        return any(d.key == key and self.job in d.jobs for d in DEFINITIONS)
 
     def find(self, key: str, subject: Subject | None = None) -> Definition:
         """A metric of the table, of this job where no other subject is named. Raises KeyError."""
@@ -45,7 +42,7 @@ class Board:
         """Values of gauges, and how fast counters grow, as the table's labels tell their series apart."""
         found = [self.find(key) for key in keys]
         queries = [self._query(d, d.key.removesuffix("_seconds") if len(found) > 1 else "") for d in found]
-        return Panel(title, queries, looks.pop("unit", _unit(found[0])), _told(found), **looks)
+        return Panel(title, queries, _unit(found[0]), _told(found), **looks)
 
     def ages(self, title: str, *keys: str, **looks: Any) -> Panel:
         """Seconds since the moments that metrics tell."""
@@ -100,9 +97,6 @@ class Board:
         return Panel(
             "Seconds of a request, median and slowest of a hundred", queries, "s", _told([definition]), width=6
         )
-
-
-_QUANTILES = ((0.5, "median"), (0.99, "slowest"))
 
 
 def _unit(definition: Definition) -> str:

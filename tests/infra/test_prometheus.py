@@ -56,6 +56,9 @@ FLOAT16 = ("engine.precision=float16", "engine.zero_stage=0")
 GPU = ("device_memory_bytes", "device_memory_peak_bytes")
 """What only GPUs have: told by a stand-in, through the real exporter."""
 
+ODD = 'odd "}\n# HELP \\ {x="'
+"""A run's name, and what data may bring as a label's value."""
+
 
 @dataclass
 class Cluster:
@@ -163,13 +166,15 @@ def encode_and_push(cluster: Cluster) -> None:
 
 
 def stand_in(cluster: Cluster, stack: ExitStack) -> None:
-    """A rank that has a GPU, and a first stage, by the real exporter."""
-    for run, job in (("gpu", "train"), ("vae", "first_stage")):
+    """A rank that has a GPU, a first stage, and two runs of one odd name, by the real exporter."""
+    odd = [(ODD, "encode", output) for output in ("/here/odd", "/there/odd")]
+    for run, job, output in (("gpu", "train", "/gpu"), ("vae", "first_stage", "/vae"), *odd):
         config = MetricsConfig(run=run, discovery=str(cluster.discovery))
-        metrics = stack.enter_context(Metrics(config, job, Place(f"/runs/{run}"), traffic=counters))
+        metrics = stack.enter_context(Metrics(config, job, Place(output), traffic=counters))
         for definition in DEFINITIONS:
-            if job in definition.jobs and (job == "first_stage" or definition.key in GPU):
-                metrics.set(definition.key, 1.0, **dict.fromkeys(definition.labels, "x"))
+            if job in definition.jobs and (job != "train" or definition.key in GPU):
+                tell = metrics.add if definition.kind == "counter" else metrics.set
+                tell(definition.key, 1.0, **dict.fromkeys(definition.labels, ODD))
 
 
 def end(child: Any) -> None:
@@ -244,10 +249,18 @@ def told(cluster: Cluster, key: str) -> dict[str, float]:
     return {series["metric"].get("reason", ""): float(series["value"][1]) for series in found}
 
 
+def test_two_runs_of_one_name_and_hostile_labels_are_scraped(cluster):
+    found = cluster.prometheus.query('lathe_encode_rejects_total{run=~"odd.+"}')
+    assert len({series["metric"]["instance"] for series in found}) == 2
+    for series in found:
+        assert series["metric"]["run"] == series["metric"]["reason"]
+        assert series["metric"]["run"].isprintable()
+
+
 def test_promtool_lints_what_is_scraped(cluster):
     targets = cluster.prometheus.ask("targets", state="active")["activeTargets"]
     urls = [target["scrapeUrl"] for target in targets if target["labels"]["job"] == "lathe"]
-    assert len(urls) == 5
+    assert len(urls) == 7
     for url in urls:
         done = tool("promtool", "check", "metrics", given=fetch(url))
         assert done.returncode == 0, done.stdout + done.stderr
