@@ -7,11 +7,12 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class Cluster:
     run: Run
     train: Any = None
     encode: Any = None
+    said: list[str] = field(default_factory=list)
 
     @property
     def discovery(self) -> Path:
@@ -113,6 +115,9 @@ def cluster(tmp_path_factory, s3_server) -> Iterator[Cluster]:
         found = Cluster(folder, prometheus, pushgateway, webhook, run)
         found.train = run.start(*FLOAT16)
         stack.callback(end, found.train)
+        threading.Thread(
+            target=found.said.extend, args=(found.train.stdout,), daemon=True
+        ).start()  # a full pipe stalls
         stand_in(found, stack)
         encode_many(found, f"{s3_server.url}/many")
         stack.callback(found.encode.kill)
@@ -123,9 +128,14 @@ def cluster(tmp_path_factory, s3_server) -> Iterator[Cluster]:
 
 def is_watched(cluster: Cluster) -> bool:
     """Whether each process was scraped often, also with the numbers that it tells last."""
+    assert cluster.train.poll() is None, "".join(cluster.said)
     open_store(str(cluster.folder)).read("vae/config.json")  # of the stand-ins' storage something is to be told, too
-    last = ("lathe_train_validation_seconds", "lathe_encode_eta_seconds", "lathe_first_stage_step")
-    return all(cluster.prometheus.query(f"count_over_time({name}[5m]) >= {SCRAPES}") for name in last)
+    last = (
+        'lathe_train_validation_seconds{run="pair"}',
+        'lathe_encode_eta_seconds{run="latents"}',
+        'lathe_first_stage_step{run="vae"}',
+    )
+    return all(cluster.prometheus.query(f"count_over_time({series}[5m]) >= {SCRAPES}") for series in last)
 
 
 def settings(folder: Path, **changes: Any) -> EncodeConfig:
@@ -181,7 +191,7 @@ def end(child: Any) -> None:
     """The launcher and its ranks, also if one is stopped."""
     for process in [*psutil.Process(child.pid).children(recursive=True), child] if child.poll() is None else []:
         process.kill()
-    child.communicate(timeout=30)
+    child.wait(30)
 
 
 @pytest.mark.parametrize(("dashboard", "run"), [("train", "pair"), ("first-stage", "vae"), ("encode", "latents")])
@@ -201,28 +211,31 @@ def finds_data(cluster: Cluster, expr: str, run: str) -> bool:
 
 
 def test_values_are_those_of_the_log_within_a_scrape(cluster):
-    log = {line["step"]: line for line in read_log(cluster.run.store) if "loss" in line}
+    keys = {d.key: d for d in DEFINITIONS if "train" in d.jobs}
+    last = [line for line in read_log(cluster.run.store) if "loss" in line][-1]
     selector = '{run="pair", rank="0"}'
     (steps,) = cluster.prometheus.query(f"lathe_train_step{selector}[1m]")
     scraped = {at: int(float(value)) for at, value in steps["values"]}
-    compared = 0
-    for key, value in log[max(log)].items():
-        if key in ("step", "time"):
-            continue
-        for labels, _ in flat(value):
-            definition = next(d for d in DEFINITIONS if d.key == key and "train" in d.jobs)
-            chosen = "".join(f', {n}="{v}"' for n, v in zip(definition.labels, labels, strict=True))
-            (series,) = cluster.prometheus.query(f"lathe_train_{key}{selector[:-1]}{chosen}}}[1m]")
-            for at, told in series["values"]:
-                # what is scraped in the midst of a report has some values of the next line
-                lines = [log[step] for step in (scraped[at], scraped[at] + 1) if step in log]
-                assert any(same(line.get(key), labels, float(told)) for line in lines), (key, labels, at, told)
-                compared += 1
-    assert compared > 50
-    for at, step in scraped.items():
-        if step in log and step + 1 in log:
-            assert log[step]["time"] <= at + 1.1
-            assert log[step + 1]["time"] >= at - 1.1
+    found = [
+        (key, tuple(series["metric"][name] for name in keys[key].labels), at, float(value))
+        for key in last.keys() - {"step", "time"}
+        for series in cluster.prometheus.query(f"lathe_train_{key}{selector}[1m]")
+        for at, value in series["values"]
+        if scraped.get(at)
+    ]
+    assert {(key, *labels) for key, labels, *_ in found} == {
+        (key, *labels) for key, value in last.items() if key in keys and key != "step" for labels, _ in flat(value)
+    }
+    log = {line["step"]: line for line in read_log(cluster.run.store) if "loss" in line}
+    for key, labels, at, value in found:
+        # what is scraped in the midst of a report has some values of the next line
+        lines = [log[step] for step in (scraped[at], scraped[at] + 1) if step in log]
+        assert any(same(line.get(key), labels, value) for line in lines), (key, labels, at, value)
+    timed = [(at, step) for at, step in scraped.items() if step in log and step + 1 in log]
+    assert len(timed) >= SCRAPES // 2
+    for at, step in timed:
+        assert log[step]["time"] <= at + 1.1
+        assert log[step + 1]["time"] >= at - 1.1
 
 
 def same(logged: Any, labels: tuple[str, ...], told: float) -> bool:
