@@ -108,4 +108,4 @@ def _unit(definition: Definition) -> str:
 
 
 def _told(definitions: Sequence[Definition], before: str = "") -> str:
-    return "\n\n".join(f"{before}{d.help} ({d.unit})" for d in definitions)
+    return "\n\n".join(f"{before}{d.help}" + f" ({d.unit})" * (d.unit != "1") for d in definitions)
