@@ -135,7 +135,7 @@ def is_watched(cluster: Cluster) -> bool:
         'lathe_encode_eta_seconds{run="latents"}',
         'lathe_first_stage_step{run="vae"}',
     )
-    return all(cluster.prometheus.query(f"count_over_time({series}[5m]) >= {SCRAPES}") for series in last)
+    return all(cluster.prometheus.query(f"count_over_time({series}[15m]) >= {SCRAPES}") for series in last)
 
 
 def settings(folder: Path, **changes: Any) -> EncodeConfig:
@@ -206,7 +206,7 @@ def finds_data(cluster: Cluster, expr: str, run: str) -> bool:
     who = "gpu" if any(f"_{key}{{" in expr for key in GPU) else run
     now = time.time()
     asked = expr.replace("$run", who).replace("$__rate_interval", "5s")
-    found = cluster.prometheus.ask("query_range", query=asked, start=now - 180, end=now, step=1)["result"]
+    found = cluster.prometheus.ask("query_range", query=asked, start=now - 900, end=now, step=1)["result"]
     return any(not math.isnan(float(value)) for series in found for _, value in series["values"])
 
 
@@ -214,12 +214,12 @@ def test_values_are_those_of_the_log_within_a_scrape(cluster):
     keys = {d.key: d for d in DEFINITIONS if "train" in d.jobs}
     last = [line for line in read_log(cluster.run.store) if "loss" in line][-1]
     selector = '{run="pair", rank="0"}'
-    (steps,) = cluster.prometheus.query(f"lathe_train_step{selector}[1m]")
+    (steps,) = cluster.prometheus.query(f"lathe_train_step{selector}[15m]")
     scraped = {at: int(float(value)) for at, value in steps["values"]}
     found = [
         (key, tuple(series["metric"][name] for name in keys[key].labels), at, float(value))
         for key in last.keys() - {"step", "time"}
-        for series in cluster.prometheus.query(f"lathe_train_{key}{selector}[1m]")
+        for series in cluster.prometheus.query(f"lathe_train_{key}{selector}[15m]")
         for at, value in series["values"]
         if scraped.get(at)
     ]
@@ -258,7 +258,7 @@ def test_counts_that_were_pushed_are_those_of_the_receipts_and_have_gone_with_th
 def told(cluster: Cluster, key: str) -> dict[str, float]:
     """What was pushed last, by reason where there are reasons."""
     definition = next(d for d in DEFINITIONS if d.key == key and "encode" in d.jobs)
-    found = cluster.prometheus.query(f'last_over_time({definition.name("encode")}{{run="pushed"}}[5m])')
+    found = cluster.prometheus.query(f'last_over_time({definition.name("encode")}{{run="pushed"}}[15m])')
     return {series["metric"].get("reason", ""): float(series["value"][1]) for series in found}
 
 
