@@ -1,4 +1,4 @@
-"""A real S3 server for the tests that ask for it."""
+"""A real S3 server for the tests that ask for it; tests whose programs this machine lacks are skipped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from infra.system_packages import GROUPS, missing
 from pipeline.demo.object_store import EmbeddedObjectStore
 
 _numbers = itertools.count()
@@ -18,6 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"s3_server", "s3_url"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.s3)
+    for group in GROUPS:
+        marked = [item for item in items if item.get_closest_marker(group)]
+        if marked and (left := missing(group)):
+            reason = f"{', '.join(left)}: not found, and infra/system_packages.py could not get it"
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection() -> None:

@@ -197,6 +197,33 @@ def bench_train(
     _hand_over(result, summary(result), figures, report, lambda: page(result, command))
 
 
+@app.command("metrics")
+def bench_metrics(
+    *,
+    size: Size = "standard",
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks; on GPUs, one for each.")] = 1,
+    repeats: Repeats = None,
+    figures: FiguresFile = None,
+    report: ReportFile = None,
+) -> None:
+    """What does it cost a training step that Prometheus and the log are told of it?
+
+    The same trainer with and without, in turns in one process. On 2 cores `small` takes a minute, `standard` 6; `large`
+    is for GPUs.
+
+    ```
+    lathe bench metrics --json figures.json --report metrics.md
+    ```
+    """
+    from pipeline.operate.bench.metrics.job import bench_metrics as run
+    from pipeline.operate.bench.metrics.job import sized
+    from pipeline.operate.bench.metrics.page import page, summary
+
+    command = _command("metrics", size, repeats) + (f" --ranks {ranks}" if ranks > 1 else "")
+    result = run(sized(size, repeats=repeats, ranks=ranks), tell)
+    _hand_over(result, summary(result), figures, report, lambda: page(result, command))
+
+
 @contextmanager
 def _s3(root: str) -> Iterator[str]:
     """The prefix itself, or one on a server of our own, which the process's variables then tell of."""

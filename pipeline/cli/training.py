@@ -54,7 +54,8 @@ def train(
     ```
     """
     settings = runfile.load(TrainConfig, config, overrides)
-    from pipeline.train.trainer import engine_configuration, fit
+    from pipeline.train.telling import engine_configuration
+    from pipeline.train.trainer import fit
 
     if print_engine:
         say(json.dumps(engine_configuration(settings, print_engine), indent=1))

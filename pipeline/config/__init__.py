@@ -32,6 +32,7 @@ from pipeline.config.training import (
     OptimizerConfig,
     TrackedMetricsConfig,
     TrainCheckpointConfig,
+    TrainMetricsConfig,
     WandbConfig,
     sigma_rel_problem,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "TrackedMetricsConfig",
     "TrainCheckpointConfig",
     "TrainConfig",
+    "TrainMetricsConfig",
     "UNetConfig",
     "ValidationConfig",
     "WandbConfig",

@@ -22,6 +22,7 @@ from pipeline.config.training import (
     OptimizerConfig,
     TrackedMetricsConfig,
     TrainCheckpointConfig,
+    TrainMetricsConfig,
 )
 from pipeline.config.validation import RAW, ValidationConfig
 
@@ -167,7 +168,7 @@ class TrainConfig(RunConfig):
     seed: Seed = 0
     checkpoint: TrainCheckpointConfig = TrainCheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
-    metrics: TrackedMetricsConfig = TrackedMetricsConfig()
+    metrics: TrainMetricsConfig = TrainMetricsConfig()
     log_every: Count = 20
 
     @property

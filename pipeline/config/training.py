@@ -208,7 +208,21 @@ class MetricsConfig(Section):
 
     prometheus: bool = True
     host: str = Field("127.0.0.1", description="address the metrics server binds to; 0.0.0.0 = every interface")
-    port: int = Field(0, ge=0, le=65535, description="first port to try; 0 = one that is free")
+    port: int = Field(
+        0, ge=0, le=65535, description="first port to try, plus the rank on its machine; 0 = one that is free"
+    )
+    run: str | None = Field(
+        None, min_length=1, description="the run's name as Prometheus is told; null = the last part of its output"
+    )
+    discovery: str | None = Field(
+        None, min_length=1, description="folder for a file of each process, by which Prometheus finds it; null = none"
+    )
+    pushgateway: str | None = Field(
+        None, pattern="^https?://.", description="a Pushgateway that is told every few seconds, http://HOST:PORT"
+    )
+    pushgateway_linger_seconds: float = Field(
+        20.0, ge=0, le=3600, description="how long a finished job's last numbers stay there: longer than a scrape"
+    )
 
 
 class WandbConfig(Section):
@@ -229,6 +243,14 @@ class TrackedMetricsConfig(MetricsConfig):
         False, description="write files for TensorBoard, to the output's folder `tensorboard` or to this one"
     )
     wandb: WandbConfig | None = Field(None, description="log to Weights & Biases, if wandb is installed; null = off")
+
+
+class TrainMetricsConfig(TrackedMetricsConfig):
+    """The diffusion model's."""
+
+    peak_flops: Positive | None = Field(
+        None, description="operations a second that one device can do; null = as is known of some GPUs"
+    )
 
 
 class CheckpointConfig(Section):

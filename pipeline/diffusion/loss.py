@@ -20,4 +20,9 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 def weighted_loss(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The batch's mean of `squared_error`, each sample times its `weight` [b]: a scalar to call backward on."""
-    return (squared_error(output, target) * weight).mean()
+    return weighted_mean(squared_error(output, target), weight)
+
+
+def weighted_mean(errors: Tensor, weight: Tensor) -> Tensor:
+    """The same of errors [b] that are there already."""
+    return (errors * weight).mean()

@@ -27,7 +27,8 @@ from pipeline.encode.sources import Source, find_sources
 from pipeline.encode.tally import Tally, check_rejects_so_far
 from pipeline.encode.worker import UPLOADERS, Encodes, Work, Worker, decoder_count
 from pipeline.errors import ConfigError, DataError
-from pipeline.metrics import Metrics
+from pipeline.metrics import Metrics, Place
+from pipeline.storage import counters
 
 Progress = Callable[[Snapshot], None]
 _log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ def encode(
         uploaders=UPLOADERS,
         shards_before=len(mine) - len(work),
     )
-    with closing(Metrics(config.metrics, "encode")) as metrics:
+    place = Place(config.output, number=index, count=count)
+    with Metrics(config.metrics, "encode", place, traffic=counters) as metrics:
         tell(_introduction(config, encoder, targets, sources=sources, work=work, metrics=metrics.address))
         with Reporter(meter, metrics, progress), closing(Worker(config, encoder, targets, meter).run(work)) as finished:
             for number, receipt in finished:

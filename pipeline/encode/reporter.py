@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import psutil
 
-from pipeline import storage
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.metrics import Metrics
 
@@ -38,7 +37,7 @@ class Reporter:
         self._meter, self._metrics, self._on_progress = meter, metrics, on_progress
         self._period_seconds = period_seconds
         self._shards = meter.snapshot().shards
-        self._retries_before = storage.counters()["retries"]
+        self._told: Counter[tuple[str, str]] = Counter()  # key and reason
         self._process = psutil.Process()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
@@ -67,21 +66,28 @@ class Reporter:
 
     def _publish(self, now: Snapshot) -> None:
         metrics = self._metrics
-        metrics.set("images", now.images)
         metrics.set("images_per_second", now.images_per_second)
-        metrics.set("bytes_read", now.bytes_read)
-        metrics.set("bytes_written", now.bytes_written)
         metrics.set("shards_done", now.shards)
         metrics.set("target_shards", now.total)
-        metrics.set("eta_seconds", math.nan if now.eta_seconds is None else now.eta_seconds)
-        metrics.set("storage_retries", storage.counters()["retries"] - self._retries_before)
+        metrics.set("finished", now.shards >= now.total)
+        if now.eta_seconds is None:
+            metrics.forget("eta_seconds")
+        else:
+            metrics.set("eta_seconds", now.eta_seconds)
         metrics.set("resident_memory_bytes", self._process.memory_info().rss)
-        for reason, count in now.rejected.items():
-            metrics.set("rejects", count, reason=reason)
-        for reason, count in now.filtered.items():
-            metrics.set("filtered", count, reason=reason)
+        totals = {"images": now.images, "read_bytes": now.bytes_read, "written_bytes": now.bytes_written}
+        for key, total in totals.items():
+            metrics.add(key, self._new(key, total))
+        for key, by_reason in {"rejects": now.rejected, "filtered": now.filtered}.items():
+            for reason, total in by_reason.items():
+                metrics.add(key, self._new(key, total, reason), reason=reason)
         for stage, share in now.busy.items():
             metrics.set("busy_ratio", share, stage=stage)
         if now.shards != self._shards:
             self._shards = now.shards
             metrics.set("last_commit_timestamp_seconds", time.time())
+
+    def _new(self, key: str, total: int, reason: str = "") -> int:
+        """What a total has grown by since it was told."""
+        before, self._told[key, reason] = self._told[key, reason], total
+        return total - before

@@ -2,6 +2,22 @@
 
 from pipeline.metrics.job import Metrics
 from pipeline.metrics.log import LOG, PARTS, LogStore, read_log
-from pipeline.metrics.table import DEFINITIONS, ENCODE, TRAINING, Definition, Job
+from pipeline.metrics.place import Place
+from pipeline.metrics.table import DEFINITIONS, ENCODE, STORAGE, TRAINING, Definition, Job, Subject, Value
 
-__all__ = ["DEFINITIONS", "ENCODE", "LOG", "PARTS", "TRAINING", "Definition", "Job", "LogStore", "Metrics", "read_log"]
+__all__ = [
+    "DEFINITIONS",
+    "ENCODE",
+    "LOG",
+    "PARTS",
+    "STORAGE",
+    "TRAINING",
+    "Definition",
+    "Job",
+    "LogStore",
+    "Metrics",
+    "Place",
+    "Subject",
+    "Value",
+    "read_log",
+]

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client import CollectorRegistry
 
 from pipeline.config import MetricsConfig, TrackedMetricsConfig
+from pipeline.console import tell
 from pipeline.errors import SetupError
+from pipeline.metrics.discovery import Announcement
 from pipeline.metrics.log import LogStore, open_log, plain
-from pipeline.metrics.table import DEFINITIONS, Job, Value, flat
+from pipeline.metrics.numbers import Numbers, Traffic
+from pipeline.metrics.place import Place
+from pipeline.metrics.pushing import Pusher
+from pipeline.metrics.serving import Server
+from pipeline.metrics.table import Job, Scope, Value, flat
 from pipeline.metrics.trackers import Trackers
 
 
 class Metrics:
-    """The numbers of one job in one process.
+    """The numbers of one job in one process. Leaving it as a context closes it.
+
+    Every process serves what is local; of a training's global numbers rank 0 alone serves and logs, and on others
+    telling them is free and does nothing.
 
     Args:
-        config: whether and where to serve them to Prometheus.
+        config: where to serve and to push them.
         job: whose metrics of the table these are.
-        rank: only rank 0 serves and logs; on others every call is free and does nothing.
+        place: which process of the run this is.
         log_store: where the JSON-lines log is kept; None = no log, and no trackers.
         about: the run file, for trackers.
+        traffic: what was asked of storage, `pipeline.storage.counters`; None = it is not told.
 
     Raises:
         SetupError: the metrics server's address cannot be bound; a tracker is not installed.
@@ -39,26 +48,31 @@ class Metrics:
         self,
         config: MetricsConfig,
         job: Job,
-        rank: int = 0,
+        place: Place | None = None,
+        *,
         log_store: LogStore | None = None,
         about: Mapping[str, Any] | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
+        self._job, self._place = job, place or Place()
+        is_main = job == "encode" or self._place.number == 0
+        scopes: tuple[Scope, ...] = ("global", "local") if is_main else ("local",)
+        self._numbers = Numbers(job, scopes, traffic)
         self.registry = CollectorRegistry()
-        self._gauges = {
-            d.key: Gauge(d.name(job), f"{d.help} ({d.unit})", d.labels, registry=self.registry)
-            for d in DEFINITIONS
-            if job in d.jobs
-        }
-        self._labels = {d.key: d.labels for d in DEFINITIONS if job in d.jobs}
-        self._active = rank == 0
-        self._log = open_log(log_store) if log_store is not None and self._active else None
+        self.registry.register(self._numbers)
+        self._log = open_log(log_store) if log_store is not None and is_main else None
         self._trackers: Trackers | None = None
-        if isinstance(config, TrackedMetricsConfig) and log_store is not None and self._active:
+        if isinstance(config, TrackedMetricsConfig) and log_store is not None and is_main:
             self._trackers = Trackers(config, log_store, about or {})
-        self._server: Any = None
-        self.address = ""
-        if config.prometheus and self._active:
-            self._server, self.address = _serve(config, self.registry)
+        self._server = self._serve(config) if config.prometheus else None
+        self._announcement: Announcement | None = None
+        self._pusher: Pusher | None = None
+        self._tell_of_itself(config)
+
+    @property
+    def address(self) -> str:
+        """Of the server, for a person; empty where there is none."""
+        return self._server.address if self._server is not None else ""
 
     def set(self, key: str, value: float, **labels: str) -> None:
         """Set one metric by its short key and, where the table gives it labels, a value for each of them.
@@ -67,18 +81,22 @@ class Metrics:
             KeyError: the table has no such key for this job.
             ValueError: not the labels of the table.
         """
-        gauge = self._gauges[key]
-        if labels:
-            gauge = gauge.labels(**labels)
-        if self._active:
-            gauge.set(value)
+        self._numbers.set(key, value, labels)
+
+    def add(self, key: str, amount: float, **labels: str) -> None:
+        """Count further, see `set`."""
+        self._numbers.add(key, amount, labels)
+
+    def forget(self, key: str) -> None:
+        """A gauge is not known any more: it is not told until it is set again."""
+        self._numbers.forget(key)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Set several metrics and write them as one line of the log: `{"step", "time", **values}`."""
         now = time.time()
         numbers = {(key, *labels): number for key, value in values.items() for labels, number in flat(value)}
         for (key, *labels), number in numbers.items():
-            self.set(key, number, **dict(zip(self._labels[key], labels, strict=True)))
+            self.set(key, number, **dict(zip(self._numbers.labels(key), labels, strict=True)))
         if self._log is not None:
             line = {"step": step, "time": round(now, 3), **{k: plain(v) for k, v in values.items()}}
             self._log.append(step, json.dumps(line))
@@ -90,47 +108,73 @@ class Metrics:
         if self._trackers is not None:
             self._trackers.pictures(step, name, sheet, pictures, captions)
 
-    def resume(self, step: int) -> None:
-        """Drop the lines that a killed run logged after `step`, its last checkpoint. Call it once, before `log`."""
+    def resume(self, step: int) -> int:
+        """Drop the lines that a killed run logged after `step`, its last checkpoint. Call it once, before `log`.
+
+        Returns:
+            how many starts of the run the log tells of, which has `restarts` in its lines; 0 where there is no log.
+        """
+        starts = 0
         if self._log is not None:
+            starts = self._log.starts()
             self._log.drop_after(step)
         if self._trackers is not None:
             self._trackers.start(step)
+        return starts
 
     def flush(self) -> None:
         """Make every line so far durable; called with each checkpoint. Raises StorageError."""
         if self._log is not None:
             self._log.flush()
 
-    def close(self) -> None:
-        """Flush the log and stop the server."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-        if self._trackers is not None:
-            self._trackers.close()
-        self.flush()
+    def close(self, *, failed: bool = False, stopped: bool = False) -> None:
+        """Flush the log, stop the server, and take back what Prometheus was told of this process.
 
-
-def _serve(config: MetricsConfig, registry: CollectorRegistry) -> tuple[Any, str]:
-    """Start the HTTP server on the first free port from `config.port` on; port 0 lets the system choose."""
-    ports = range(config.port, min(config.port + 100, 65536)) if config.port else (0,)
-    problem: OSError | None = None
-    for port in ports:
+        Args:
+            failed: what it was told stays, so that somebody notices.
+            stopped: the process was asked to end, and has no time to wait for a scrape.
+        """
         try:
-            server, _ = start_http_server(port, config.host, registry)
-        except socket.gaierror as error:
-            problem = error
-            break
-        except OSError as error:
-            problem = error
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                break
-        else:
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            return server, f"http://{host}:{server.server_port}/metrics"
-    raise SetupError(
-        f"metrics.host={config.host}, metrics.port={config.port}: {problem.strerror if problem else 'no port is free'}",
-        "choose another metrics.port or metrics.host, or set metrics.prometheus=false",
-    ) from problem
+            if self._trackers is not None:
+                self._trackers.close()
+            self._trackers = None
+            self.flush()
+        finally:
+            if self._pusher is not None:
+                self._pusher.close(failed=failed, stopped=stopped)
+            if self._announcement is not None and not failed:
+                self._announcement.withdraw()
+            if self._server is not None:
+                self._server.close()
+            self._server = self._announcement = self._pusher = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asked_to = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.close(failed=kind is not None and not asked_to, stopped=asked_to)
+
+    def _serve(self, config: MetricsConfig) -> Server | None:
+        try:
+            return Server(config, self.registry, self._place.local)
+        except SetupError as error:
+            if self._place.number == 0:
+                raise
+            tell(f"metrics: those of rank {self._place.number} are not served: {error.message}")
+            return None
+
+    def _tell_of_itself(self, config: MetricsConfig) -> None:
+        labels = self._place.labels(self._job, config.run)
+        if config.discovery is not None and self._server is not None:
+            self._announcement = Announcement(
+                config.discovery, job=self._job, place=self._place, labels=labels, target=self._server.target
+            )
+        if config.pushgateway is not None:
+            # a worker that goes on elsewhere is the same to the gateway, which forgets nothing by itself
+            group = {name: value for name, value in labels.items() if name != "host"}
+            self._pusher = Pusher(
+                config.pushgateway, self.registry, group, linger_seconds=config.pushgateway_linger_seconds
+            )

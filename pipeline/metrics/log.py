@@ -17,6 +17,7 @@ LOG = "metrics.jsonl"
 """The log's name in a folder, which can be appended to."""
 PARTS = "metrics/"
 """Where the log's parts go on S3, where nothing can be appended to: `metrics/00000001.jsonl`, by first step."""
+_RENAMED = {"validation_bound_bits": "validation_bound"}  # in logs of earlier versions
 
 
 class LogStore(Protocol):
@@ -41,7 +42,7 @@ def _parsed(content: bytes) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+                lines.append({_RENAMED.get(str(key), str(key)): value for key, value in line.items()})
     return lines
 
 
@@ -68,6 +69,21 @@ def plain(value: Value) -> Any:
     return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
+def _starts(files: Iterable[bytes]) -> int:
+    """How many starts the lines of a log tell of.
+
+    Args:
+        files: of the log, the newest first; older ones are read only while nothing is found.
+    """
+    found = False
+    for lines in map(_parsed, files):
+        found |= bool(lines)
+        for line in reversed(lines):
+            if isinstance(line.get("restarts"), int):
+                return int(line["restarts"]) + 1
+    return int(found)  # a log from before they were told
+
+
 class _FolderLog:
     """One file, appended to line by line, so that a reader sees each line at once.
 
@@ -86,6 +102,9 @@ class _FolderLog:
             self._waiting += f"{line}\n".encode()
             with suppress(OSError):
                 self._write()
+
+    def starts(self) -> int:
+        return _starts(self._store.read(name) for name in _log_files(self._store))
 
     def drop_after(self, step: int) -> None:
         kept = [line for line in read_log(self._store) if line["step"] <= step]
@@ -122,10 +141,14 @@ class _PartsLog:
     def append(self, step: int, line: str) -> None:
         self._lines.append((step, line))
 
+    def starts(self) -> int:
+        return _starts(self._store.read(name) for name in reversed(_log_files(self._store)))
+
     def drop_after(self, step: int) -> None:
         for name in reversed(_log_files(self._store)):
             lines = _parsed(self._store.read(name))
             kept = [line for line in lines if line["step"] <= step]
+            self._stored = [(line["step"], json.dumps(line)) for line in kept]
             if len(kept) == len(lines):
                 break
             if kept:

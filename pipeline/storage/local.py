@@ -35,11 +35,11 @@ class LocalFile:
     def read(self, start: int, end: int) -> bytes:
         """See OpenFile.read."""
         wanted = max(0, min(end, self.size) - start)
-        with translated(self._path):
+        with translated(self._path), traffic.timed("read"):
             data = _pread(self._file, start, wanted)
         if len(data) < wanted or self._state() != (self.size, self.version):
             raise changed(str(self._path))
-        traffic.count(requests=1, bytes_read=len(data))
+        traffic.count_bytes(read=len(data))
         return data
 
     def close(self) -> None:
@@ -63,10 +63,10 @@ class LocalStore:
         path = self._path(name)
         first, end = checked_range(start, end)
         ranged = start is not None or end is not None
-        with translated(path), _opened(path) as file:
+        with translated(path), traffic.timed("read"), _opened(path) as file:
             there = os.fstat(file.fileno()).st_size - first
             data = file.read() if not ranged else _pread(file, first, there if end is None else min(end - first, there))
-        traffic.count(requests=1, bytes_read=len(data))
+        traffic.count_bytes(read=len(data))
         return data
 
     def write(self, name: str, data: bytes | memoryview, *, if_absent: bool = False) -> bool:
@@ -76,21 +76,24 @@ class LocalStore:
             return False
         with translated(path):
             try:
-                size = write_whole(path, lambda file: file.write(data), replace=not if_absent)
+                with traffic.timed("write"):
+                    size = write_whole(path, lambda file: file.write(data), replace=not if_absent)
             except FileExistsError:
                 if not if_absent:
                     raise
                 return False
-        traffic.count(requests=1, bytes_written=size)
+        traffic.count_bytes(written=size)
         return True
 
     def upload(self, local: Path, name: str) -> None:
         """See Store.upload."""
-        traffic.count(requests=1, bytes_written=_copy(local, self._path(name)))
+        with traffic.timed("write"):
+            traffic.count_bytes(written=_copy(local, self._path(name)))
 
     def download(self, name: str, local: Path) -> None:
         """See Store.download."""
-        traffic.count(requests=1, bytes_read=_copy(self._path(name), local))
+        with traffic.timed("read"):
+            traffic.count_bytes(read=_copy(self._path(name), local))
 
     def open(self, name: str) -> LocalFile:
         """See Store.open."""
@@ -192,8 +195,16 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        traffic.count(errors=int(not isinstance(error, FileNotFoundError)))
+        if not isinstance(error, FileNotFoundError):
+            traffic.count_error(_kind(error))
         raise _explain(path, error) from error
+
+
+def _kind(error: OSError) -> str:
+    """In the words of S3's errors."""
+    if error.errno in _FULL:
+        return "no_room"
+    return "forbidden" if isinstance(error, PermissionError) or error.errno == errno.EROFS else "other"
 
 
 def _explain(path: Path, error: OSError) -> StorageError:

@@ -87,14 +87,14 @@ class S3Client:
                 cause = error
             else:
                 self._outage.end(self.endpoint)
-                traffic.count(requests=1, bytes_read=_length(answer), bytes_written=_length(request))
+                traffic.count_bytes(read=_length(answer), written=_length(request))
                 return {**answer, "Attempts": trial.attempts}
             if not trial.again(fault):
-                traffic.count(requests=1, errors=int(fault.kind not in _TELLING))
                 if fault.kind in _TELLING:
                     raise fault from cause
+                traffic.count_error(fault.kind.name.lower())
                 raise explain(fault, self.endpoint, bucket, key, trial.waited()) from cause
-            traffic.count(requests=1, retries=1)
+            traffic.count_retry()
             if fault.kind is Kind.SLOW:
                 log.warning("s3://%s/%s: %s; asking again", bucket, key, fault.said)
             elif trial.attempts > 1:
@@ -135,12 +135,12 @@ class S3Client:
         async def ask() -> dict[str, Any]:
             ranges = await self._reader()
             async with self._connections, Deadline(self._pace, method, request) as deadline:
-                if method == "get_object" and request.keys() == {"Bucket", "Key", "Range"}:
-                    return {"Body": await self._read_range(ranges, request, deadline)}
-                answer: dict[str, Any] = await self._fs._call_s3(method, **request)
-                if "Body" in answer:
-                    answer = {**answer, "Body": await ranges.content(answer, request.get("Range"), deadline)}
-                return answer
+                began = time.perf_counter()
+                try:
+                    return await self._answer(ranges, method, request, deadline)
+                finally:
+                    operation = traffic.OPERATIONS.get(method, traffic.OTHER)
+                    traffic.count(operation, time.perf_counter() - began)
 
         future = asyncio.run_coroutine_threadsafe(ask(), self._loop)
         try:
@@ -149,15 +149,26 @@ class S3Client:
             future.cancel()
             raise
 
+    async def _answer(
+        self, ranges: RangeReader, method: str, request: dict[str, Any], deadline: Deadline
+    ) -> dict[str, Any]:
+        if method == "get_object" and request.keys() == {"Bucket", "Key", "Range"}:
+            return {"Body": await self._read_range(ranges, request, deadline)}
+        answer: dict[str, Any] = await self._fs._call_s3(method, **request)
+        if "Body" in answer:
+            answer = {**answer, "Body": await ranges.content(answer, request.get("Range"), deadline)}
+        return answer
+
     async def _read_range(self, ranges: RangeReader, request: dict[str, Any], deadline: Deadline) -> bytes:
         """The bytes of a range: directly, or as any other answer where its object is not known or that is refused."""
         place = (request["Bucket"], request["Key"])
         refused = ranges.knows(*place)
         if refused:
+            began = time.perf_counter()
             data = await ranges.read(*place, request["Range"], deadline)
             if data is not None:
                 return data
-            traffic.count(requests=1)
+            traffic.count("read", time.perf_counter() - began)
         ranges.watch()
         answer = await self._fs._call_s3("get_object", **request)
         data = await ranges.content(answer, request["Range"], deadline)

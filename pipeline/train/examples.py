@@ -34,7 +34,8 @@ class Example(NamedTuple):
     pooled: Tensor | None  # [b, P]; None where the UNet does not see sizes, as
     time_ids: Tensor | None  # float32 [b, 6]
     target: Tensor  # float32 [b, C, h, w]
-    weight: Tensor  # float32 [b], of each sample's loss
+    weight: Tensor  # float32 [b], of each sample's loss; 0 where it does not count
+    noise_level: Tensor  # float32 [b], 0 is data, 1 is noise
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -113,6 +114,7 @@ class Examples:
             time_ids=batch.size.float() if sees_sizes else None,
             target=point.target,
             weight=point.weight * batch.weight / share,
+            noise_level=point.noise_level,
         )
 
     def latents(self, batch: Batch) -> Tensor:

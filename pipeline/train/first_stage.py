@@ -18,9 +18,9 @@ import torch
 from pipeline.config import FirstStageConfig, OptimizerConfig
 from pipeline.console import table, tell
 from pipeline.errors import ConfigError, DataError
-from pipeline.metrics import Metrics
+from pipeline.metrics import Metrics, Place
 from pipeline.models import autoencoder
-from pipeline.storage import Store, open_store
+from pipeline.storage import Store, counters, open_store
 from pipeline.train import first_stage_checkpoint as checkpoint
 from pipeline.train.first_stage_step import Training, reconstruction_psnr, settings
 from pipeline.train.learning_rate import learning_rate
@@ -67,7 +67,14 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
                 "choose another output, or delete the checkpoints there to start over",
             )
         training.restore(saved.tensors, saved.facts)
-    metrics = Metrics(config.metrics, "first_stage", log_store=store, about=config.model_dump(mode="json"))
+    metrics = Metrics(
+        config.metrics,
+        "first_stage",
+        Place(config.output),
+        log_store=store,
+        about=config.model_dump(mode="json"),
+        traffic=counters,
+    )
     tell(
         table(
             {
@@ -79,12 +86,10 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
             }
         )
     )
-    try:
+    with metrics:
         metrics.resume(training.steps_done)
         _train(training, store, metrics, progress)
         facts = _finish(training, pictures, store, metrics)
-    finally:
-        metrics.close()
     return _describe(facts, config.output)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,9 @@ from pipeline.diffusion.loss import squared_error
 from pipeline.diffusion.objective import objective_of
 from pipeline.models.conditioning import FrozenTowers
 from pipeline.runtime.process import Process
-from pipeline.train.draws import edges, fixed_draw, fixed_times
+from pipeline.train.draws import fixed_draw, fixed_times
 from pipeline.train.examples import Examples
+from pipeline.train.noise_levels import NoiseLevels
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ class HeldOutLosses:
             batch_size=batch_size,
         )
         self._row_weights = self._bound_weights(datasets) if variational_bound.has_bound(self._objective) else None
-        levels = edges(objective_of(config.objective), config.validation.noise_levels).tolist()
-        digits = len(str(config.validation.noise_levels - 1))
-        self.levels = [f"{part:0{digits}}_{low:.2f}-{high:.2f}" for part, (low, high) in enumerate(pairwise(levels))]
+        self.levels = NoiseLevels(config).names
         """The parts of the noise levels sigma / sqrt(alpha^2 + sigma^2): number, to sort by, lower and upper end."""
 
     @torch.no_grad()

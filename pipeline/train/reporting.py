@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
-import psutil
-
 from pipeline.config import TrainConfig
+from pipeline.data.datasets import DataSets
 from pipeline.data.loader import LatentLoader
-from pipeline.metrics import Metrics
+from pipeline.errors import StorageError
+from pipeline.metrics import Metrics, Place, Value
+from pipeline.models.conditioning import FrozenTowers
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.process import Process
+from pipeline.storage import Store, counters
+from pipeline.train.ema_profiles import decay_at
+from pipeline.train.examples import Example
 from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
+from pipeline.train.model_flops import device_peak, step_flops
 from pipeline.train.progress import Progress
+from pipeline.train.speed import memory, speed
 from pipeline.train.spikes import Spikes
 from pipeline.train.telling import say
 
@@ -31,6 +39,18 @@ class Figures(NamedTuple):
     left_seconds: float  # until the run is finished, as this start's pace has it
 
 
+def open_metrics(config: TrainConfig, ranks: Process, store: Store) -> Metrics:
+    """This rank's. Raises as `Metrics`."""
+    return Metrics(
+        config.metrics,
+        "train",
+        Place(config.output, ranks.rank, ranks.world_size, int(os.environ["LOCAL_RANK"])),
+        log_store=store,
+        about=config.model_dump(mode="json"),
+        traffic=counters,
+    )
+
+
 class Reporter:
     """Reports of one run.
 
@@ -39,64 +59,125 @@ class Reporter:
         ranks: this rank among the others.
         engine: that trains.
         metrics: where numbers go.
-        samples: of the data sets.
+        datasets: that it is trained on.
+        towers: the network's frozen ones; None = none run while training.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Process, engine: Engine, metrics: Metrics, *, samples: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Process,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        datasets: DataSets,
+        towers: FrozenTowers | None = None,
+    ) -> None:
         self._config, self._ranks, self._engine, self._metrics = config, ranks, engine, metrics
-        self._samples = samples
+        self._datasets, self._towers = datasets, towers
         self._watched = {"loss": Spikes(), "gradient_norm": Spikes()}
-        self._spikes = 0
+        self._spikes = self._restarts = 0
         self._started, self._first_step = time.monotonic(), 0
+        self._peak_flops = device_peak(config, ranks) if ranks.is_main else None
+        self._step_flops: float | None = None  # of one rank; counted in the first step
 
     def start(self, step: int) -> None:
         """Before the first step of this start; `step` were done before."""
         self._started, self._first_step = time.monotonic(), step
-        self._metrics.resume(step)
-        self._metrics.set("world_size", self._ranks.world_size)
-        self._metrics.set("target_steps", self._config.steps)
+        self._restarts = self._metrics.resume(step)
+        self._metrics.log(
+            step,
+            {
+                "restarts": self._restarts,
+                "world_size": self._ranks.world_size,
+                "target_steps": self._config.steps,
+            },
+        )
         self._metrics.set("step", step)
+        with suppress(StorageError):  # a later line brings it
+            self._metrics.flush()
+
+    def begin(self, step: int, example: Example) -> None:
+        """This rank begins a step."""
+        self._metrics.set("rank_step", step)
+        self._metrics.set("rank_last_step_timestamp_seconds", time.time())
+        if self._peak_flops is not None and self._step_flops is None:
+            manifest = self._datasets.manifests[0]
+            self._step_flops = step_flops(self._config, manifest, self._towers, example.inputs)
 
     def report(self, progress: Progress, interval: Interval, loader: LatentLoader) -> Figures:
         """Log the interval on rank 0, after a reduction over all."""
         config, step = self._config, progress.step
-        total, count = self._ranks.sum(interval.loss).tolist()
-        values = {
-            "loss": total / count if count else float("nan"),
-            "learning_rate": learning_rate(step - 1, config.optimizer, config.steps),
-            "gradient_norm": self._engine.gradient_norm(),
-            "images_per_second": interval.steps * config.global_batch / interval.seconds,
-            "step_seconds": interval.seconds / interval.steps,
-            "data_wait_seconds": interval.wait_seconds / interval.steps,
-            "epoch": (step - progress.order_origin) * config.global_batch / self._samples,
+        parts = interval.parts()
+        totals = interval.reduced(self._ranks, parts)
+        values: dict[str, Value] = {
+            "loss": totals.loss,
+            **({"noise_level_loss": totals.level_losses} if totals.level_losses else {}),
+            **self._learning(step),
+            **speed(config, interval, parts, totals.ranks),
+            **self._mfu(interval),
+            "epoch": (step - progress.order_origin) * config.global_batch / self._datasets.samples,
             "samples_seen": step * config.global_batch,
             "skipped_steps": progress.skipped.total,
             "skipped_blocks": len(loader.skipped),
-            "resident_memory_bytes": psutil.Process().memory_info().rss,
+            "world_size": self._ranks.world_size,
+            "restarts": self._restarts,
+            **memory(self._ranks.device),
         }
-        usual = {name: spikes.judge(values[name]) for name, spikes in self._watched.items()}
+        told = self._judge(values)
+        self._metrics.log(step, {**values, "spikes": self._spikes})
+        self._metrics.set("step", step)
+        self._metrics.set("last_step_timestamp_seconds", time.time())
+        own = totals.ranks[self._ranks.rank]
+        self._metrics.set("rank_data_wait_seconds", own.wait)
+        self._metrics.set("rank_forward_backward_seconds", own.forward_backward)
+        if told:
+            say(f"step {step}: {'; '.join(told)}")
+        pace = (time.monotonic() - self._started) / (step - self._first_step)
+        return Figures(_by_column(values), pace * (config.steps - step))
+
+    def _learning(self, step: int) -> dict[str, Value]:
+        """Of the last step."""
+        config, updates, scale = self._config, self._engine.optimizer.updates, self._engine.loss_scale
+        decays = {one.name: decay_at(one, updates) for one in config.ema.averages} if updates else {}
+        return {
+            "learning_rate": learning_rate(step - 1, config.optimizer, config.steps),
+            "gradient_norm": self._engine.gradient_norm(),
+            **({"ema_decay": decays} if decays else {}),
+            **({"loss_scale": scale.scale} if scale is not None else {}),
+        }
+
+    def _mfu(self, interval: Interval) -> dict[str, float]:
+        """The share of the device's peak, where that is known."""
+        if self._peak_flops is None or not self._step_flops:
+            return {}
+        return {"mfu_ratio": self._step_flops * interval.steps / interval.seconds / self._peak_flops}
+
+    def _judge(self, values: Mapping[str, Value]) -> list[str]:
+        """What of loss and gradient is far beyond the usual, in words; it is counted."""
+        usual = {name: spikes.judge(_number(values, name)) for name, spikes in self._watched.items()}
         told = [
             f"{name.replace('_', ' ')} {values[name]:.3g}, usually {middle:.3g}"
             for name, middle in usual.items()
             if middle is not None
         ]
         self._spikes += len(told)
-        values["spikes"] = self._spikes
-        self._metrics.log(step, values)
-        self._metrics.set("step", step)
-        self._metrics.set("last_step_timestamp_seconds", time.time())
-        if told:
-            say(f"step {step}: {'; '.join(told)}")
-        pace = (time.monotonic() - self._started) / (step - self._first_step)
-        return Figures(_by_column(values), pace * (config.steps - step))
+        return told
 
 
-def _by_column(values: Mapping[str, float]) -> dict[str, str]:
+def _number(values: Mapping[str, Value], name: str) -> float:
+    value = values[name]
+    assert isinstance(value, int | float)  # noqa: S101
+    return value
+
+
+def _by_column(values: Mapping[str, Value]) -> dict[str, str]:
+    wait = _number(values, "data_wait_seconds") / _number(values, "step_seconds")
     return {
         "loss": f"{values['loss']:.4f}",
         "rate": f"{values['learning_rate']:.2e}",
         "norm": f"{values['gradient_norm']:.3g}",
         "images/s": f"{values['images_per_second']:.0f}",
-        "wait": f"{values['data_wait_seconds'] / values['step_seconds']:.0%}",
+        "wait": f"{wait:.0%}",
         "epoch": f"{values['epoch']:.2f}",
     }

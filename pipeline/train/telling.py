@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from pipeline.config import TrainConfig
 from pipeline.console import tell
 from pipeline.data.datasets import DataSets
-from pipeline.runtime.engine import Engine
+from pipeline.runtime.engine import Engine, describe
 from pipeline.runtime.process import Process
 
 
@@ -19,6 +20,16 @@ def say(text: str) -> None:
     """One line or more, from rank 0; also before there are ranks."""
     if os.environ.get("RANK", "0") == "0":
         tell(text)
+
+
+def engine_configuration(config: TrainConfig, ranks: int) -> dict[str, Any]:
+    """The engine's whole configuration, DeepSpeed's own for ZeRO; checked, on any machine.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    clip = config.optimizer.gradient_clip
+    return describe(config.engine, global_batch=config.global_batch, gradient_clip=clip, world_size=ranks)
 
 
 def introduction(

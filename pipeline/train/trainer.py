@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from pipeline.data.datasets import DataSets
 from pipeline.data.loader import LatentLoader
 from pipeline.data.order import rank_positions
 from pipeline.data.prepare import Scale
-from pipeline.diffusion.loss import weighted_loss
-from pipeline.metrics import Metrics
+from pipeline.diffusion.loss import squared_error, weighted_mean
 from pipeline.runtime import engine, process, requeue
 from pipeline.runtime.process import Process
 from pipeline.storage import Lease, Store, open_store
@@ -31,10 +29,11 @@ from pipeline.train.interval import Interval
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.memory_advice import out_of_memory
 from pipeline.train.network import build_network, start_from_pretrained
+from pipeline.train.noise_levels import NoiseLevels
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
 from pipeline.train.preemption import StopRequest
 from pipeline.train.progress import Progress
-from pipeline.train.reporting import COLUMNS, Reporter
+from pipeline.train.reporting import COLUMNS, Reporter, open_metrics
 from pipeline.train.saves import Saves
 from pipeline.train.snapshots import due
 from pipeline.train.telling import conclusion, introduction, say
@@ -91,16 +90,6 @@ def _fit(config: TrainConfig) -> int:
             ranks.finish()
 
 
-def engine_configuration(config: TrainConfig, ranks: int) -> dict[str, Any]:
-    """The engine's whole configuration, DeepSpeed's own for ZeRO; checked, on any machine.
-
-    Raises:
-        ConfigError: it cannot work.
-    """
-    clip = config.optimizer.gradient_clip
-    return engine.describe(config.engine, global_batch=config.global_batch, gradient_clip=clip, world_size=ranks)
-
-
 class Trainer:
     """One rank's part of a run: all of its state, and one step.
 
@@ -146,8 +135,9 @@ class Trainer:
             micro_batch=share,
             gradient_clip=chosen.gradient_clip,
         )
-        self.metrics = Metrics(config.metrics, "train", ranks.rank, store, config.model_dump(mode="json"))
-        self.reporter = Reporter(config, ranks, self.engine, self.metrics, samples=datasets.samples)
+        self.metrics = open_metrics(config, ranks, store)
+        self.reporter = Reporter(config, ranks, self.engine, self.metrics, datasets=datasets, towers=self.towers)
+        self.levels: NoiseLevels | None = NoiseLevels(config, ranks.device)
         self.saves = Saves(
             store,
             ranks,
@@ -195,12 +185,13 @@ class Trainer:
         if self.stopped_by:
             ask = partial(requeue.ask, step=progress.step, steps=config.steps, checkpoint=where)
             sharded.together(self.ranks, lambda: ask(stopped_by=self.stopped_by))  # once one leaves, launchers end all
-        self.metrics.close()
+        self.metrics.close(stopped=bool(self.stopped_by))
         say(conclusion(where, progress.step, self.stopped_by))
 
     def _train(self, feed: Feed, line: ProgressTable) -> Iterator[int]:
         """Steps for as long as there are batches; the last one is saved, unless there are no more for a failure."""
-        config, progress, interval = self.config, self.progress, Interval.start(self.ranks.device)
+        config, progress = self.config, self.progress
+        interval = self.interval = Interval(self.ranks.device, self.levels)
         batch = feed.next()
         while batch is not None:
             started = time.perf_counter()
@@ -213,9 +204,10 @@ class Trainer:
                 interval.add(loss, feed.waited_seconds, time.perf_counter() - started)  # what the device took included
                 self.saves.hear(feed.told, last=batch is None)
             if progress.step % config.log_every == 0 or batch is None:
+                started = time.perf_counter()
                 figures, left = self.reporter.report(progress, interval, self.loader)
                 line.row(progress.step, config.steps, figures, eta_seconds=left)
-                interval = Interval.start(self.ranks.device)
+                interval = self.interval = Interval(self.ranks.device, self.levels, time.perf_counter() - started)
             if feed.failed:
                 break
             with self.saves.finished_first():
@@ -232,13 +224,20 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> Tensor:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
+        interval, losses = self.interval, []
         self.ranks.watch.note("computes", self.progress.step + 1)
+        interval.begin()
         example = self.examples.of(batch, self._share(batch))
-        losses = []
+        self.reporter.begin(self.progress.step + 1, example)
         for micro in example.chunks(self.engine.accumulation):
-            losses.append(weighted_loss(self.engine(*micro.inputs), micro.target, micro.weight))
+            errors = squared_error(self.engine(*micro.inputs), micro.target)
+            interval.hear(errors, micro.noise_level, micro.weight)
+            losses.append(weighted_mean(errors, micro.weight))
+            interval.mark("forward")
             self.engine.backward(losses[-1])
+            interval.mark("backward")
         self.engine.step(learning_rate(self.progress.step, self.config.optimizer, self.config.steps))
+        interval.mark("optimizer")
         self.progress.step += 1
         loss = torch.stack(losses).detach().mean()
         self.suspects.remember(batch, loss)

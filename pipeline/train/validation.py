@@ -154,7 +154,7 @@ def _values(found: Mapping[str, Losses]) -> dict[str, Mapping[str, float] | Mapp
         "validation_level_loss": {name: losses.by_level for name, losses in found.items()},
     }
     bounds = {name: losses.bound_bits for name, losses in found.items() if losses.bound_bits is not None}
-    return {**values, "validation_bound_bits": bounds} if bounds else values
+    return {**values, "validation_bound": bounds} if bounds else values
 
 
 def _told(step: int, found: Mapping[str, Losses], seconds: float) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import webdataset
 from diffusers import AutoencoderKL
+from scraping import scraped, target
 
 from pipeline.config import BucketsConfig, EncodeConfig, EncodeTextConfig, FiltersConfig
 from pipeline.data import images
@@ -106,6 +107,25 @@ def without_places(files: dict[str, bytes]) -> dict[str, object]:
 def test_nothing_but_shards_receipts_and_the_manifest_is_there(place):
     names = {f"{i:05d}.tar" for i in range(SHARDS)}
     assert set(content(place, "undisturbed")) == names | {f"{name}.receipt.json" for name in names} | EXTRAS
+
+
+def test_prometheus_is_told_what_the_progress_tells(place):
+    targets, seen = place / "targets", []
+
+    def watch(now: Snapshot) -> None:
+        seen.append((now, scraped(target(targets / "lathe-encode-told-1.json"))))
+
+    encode(settings(place, "told", metrics={"discovery": str(targets)}), (1, 2), watch)
+    now, told = seen[-1]
+    assert told["lathe_encode_images_total"] == now.images == 27
+    assert told["lathe_encode_rejects_total{reason=not_an_image}"] == now.rejected["not_an_image"]
+    assert told["lathe_encode_read_bytes_total"] == now.bytes_read > 0
+    assert told["lathe_encode_written_bytes_total"] == now.bytes_written > 0
+    assert (told["lathe_encode_shards_done"], told["lathe_encode_target_shards"]) == (2, 2)
+    assert (seen[0][1]["lathe_encode_finished"], told["lathe_encode_finished"]) == (0, 1)
+    assert told["lathe_encode_busy_ratio{stage=encode}"] > 0
+    assert told["lathe_storage_requests_total{operation=write}"] > 0
+    assert list(targets.iterdir()) == []
 
 
 def test_plain_webdataset_reads_the_latents_of_diffusers(place):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 
@@ -11,7 +10,7 @@ import pytest
 from pipeline.config import MetricsConfig
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.reporter import Reporter
-from pipeline.metrics import Metrics
+from pipeline.metrics import DEFINITIONS, Metrics
 
 
 @pytest.fixture
@@ -20,7 +19,8 @@ def metrics() -> Metrics:
 
 
 def figure(metrics: Metrics, key: str, **labels: str) -> float | None:
-    return metrics.registry.get_sample_value(f"lathe_encode_{key}", labels)
+    (one,) = (d for d in DEFINITIONS if d.key == key and "encode" in d.jobs)
+    return metrics.registry.get_sample_value(one.name("encode"), labels)
 
 
 def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
@@ -28,8 +28,8 @@ def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
     meter = Meter(1000, 4, decoders=1, clock=lambda: now[0], shards_before=1)
     began = time.time()
     with Reporter(meter, metrics):
-        assert math.isnan(figure(metrics, "eta_seconds") or 0)
-        assert figure(metrics, "last_commit_timestamp_seconds") == 0  # the shard before is no commit of this run
+        assert figure(metrics, "eta_seconds") is None
+        assert figure(metrics, "last_commit_timestamp_seconds") is None  # the shard before is no commit of this run
         with meter.busy("decode"):
             now[0] += 10
         meter.count(images=30, rejected={"not_an_image": 2}, filtered={"filtered_where": 3}, read=500, written=70)
@@ -37,12 +37,12 @@ def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
     expected = {
         "images": 30,
         "images_per_second": 3,
-        "bytes_read": 500,
-        "bytes_written": 70,
+        "read_bytes": 500,
+        "written_bytes": 70,
         "shards_done": 2,
         "target_shards": 4,
         "eta_seconds": 10,
-        "storage_retries": 0,
+        "finished": 0,
     }
     assert {key: figure(metrics, key) for key in expected} == pytest.approx(expected)
     assert figure(metrics, "rejects", reason="not_an_image") == 2
@@ -70,6 +70,7 @@ def test_the_watcher_hears_of_start_middle_and_end(metrics: Metrics) -> None:
         meter.count(images=1, shards=4)
     assert heard[-1].images == 2
     assert (heard[-1].done, heard[-1].eta_seconds) == (4, 0)
+    assert (figure(metrics, "images"), figure(metrics, "finished")) == (2, 1)
     told = len(heard)
     again.clear()
     assert not again.wait(0.02)

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import unet
 from pipeline.models.text import TextTower
 from pipeline.models.unet import TextToImage
-from pipeline.train.trainer import engine_configuration
+from pipeline.train.telling import engine_configuration
 
 TEXT = TextConfig(width=16, layers=1, heads=2, context_length=8)
 UNET = UNetConfig(block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8)

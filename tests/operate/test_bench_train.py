@@ -10,9 +10,10 @@ import pytest
 from pipeline.errors import ConfigError, SetupError
 from pipeline.operate.bench.train import bench
 from pipeline.operate.bench.train.bench import bench_train, interval, judged, launch
-from pipeline.operate.bench.train.gpu import peak, stated_step_seconds
+from pipeline.operate.bench.train.gpu import stated_step_seconds
 from pipeline.operate.bench.train.page import page, summary
 from pipeline.operate.bench.train.sizes import TINY, Pairs, TrainBench, sized
+from pipeline.runtime.peak import peak_flops
 
 ENCODERS = {"autoencoder_widths": (32, 32, 32, 32), "text_width": 192, "text_layers": 1, "text_heads": 3}
 SMALLEST = TrainBench(
@@ -64,9 +65,9 @@ def test_ratios_are_of_turns_in_the_same_round_and_figures_are_medians():
 def test_utilisation_is_of_all_ranks_devices():
     told = judged(measured({"bare": 1.0, "trainer": 1.0}, device="NVIDIA A100-SXM4-80GB"), "bfloat16")
     assert told["mfu"] == pytest.approx(1e12 / (2 * 312e12))
-    assert peak("NVIDIA H100 PCIe", "float16") == 756e12
-    assert peak("NVIDIA A100-SXM4-80GB", "float32") is None
-    assert peak("a device of tomorrow", "bfloat16") is None
+    assert peak_flops("NVIDIA H100 PCIe", "float16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") is None
+    assert peak_flops("a device of tomorrow", "bfloat16") is None
 
 
 def test_the_stated_step_is_that_of_32_pictures_on_an_a100():

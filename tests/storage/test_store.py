@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import Entry, Store, counters, fetch_folder, open_store, read_file, split
+from pipeline.storage import Entry, Store, counters, fetch_folder, open_store, read_file, split, traffic
 
 
 class TestEveryStore:
@@ -88,7 +88,6 @@ class TestEveryStore:
 
     def test_bytes_and_requests_are_counted(self, store: Store, tmp_path: Path) -> None:
         before = counters()
-        assert set(before) == {"requests", "retries", "errors", "bytes_read", "bytes_written"}
         store.write("x", b"12345")
         store.read("x", 1, 3)
         store.download("x", tmp_path / "y")
@@ -97,13 +96,18 @@ class TestEveryStore:
         with pytest.raises(StorageError):
             store.read("missing")
         now = counters()
-        assert {name: now[name] - before[name] for name in now if name != "requests"} == {
-            "retries": 0,
-            "errors": 0,
-            "bytes_read": 12,
-            "bytes_written": 10,
-        }
-        assert now["requests"] - before["requests"] >= 5
+        grown = {name: now[name] - before[name] for name in ("retries", "read_bytes", "written_bytes")}
+        assert grown == {"retries": 0, "read_bytes": 12, "written_bytes": 10}
+        assert now["errors"] == before["errors"]
+        for operation, least in {"read": 3, "write": 2}.items():
+            requests = [counts["requests"].get(operation, 0) for counts in (before, now)]
+            assert requests[1] - requests[0] >= least
+            durations = now["request_seconds"][operation]
+            assert durations["+Inf"] == requests[1]
+            assert 0 < durations["sum"] < 60 * requests[1]
+            assert sorted(durations[str(end)] for end in traffic.BOUNDS_SECONDS) == [
+                durations[str(end)] for end in traffic.BOUNDS_SECONDS
+            ]
 
     def test_a_file_is_made_once_where_it_must_be_absent(self, store: Store) -> None:
         assert store.write("claim", b"first", if_absent=True)

@@ -42,7 +42,7 @@ def bare(**changes: Any) -> Trainer:
     trainer = Trainer.__new__(Trainer)
     trainer.config = TrainConfig.model_validate({"manifest": "m", "output": "o", "steps": 6, **changes})
     trainer.progress = Progress((), ())
-    trainer.validator, trainer.owes_checkpoint = None, False
+    trainer.validator, trainer.owes_checkpoint, trainer.levels = None, False, None
     queued: list[int] = []
 
     def train_step(batch: object) -> torch.Tensor:

@@ -25,12 +25,14 @@ from pipeline.cores import available_cores
 from pipeline.errors import SetupError
 from pipeline.operate.bench.loader.samples import QUARTER, write_latents, write_samples
 from pipeline.operate.bench.setting import setting
-from pipeline.operate.bench.train.gpu import peak, stated_step_seconds
+from pipeline.operate.bench.train.gpu import stated_step_seconds
 from pipeline.operate.bench.train.sizes import Pairs, TrainBench
+from pipeline.runtime.peak import peak_flops
 from pipeline.storage import open_store
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "diffusers", "open-clip-torch", "numpy")
 ORDER = ("trainer", "bare", "bare_averaged", "usual")
+RANK = "pipeline.operate.bench.train.rank"
 _DRAWS = 10_000  # of the bootstrap
 
 Say = Callable[[str], None]
@@ -46,13 +48,11 @@ def bench_train(bench: TrainBench, say: Say = lambda text: None) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as name:
         folder = Path(name)
         say(f"writing {bench.samples:,} latents")
-        write_samples(folder / "samples", QUARTER, bench.samples)
-        store = open_store(str(folder / "latents"))
-        write_latents(folder / "samples", store, QUARTER, per_shard=max(1, bench.samples // 4), block_samples=64)
+        prepare(bench, folder)
         found = {}
         for kind, pairs in (("reference", bench.reference), ("tiny", bench.tiny)):
             say(f"the {kind} network: {pairs.pairs} pairs of {pairs.steps} steps")
-            found[kind] = _measure(bench, pairs, folder, kind)
+            found[kind] = judged(measure(bench, pairs, folder, kind), bench.precision)
     reference, tiny = found["reference"], found["tiny"]
     return {
         "bench": "train",
@@ -66,20 +66,40 @@ def bench_train(bench: TrainBench, say: Say = lambda text: None) -> dict[str, An
     }
 
 
-def _measure(bench: TrainBench, pairs: Pairs, folder: Path, kind: str) -> dict[str, Any]:
+def prepare(bench: TrainBench, folder: Path) -> None:
+    """Write the latents that `measure` trains on."""
+    write_samples(folder / "samples", QUARTER, bench.samples)
+    store = open_store(str(folder / "latents"))
+    write_latents(folder / "samples", store, QUARTER, per_shard=max(1, bench.samples // 4), block_samples=64)
+
+
+def measure(bench: TrainBench, pairs: Pairs, folder: Path, kind: str, module: str = RANK) -> dict[str, Any]:
+    """What one rank writes of the turns.
+
+    Args:
+        bench: ranks and engine.
+        pairs: of turns.
+        folder: as `prepare` left it.
+        kind: names files in it.
+        module: that the ranks run.
+
+    Raises:
+        SetupError: a rank failed.
+    """
     config = bench.config(pairs, str(folder / "latents" / "manifest.json"), str(folder / kind))
     job, result = folder / f"{kind}.job.json", folder / f"{kind}.result.json"
     told = {name: value for name, value in asdict(pairs).items() if name != "network"}
     job.write_text(json.dumps({"config": config.model_dump(mode="json"), **told}), encoding="utf-8")
-    launch(bench.ranks, job, result)
-    return judged(json.loads(result.read_text(encoding="utf-8")), bench.precision)
+    launch(bench.ranks, job, result, module)
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
 
 
-def launch(ranks: int, job: Path, result: Path) -> None:
+def launch(ranks: int, job: Path, result: Path, module: str = RANK) -> None:
     """Start the ranks and wait for them. Raises SetupError with their last words."""
     command = [sys.executable, "-m", "pipeline.runtime.launch", "--use_deepspeed", "--num_processes", str(ranks)]
     command += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "pipeline.operate.bench.train.rank", str(job), str(result)]
+    command += ["-m", module, str(job), str(result)]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // ranks))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
@@ -94,7 +114,7 @@ def judged(measured: dict[str, Any], precision: str) -> dict[str, Any]:
     others = [name for name in names if name != "trainer"]
     seconds = {name: statistics.median(turns[name]["seconds"] for turns in rounds) for name in names}
     rate = measured["flops_per_step"] / seconds["trainer"]
-    most = peak(measured["device_name"], precision)
+    most = peak_flops(measured["device_name"], precision)
     told = {
         "over": {
             name: interval([turns["trainer"]["seconds"] / turns[name]["seconds"] for turns in rounds])

@@ -15,7 +15,8 @@ from pipeline.storage import open_store
 from pipeline.train.examples import Example
 from pipeline.train.network import build_network
 from pipeline.train.optimizer import AdamWithEMA, parameter_groups
-from pipeline.train.trainer import Trainer, engine_configuration
+from pipeline.train.telling import engine_configuration
+from pipeline.train.trainer import Trainer
 
 
 class WholeTrainer:
@@ -23,10 +24,10 @@ class WholeTrainer:
 
     def __init__(self, config: TrainConfig, ranks: Process) -> None:
         datasets = open_datasets(config.sources, global_batch=config.global_batch, mixing=config.loader.mixing)
-        self._trainer = Trainer(config, ranks, datasets, open_store(config.output))
-        self._steps = self._trainer.steps()
+        self.trainer = Trainer(config, ranks, datasets, open_store(config.output))
+        self._steps = self.trainer.steps()
         self.manifest = datasets.manifests[0]
-        self.parameters = sum(self._trainer.sizes.values())
+        self.parameters = sum(self.trainer.sizes.values())
 
     def __call__(self, steps: int) -> None:
         """So many steps."""
@@ -35,7 +36,7 @@ class WholeTrainer:
 
     def one_example(self) -> Example:
         """A batch in memory, for the others. After the first step."""
-        trainer = self._trainer
+        trainer = self.trainer
         batch = trainer.loader.take(lambda: False)
         if batch is None:
             raise AssertionError("the loader has no end")

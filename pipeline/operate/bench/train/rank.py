@@ -22,6 +22,8 @@ from pipeline.operate.bench.train.usual import Encoders, UsualLoop
 from pipeline.runtime import process
 from pipeline.runtime.process import Process
 
+Measured = Callable[[TrainConfig, Process, Mapping[str, Any]], dict[str, Any]]
+
 
 def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds and CPU seconds of a step, of everyone in every turn.
@@ -50,7 +52,7 @@ def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict
     rounds = []
     for number in range(job["pairs"]):
         order = list(turns) if number % 2 else list(reversed(turns))
-        rounds.append({name: _timed(turns[name], job["steps"], ranks) for name in order})
+        rounds.append({name: timed(turns[name], job["steps"], ranks) for name in order})
     return {
         "rounds": rounds,
         "flops_per_step": counter.get_total_flops() * ranks.world_size,
@@ -62,7 +64,7 @@ def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict
     }
 
 
-def _timed(turn: Callable[[int], None], steps: int, ranks: Process) -> dict[str, float]:
+def timed(turn: Callable[[int], None], steps: int, ranks: Process) -> dict[str, float]:
     """A turn's means by step; CPU seconds are those of all threads of this rank."""
     _settle(ranks)
     started, cpu = time.perf_counter(), time.process_time()
@@ -80,13 +82,13 @@ def _settle(ranks: Process) -> None:
     ranks.agree()
 
 
-def main(job: str, result: str) -> None:
-    """Measure what the file `job` tells."""
+def main(measured: Measured, job: str, result: str) -> None:
+    """Measure what the file `job` tells, and write it to the file `result`."""
     told = json.loads(Path(job).read_text(encoding="utf-8"))
     config = TrainConfig.model_validate(told["config"])
     ranks = process.start(config.engine)
     try:
-        found = measure(config, ranks, told)
+        found = measured(config, ranks, told)
         if ranks.is_main:
             Path(result).write_text(json.dumps(found), encoding="utf-8")
     finally:
@@ -94,4 +96,4 @@ def main(job: str, result: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(measure, *sys.argv[1:])

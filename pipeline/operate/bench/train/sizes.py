@@ -40,7 +40,7 @@ class Pairs:
     """Turns of the trainer and of the bare loops, one after the other.
 
     Args:
-        network: of the run file, `unet` and `text`.
+        network: of the run file, `unet` and `text`; and what it says of the `engine`.
         batch: samples of one rank in a step.
         steps: of a turn.
         pairs: of turns.
@@ -75,7 +75,11 @@ class TrainBench:
                 "manifest": manifest,
                 "output": output,
                 **pairs.network,
-                "engine": {"zero_stage": self.zero_stage, "precision": self.precision},
+                "engine": {
+                    "zero_stage": self.zero_stage,
+                    "precision": self.precision,
+                    **pairs.network.get("engine", {}),
+                },
                 "steps": most,
                 "global_batch": pairs.batch * self.ranks,
                 "checkpoint": {"every": most},

@@ -20,7 +20,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.runtime.base import DTYPES
 from pipeline.runtime.process import Process
 from pipeline.train.network import build_network
-from pipeline.train.trainer import engine_configuration
+from pipeline.train.telling import engine_configuration
 
 _FACTOR = 8  # of the autoencoder, in pixels a latent
 

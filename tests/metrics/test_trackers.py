@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import TrackedMetricsConfig, WandbConfig
 from pipeline.data.images import contact_sheet
 from pipeline.errors import ConfigError, SetupError
-from pipeline.metrics import Metrics, read_log
+from pipeline.metrics import Metrics, Place, read_log
 from pipeline.metrics.trackers import WANDB_ID
 from pipeline.storage import open_store
 
@@ -21,7 +21,7 @@ WANDB = WandbConfig(project="lathe", tags=("a", "b"))
 
 def made(folder, rank=0, **config) -> Metrics:
     settings = TrackedMetricsConfig(prometheus=False, **config)
-    return Metrics(settings, "train", rank, open_store(str(folder)), about={"steps": 9})
+    return Metrics(settings, "train", Place(number=rank), log_store=open_store(str(folder)), about={"steps": 9})
 
 
 def log(metrics: Metrics, *steps: int) -> None:

@@ -7,12 +7,14 @@ import re
 import socket
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import MetricsConfig
 from pipeline.errors import SetupError, StorageError
-from pipeline.metrics import DEFINITIONS, LOG, Metrics, read_log
+from pipeline.metrics import DEFINITIONS, LOG, Metrics, Place, read_log
+from pipeline.metrics.page import up_to_date
 from pipeline.storage import open_store
 
 QUIET = MetricsConfig(prometheus=False)
@@ -49,10 +51,13 @@ def test_names_follow_prometheus_conventions():
     names = [d.name(job) for d in DEFINITIONS for job in d.jobs]
     assert len(names) == len(set(names))
     for name in names:
-        assert re.fullmatch(r"lathe_(train|first_stage|encode)_[a-z0-9_]+", name)
-        assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|percent|total)(_|$)", name), (
-            f"{name}: base units, gauges"
+        assert re.fullmatch(r"lathe_(train|first_stage|encode|storage)_[a-z0-9_]+", name)
+        assert not re.search(r"_(ms|milliseconds|minutes|hours|days|kb|mb|bits|percent)(_|$)", name), (
+            f"{name}: base units"
         )
+    for one in DEFINITIONS:
+        assert all(name.endswith("_total") == (one.kind == "counter") for name in map(one.name, one.jobs))
+        assert not re.search(r"_(total|count|sum|bucket|info|gauge|counter|histogram|summary)$", one.key), one.key
 
 
 def test_endpoint_serves_what_was_set():
@@ -96,10 +101,10 @@ def test_labels_tell_the_series_of_one_metric_apart():
         metrics.set("rejects", 1, reason='odd "quotes"\n')
         metrics.set("busy_ratio", 0.5, stage="decode")
         text = _scrape(metrics.address)
-        assert 'lathe_encode_rejects{reason="not_an_image"} 2.0' in text
-        assert 'lathe_encode_rejects{reason="odd \\"quotes\\"\\n"} 1.0' in text
+        assert 'lathe_encode_rejects_total{reason="not_an_image"} 2.0' in text
+        assert 'lathe_encode_rejects_total{reason="odd \\"quotes\\"\\\\n"} 1.0' in text
         assert 'lathe_encode_busy_ratio{stage="decode"} 0.5' in text
-        assert "lathe_encode_images 0.0" in text
+        assert "lathe_encode_images_total 0.0" in text
     finally:
         metrics.close()
 
@@ -128,7 +133,7 @@ def test_taken_port_moves_on_to_a_free_one():
 def test_two_jobs_in_one_process_do_not_share_a_registry():
     first, second = Metrics(QUIET, "train"), Metrics(QUIET, "train")
     first.set("loss", 1.0)
-    assert second.registry.get_sample_value("lathe_train_loss") == 0.0
+    assert second.registry.get_sample_value("lathe_train_loss") is None
 
 
 def test_address_that_is_not_ours_names_the_field():
@@ -136,11 +141,15 @@ def test_address_that_is_not_ours_names_the_field():
         Metrics(MetricsConfig(host="192.0.2.1"), "train")
 
 
-def test_other_ranks_neither_serve_nor_log(tmp_path):
-    metrics = Metrics(MetricsConfig(), "train", rank=1, log_store=open_store(str(tmp_path)))
-    metrics.log(1, {"loss": 1.0})
+def test_other_ranks_serve_what_is_theirs_and_log_nothing(tmp_path):
+    metrics = Metrics(MetricsConfig(), "train", Place(number=1, count=2), log_store=open_store(str(tmp_path)))
+    metrics.log(1, {"loss": 1.0, "resident_memory_bytes": 5})
+    metrics.set("rank_step", 7)
+    text = _scrape(metrics.address)
     metrics.close()
-    assert metrics.address == ""
+    assert "lathe_train_rank_step 7.0" in text
+    assert "lathe_train_resident_memory_bytes 5.0" in text
+    assert "lathe_train_loss" not in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,5 +231,48 @@ def test_lines_that_are_none_of_ours_are_left_out(tmp_path):
     store = open_store(str(tmp_path))
     store.write("metrics.jsonl", b'{"step": 1, "loss": 2.0}\n\xff\xfe\n[1]\n{"loss": 1}\n{"step": 2, "loss": 1.0}\n')
     assert [line["step"] for line in read_log(store)] == [1, 2]
-    Metrics(QUIET, "train", 0, store).resume(1)
+    Metrics(QUIET, "train", log_store=store).resume(1)
     assert [line["step"] for line in read_log(store)] == [1]
+
+
+def test_starts_are_counted_by_the_log(log_store):
+    for start in range(3):
+        metrics = Metrics(QUIET, "train", log_store=log_store)
+        assert metrics.resume(4) == start
+        metrics.log(4, {"restarts": start})
+        metrics.flush()
+        for step in (5, 6):  # killed before the next checkpoint
+            metrics.log(step, {"loss": 1.0, "restarts": start})
+        metrics.flush()
+    assert [line["step"] for line in read_log(log_store)] == [4, 4, 4, 5, 6]
+    assert Metrics(QUIET, "train", log_store=log_store).resume(0) == 3
+    assert read_log(log_store) == []
+
+
+def test_a_start_takes_no_lines_of_the_step_that_it_goes_on_from(log_store):
+    first = Metrics(QUIET, "train", log_store=log_store)
+    for step in (2, 4, 6):
+        first.log(step, {"loss": float(step), "restarts": 0})
+        first.flush()  # each part begins with its own step
+    second = Metrics(QUIET, "train", log_store=log_store)
+    assert second.resume(4) == 1
+    second.log(4, {"restarts": 1})
+    second.flush()
+    second.log(6, {"loss": 7.0, "restarts": 1})
+    second.close()
+    assert [(line["step"], line.get("loss")) for line in read_log(log_store)] == [(2, 2), (4, 4), (4, None), (6, 7)]
+
+
+def test_logs_from_before_starts_were_told_are_of_one(log_store):
+    log_store.write("metrics.jsonl", b'{"step": 1, "validation_bound_bits": {"main": 2.0}}\n')
+    log_store.write("metrics/00000001.jsonl", b'{"step": 1, "validation_bound_bits": {"main": 2.0}}\n')
+    assert read_log(log_store) == [{"step": 1, "validation_bound": {"main": 2.0}}]
+    assert Metrics(QUIET, "train", log_store=log_store).resume(1) == 1
+
+
+def test_the_page_has_the_present_table():
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    text = page.read_text()
+    assert text == up_to_date(text), "python -m pipeline.metrics.page docs/metrics.md"
+    for one in DEFINITIONS:
+        assert text.count(f"| {one.help} |") == 1, one.key

@@ -1,0 +1,1 @@
+"""What stands around the package: installation, system packages for tests, Prometheus, Alertmanager, Grafana."""

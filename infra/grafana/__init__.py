@@ -1,0 +1,1 @@
+"""Grafana's dashboards, made from the metric table: `python -m infra.grafana.generate`."""
