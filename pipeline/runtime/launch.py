@@ -89,18 +89,24 @@ def main(arguments: Sequence[str]) -> int:
         try:
             launch_command(launch_command_parser().parse_args(list(arguments)))
         except ChildFailedError as failure:
-            rank, first = _first(failure)
+            rank, first = _first(failure, Path(folder))
             if -first.exitcode in _ASKING and not requeue.is_asked():  # there was nothing to save yet
                 requeue.ask(stopped_by=-first.exitcode)
             return _tell(Path(folder), rank, first.exitcode, kernel_kills.since(killed, kernel_kills.counts()))
     return 0
 
 
-def _first(failure: Any) -> tuple[int, Any]:
-    """The rank that ended first, and how. One that was killed is: the others may tell of its loss before it is seen."""
-    ends: dict[int, Any] = failure.failures
-    killed = ((rank, end) for rank, end in ends.items() if -end.exitcode in _KILLING)
-    return next(killed, None) or failure.get_first_failure()
+def _first(failure: Any, folder: Path) -> tuple[int, Any]:
+    """The rank that ended first, and how. Where that one tells but of a loss, it is the one that was killed.
+
+    Otherwise who was killed is not asked: the agent kills ranks that do not leave, half a minute later.
+    """
+    rank, first = failure.get_first_failure()
+    report = folder / f"{rank:06d}.json"
+    if report.exists() and json.loads(report.read_text(encoding="utf-8"))["secondary"]:
+        killed = ((other, end) for other, end in failure.failures.items() if -end.exitcode in _KILLING)
+        return next(killed, (rank, first))
+    return rank, first
 
 
 class _Signals:
@@ -136,6 +142,9 @@ class _Signals:
     def _give(self, number: int) -> None:
         ranks = [child for child in psutil.Process().children() if _is_rank(child)]
         if not ranks and not self._passed_on:
+            if number in _ASKING:
+                with contextlib.suppress(LatheError):  # nobody could be told
+                    requeue.ask(stopped_by=number)
             raise SystemExit(128 + number)
         self._passed_on = True
         for rank in ranks:

@@ -39,7 +39,7 @@ def out_of_memory(error: Exception, config: TrainConfig, ranks: Process | None) 
     place, building = ranks.watch.place, ranks.watch.place.phase == "starts"
     asked = f": {_readable(match)} more were asked for" if (match := _ASKED.search(said)) else ""
     where = "the host's memory" if on_host else f"{ranks.device}'s memory"
-    validating = place.phase == "validates"
+    validating = place.phase.startswith("validates")
     when = "as model and optimizer were built" if building else f"at step {place.step}"
     if validating:
         when = f"in the validation after step {place.step}"

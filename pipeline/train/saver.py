@@ -135,9 +135,15 @@ class Saver:
         return len(self._file.data)
 
     @property
+    def problem(self) -> Exception | None:
+        """Why this rank's part of the newest save failed."""
+        return self._problem
+
+    @property
     def flags(self) -> tuple[int, int, int]:
         """How far this rank is, for the largest of each over all ranks to tell how far the save is."""
-        return -self._written, self._failed, self._concluded
+        written, concluded = self._written, self._concluded  # before what tells whether they failed
+        return -written, self._failed, concluded
 
     def hear(self, told: Sequence[int], *, last: bool = False, before_last: bool = False) -> None:
         """Go on with the save that is on its way, if it is so far.

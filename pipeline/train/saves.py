@@ -155,12 +155,12 @@ class Saves:
         is_lost = self._lease is not None and self._lease.lost is not None
         return (is_lost, *(flag for saver in self._savers for flag in saver.flags))
 
-    def hear(self, told: Sequence[int], *, last: bool = False) -> None:
+    def hear(self, told: Sequence[int], *, only_lease: bool = False) -> None:
         """Go on with the saves that are on their way.
 
         Args:
             told: the largest that a rank has of each flag, the same on all ranks.
-            last: no step follows. What became of them is heard by the last save, which is tried in any case.
+            only_lease: no step follows; what became of saves is heard by the last one, which is tried in any case.
 
         Raises:
             LatheError: a save failed, and it was one too many, or another run has taken the output over.
@@ -168,7 +168,7 @@ class Saves:
         is_lost, *of_savers = told
         if is_lost:
             self._ranks.agree(self._lease.lost if self._lease is not None else None)
-        for number, saver in enumerate(() if last else self._savers):
+        for number, saver in enumerate(() if only_lease else self._savers):
             saver.hear(of_savers[3 * number : 3 * number + 3])
         self._metrics.set("checkpoint_failures", sum(saver.failures for saver in self._savers))
 
@@ -220,8 +220,11 @@ class Saves:
         problem: Exception | None = None
         for saver in self._savers:
             try:
-                saver.settle(last=True)
-            except sharded.FAULTS as error:
+                # a snapshot of an earlier step may fail as ever: the run's end does not hang on it
+                saver.settle(last=saver.newest == self._saver.newest)
+            except Exception as error:
+                if not isinstance(error, sharded.FAULTS) and error is not saver.problem:
+                    raise  # others may be lost: nothing can be waited for
                 problem = problem or error
         if problem is not None:
             raise problem
@@ -232,7 +235,7 @@ class Saves:
         try:
             yield
         except LatheError:
-            with suppress(LatheError):
+            with suppress(*sharded.FAULTS):
                 self.finish()
             with suppress(LatheError):
                 self._keep_log()

@@ -202,7 +202,7 @@ class Trainer:
             with self.saves.finished_first():
                 self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
                 interval.add(loss, feed.waited_seconds, time.perf_counter() - started)  # what the device took included
-                self.saves.hear(feed.told, last=batch is None)
+                self.saves.hear(feed.told, only_lease=batch is None)
             if progress.step % config.log_every == 0 or batch is None:
                 started = time.perf_counter()
                 figures, left = self.reporter.report(progress, interval, self.loader)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -73,6 +77,34 @@ def test_a_killed_rank_is_named_where_nothing_else_is_known(folder, monkeypatch,
     report(monkeypatch, 0, OtherRankError("lost another rank", ""))
     assert launch._tell(folder, 1, -9) == 137
     assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL, and the other ranks with it\n"
+
+
+def ends(**exit_codes: int) -> Any:
+    """How ranks ended, the first one first."""
+    found = {int(name.removeprefix("r")): SimpleNamespace(exitcode=code) for name, code in exit_codes.items()}
+    return SimpleNamespace(failures=found, get_first_failure=lambda: next(iter(found.items())))
+
+
+def test_the_rank_that_was_killed_counts_where_the_first_one_only_tells_of_its_loss(folder, monkeypatch):
+    report(monkeypatch, 0, OtherRankError("lost another rank", ""))
+    assert launch._first(ends(r0=1, r1=-9), folder)[0] == 1
+    assert launch._first(ends(r0=1, r1=-15), folder)[0] == 0
+
+
+@pytest.mark.parametrize("code", [1, 3, -15])
+def test_a_rank_that_the_agent_kills_since_it_does_not_leave_is_not_the_cause(folder, monkeypatch, code):
+    if code > 0:
+        report(monkeypatch, 0, StorageError("disk full"))
+    assert launch._first(ends(r0=code, r1=-9), folder)[0] == 0
+
+
+def test_a_signal_before_there_are_ranks_asks_for_another_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATHE_REQUEUE_FILE", str(tmp_path / "requeue.json"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch.psutil.Process, "children", lambda self: [])
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)):
+        launch._Signals().pass_on(signal.SIGUSR1, None)
+    assert json.loads((tmp_path / "requeue.json").read_text())["signal"] == "SIGUSR1"
 
 
 def test_without_this_launcher_a_rank_tells_its_error_itself(monkeypatch):

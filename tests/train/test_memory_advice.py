@@ -85,6 +85,16 @@ def test_what_is_set_already_is_not_proposed():
     ]
 
 
+def test_in_a_validation_it_is_the_pictures():
+    standing = ranks("cuda:3", step=7)
+    standing.watch.note("validates, pass 12", 7)
+    prompts = {"every": 5, "prompts": ["a cat"], "autoencoder": "vae"}
+    found = out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), config(validation=prompts), standing)
+    assert found is not None
+    assert found.message == "rank 1 ran out of cuda:3's memory in the validation after step 7"
+    assert ": fewer or no validation.prompts, " in found.remedy
+
+
 def test_another_error_is_none_of_these():
     assert out_of_memory(RuntimeError("shapes do not fit"), config(), ranks()) is None
 

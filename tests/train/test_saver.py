@@ -186,17 +186,80 @@ def test_the_last_state_is_tried_although_the_save_before_was_one_too_many_to_fa
     bed = Bed(tmp_path, limit=1)
     ranks, told = bed.saver._ranks, SimpleNamespace(set=lambda *_: None)
     saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=told, lease=None)
-    saves._savers = [bed.saver]
+    saves._saver, saves._savers = bed.saver, [bed.saver]
     bed.store.fails_at = ".done.json"
     bed.begin()
     assert bed.saver._quiet.wait(20)
     bed.store.fails_at = ""
-    saves.hear((False, *bed.saver.flags), last=True)
+    saves.hear((False, *bed.saver.flags), only_lease=True)
     bed.train()
     bed.saver.begin(bed.step, counters={}, notes={}, last=True)
     saves.finish()
     assert capfd.readouterr().err.startswith("step 1 could not be saved, the last step is tried (1 of 1 in a row):\n")
     assert bed.steps() == [2]
+
+
+def saves_of(*savers) -> Saves:
+    """Whose first saver is the checkpoints'."""
+    told = SimpleNamespace(set=lambda *_: None, flush=lambda: None)
+    first = savers[0]
+    saves = Saves(
+        first._store,
+        first._ranks,
+        first._engine,
+        engine_config={},
+        config=None,
+        datasets=None,
+        metrics=told,
+        lease=None,
+    )
+    saves._saver, saves._savers = first, list(savers)
+    return saves
+
+
+def test_a_run_ends_well_though_a_snapshot_of_an_earlier_step_fails_last(tmp_path):
+    checkpoints, snapshots = Bed(tmp_path / "a"), Bed(tmp_path / "b", limit=3)
+    snapshots.store.fails_at = ".done.json"
+    checkpoints.step = 1  # it is further
+    for bed in (checkpoints, snapshots):
+        bed.begin()
+    saves_of(checkpoints.saver, snapshots.saver).finish()
+    assert (checkpoints.steps(), snapshots.steps(), snapshots.saver.failures) == ([2], [], 1)
+
+    for bed in (checkpoints, snapshots):
+        bed.begin()
+    snapshots.saver.newest = checkpoints.saver.newest
+    with pytest.raises(StorageError):  # of the last step, it is told
+        saves_of(checkpoints.saver, snapshots.saver).finish()
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), OSError("no disk")])
+def test_whatever_a_save_dies_of_the_others_are_waited_for_and_the_first_error_goes_on(tmp_path, error):
+    checkpoints, snapshots = Bed(tmp_path / "a"), Bed(tmp_path / "b")
+    bed = checkpoints
+
+    def fail() -> None:
+        raise error
+
+    bed.before_marker = fail
+    for each in (checkpoints, snapshots):
+        each.begin()
+    saves = saves_of(checkpoints.saver, snapshots.saver)
+    with pytest.raises(type(error)):
+        saves.finish()
+    assert snapshots.steps() == [1]
+
+
+def test_an_error_of_a_step_is_not_hidden_by_one_of_a_disk(tmp_path):
+    bed = Bed(tmp_path)
+
+    def fail() -> None:
+        raise OSError("no disk")
+
+    bed.before_marker = fail
+    bed.begin()
+    with pytest.raises(LatheError, match="of a step"), saves_of(bed.saver).finished_first():
+        raise LatheError("of a step")
 
 
 @pytest.mark.parametrize("error", [LostLeaseError("taken over"), ZeroDivisionError("a bug")])
@@ -253,7 +316,7 @@ def test_an_error_lets_saves_and_log_be_finished_but_not_in_anothers_output(tmp_
         metrics=Log(),
         lease=SimpleNamespace(check=check, lost=None),
     )
-    saves._savers = [bed.saver]
+    saves._saver, saves._savers = bed.saver, [bed.saver]
     bed.before_marker = saves._before_marker
     bed.begin()
     lost[0] = is_lost
