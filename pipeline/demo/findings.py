@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from pipeline import runfile
@@ -23,6 +19,7 @@ from pipeline.data.samples import is_holdout
 from pipeline.demo.state import DemoState
 from pipeline.demo.twemoji import unseen_combinations
 from pipeline.evaluate.job import Evaluation, HoldoutScore, read_evaluation
+from pipeline.machine import hardware, versions
 from pipeline.metrics import read_log
 from pipeline.operate.report import (
     CaptionedPicture,
@@ -41,7 +38,6 @@ Pixels = NDArray[np.uint8]
 Log = list[dict[str, Any]]
 Row = dict[str, str]  # a line of metadata.jsonl
 PACKAGES = (
-    "lathe-ldm",
     "torch",
     "deepspeed",
     "accelerate",
@@ -83,11 +79,17 @@ def gather(folder: Path, root: str, state: DemoState, configs: Mapping[str, RunC
         samples=_samples(evaluation, arrays),
         reconstructions=_reconstructions(evaluation, arrays),
         loss_charts=[
-            _chart("First stage", "loss", first_stage, {"total": "loss", "reconstruction": "reconstruction_loss"}),
-            _chart("Diffusion model", "velocity mean squared error", training, {"training": "loss"}),
+            _chart(
+                "train-vae",
+                "First stage",
+                "loss",
+                first_stage,
+                {"total": "loss", "reconstruction": "reconstruction_loss"},
+            ),
+            _chart("train", "Diffusion model", "velocity mean squared error", training, {"training": "loss"}),
         ],
         throughput_charts=[
-            _chart("Training throughput", "images/s", training, {"images per second": "images_per_second"}),
+            _chart("train", "Training throughput", "images/s", training, {"images per second": "images_per_second"}),
         ],
         generated=[
             *(GeneratedPicture(prompt, pixels) for prompt, pixels in zip(sample.prompts, made, strict=True)),
@@ -95,8 +97,8 @@ def gather(folder: Path, root: str, state: DemoState, configs: Mapping[str, RunC
         ],
         unseen=_unseen(evaluation, arrays, trained),
         settings={name: runfile.dump(config) for name, config in configs.items()},
-        versions={name: _version(name) for name in PACKAGES},
-        hardware=_hardware(),
+        versions=versions(PACKAGES),
+        hardware={name.replace("_gib", ", GiB"): str(value) for name, value in hardware().items()},
         attribution=pack.attribution,
     )
 
@@ -151,32 +153,15 @@ def _unseen(evaluation: Evaluation, arrays: Mapping[str, Pixels], trained: Seque
     return found
 
 
-def _chart(title: str, unit: str, log: Log, keys: Mapping[str, str]) -> Chart:
+def _chart(stage: str, title: str, unit: str, log: Log, keys: Mapping[str, str]) -> Chart:
     curves = []
     for name, key in keys.items():
         lines = [line for line in log if line.get(key) is not None]
         curves.append(Curve(name, [int(line["step"]) for line in lines], [float(line[key]) for line in lines]))
-    return Chart(title, unit, curves)
+    return Chart(title, unit, curves, group=stage)
 
 
 def _mean_rate(log: Log) -> float:
     """Images of all intervals over their time: they are of one length, so this is the harmonic mean."""
     rates = [float(line["images_per_second"]) for line in log if line.get("images_per_second")]
     return harmonic_mean(rates) if rates else 0.0
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed as a package"
-
-
-def _hardware() -> dict[str, str]:
-    return {
-        "CPU cores": str(os.cpu_count()),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "machine": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
-        "Python": platform.python_version(),
-    }

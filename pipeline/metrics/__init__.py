@@ -1,5 +1,6 @@
 """Every metric in one table, and where numbers go."""
 
+from pipeline.metrics.follow import LogFollower
 from pipeline.metrics.job import Metrics
 from pipeline.metrics.log import LOG, PARTS, LogStore, read_log
 from pipeline.metrics.place import Place
@@ -14,6 +15,7 @@ __all__ = [
     "TRAINING",
     "Definition",
     "Job",
+    "LogFollower",
     "LogStore",
     "Metrics",
     "Place",

@@ -39,20 +39,26 @@ def read_log(store: LogStore) -> list[dict[str, Any]]:
 def _parsed(content: bytes) -> list[dict[str, Any]]:
     lines = []
     for text in content.decode(errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):  # torn; a number of thousands of digits, a million brackets
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append({_RENAMED.get(str(key), str(key)): value for key, value in line.items()})
     return lines
 
 
+def parsed_line(text: bytes) -> dict[str, Any] | None:
+    """One line of a log; None where it is none of ours, or torn."""
+    return next(iter(_parsed(text)), None)
+
+
 def _log_files(store: LogStore) -> list[str]:
-    if _can_append(store):
+    if can_append(store):
         return [LOG] if (Path(store.url) / LOG).exists() else []
     return sorted(e.name for e in store.list(PARTS))
 
 
-def _can_append(store: LogStore) -> bool:
+def can_append(store: LogStore) -> bool:
+    """Whether the log is one file, and not parts."""
     return "://" not in store.url
 
 
@@ -169,4 +175,4 @@ class _PartsLog:
 
 def open_log(store: LogStore) -> _FolderLog | _PartsLog:
     """The log to be appended to. Its methods raise StorageError."""
-    return _FolderLog(store) if _can_append(store) else _PartsLog(store)
+    return _FolderLog(store) if can_append(store) else _PartsLog(store)

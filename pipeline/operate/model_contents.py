@@ -104,7 +104,7 @@ def describe_run(store: Store, sizes: Mapping[str, int]) -> Description:
     sections = [section]
     if newest:
         facts |= _checkpoint_facts(store, newest)
-        sections.append(_data_sets(store, newest))
+        sections.append(data_sets_of(store, newest))
     return Description("training run", store.url, facts, sections)
 
 
@@ -125,7 +125,7 @@ def describe_checkpoint(store: Store, name: str, sizes: Mapping[str, int]) -> De
     sections = []
     if checkpoint.RUN in sizes:
         facts |= _checkpoint_facts(store, name)
-        sections.append(_data_sets(store, name))
+        sections.append(data_sets_of(store, name))
     files = [(file, Size(size)) for file, size in sorted(sizes.items())]
     sections.append(Section("files", ("name", "bytes"), files[:_MOST_ROWS], max(len(files) - _MOST_ROWS, 0)))
     return Description("checkpoint", _join(store, name), facts, sections)
@@ -147,7 +147,7 @@ def _checkpoint_facts(store: Store, name: str) -> dict[str, Any]:
     }
 
 
-def _data_sets(store: Store, name: str) -> Section:
+def data_sets_of(store: Store, name: str) -> Section:
     """What a checkpoint was trained on, by the manifests and the run file beside it, as far as they can be read."""
     found = {entry.name.rpartition("/")[2] for entry in store.list(f"{name}/manifest")}
     manifests = sorted(filter(_MANIFEST.fullmatch, found), key=lambda file: (len(file), file))

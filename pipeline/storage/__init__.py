@@ -6,7 +6,7 @@ again (16; 0 = any); and LATHE_S3_PART_MIB, the size of the parts that larger fi
 """
 
 from pipeline.storage.base import Entry, OpenFile, Store
-from pipeline.storage.lease import Lease
+from pipeline.storage.lease import RENEWED_SECONDS, Holder, Lease, holder
 from pipeline.storage.shards import ShardAddress, find_shard_entries, find_shards
 from pipeline.storage.stream import Stream, open_stream
 from pipeline.storage.temporary import temporary_folder
@@ -14,7 +14,9 @@ from pipeline.storage.traffic import counters
 from pipeline.storage.urls import fetch_folder, local_path, open_store, read_file, split
 
 __all__ = [
+    "RENEWED_SECONDS",
     "Entry",
+    "Holder",
     "Lease",
     "OpenFile",
     "ShardAddress",
@@ -24,6 +26,7 @@ __all__ = [
     "fetch_folder",
     "find_shard_entries",
     "find_shards",
+    "holder",
     "local_path",
     "open_store",
     "open_stream",

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,36 @@ _LOOK_SECONDS = 1.0
 _SHORT_SECONDS, _MOST_UNREAD = 0.1, 10
 _LEAVE_SECONDS = 5.0  # for a store that is slow, or away
 _GONE_STATES = ("X", "Z")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, as another process sees it."""
+
+    host: str
+    pid: int
+    lives: bool | None  # None = on another machine or in another container: only watching the counter tells
+    counter: int  # moves every few seconds while it lives
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def holder(store: Store) -> Holder | None:
+    """Who holds a store's lease, without taking it; None where nobody does. Raises StorageError."""
+    if not store.exists(LEASE):
+        return None
+    found = _parsed(store.read(LEASE))
+    is_here = all(found.get(name) == value for name, value in _place().items())
+    started = _started(found.get("pid", 0)) if is_here else None
+    lives = started is not None and started == found.get("started") if is_here else None
+    pid, counter = (found.get(name) for name in ("pid", "counter"))
+    return Holder(
+        str(found.get("host", "an unknown host")),
+        pid if isinstance(pid, int) else 0,
+        lives,
+        counter if isinstance(counter, int) else 0,
+    )
 
 
 class LostLeaseError(LatheError):

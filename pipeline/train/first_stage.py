@@ -25,6 +25,7 @@ from pipeline.train import first_stage_checkpoint as checkpoint
 from pipeline.train.first_stage_step import Training, reconstruction_psnr, settings
 from pipeline.train.learning_rate import learning_rate
 from pipeline.train.pictures import Pictures, read_pictures
+from pipeline.train.run_notes import note_start
 
 Progress = Callable[[int, int, str], None]
 
@@ -88,6 +89,7 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
     )
     with metrics:
         metrics.resume(training.steps_done)
+        note_start(store, config, training.device, step=training.steps_done)
         _train(training, store, metrics, progress)
         facts = _finish(training, pictures, store, metrics)
     return _describe(facts, config.output)

@@ -21,6 +21,7 @@ from pipeline.train import checkpoint, sharded
 from pipeline.train.compatibility import check_resume
 from pipeline.train.initial import ORIGIN, begin, origin_of
 from pipeline.train.progress import Progress
+from pipeline.train.run_notes import note_start
 from pipeline.train.saver import Save, Saver
 from pipeline.train.shelf import Shelf, newest_and_every
 from pipeline.train.snapshots import Snapshots
@@ -88,6 +89,9 @@ class Saves:
                 raise LatheError(f"no checkpoint of {self._store.url} can be read", "train into another output")
             self._origin = begin(config, self._datasets.manifests[0], self._ranks, self._engine)
         self._prepare(progress)
+        if self._ranks.is_main:
+            about = {"world_size": self._ranks.world_size, "engine": str(self._engine)}
+            note_start(self._store, config, self._ranks.device, step=progress.step, **about)
 
     def _check(self, saved: list[TrainedOn], notes: list[dict[str, Any]], found: checkpoint.Checkpoint) -> None:
         saved.append(check_resume(found, self._config, self._datasets))

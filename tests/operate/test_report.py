@@ -9,12 +9,10 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from page_reader import Reader
 from PIL import Image
 
 from pipeline.errors import StorageError
@@ -30,12 +28,11 @@ from pipeline.operate.report import (
     UnseenPicture,
     write_report,
 )
-from pipeline.operate.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, figure, finite, smooth
+from pipeline.operate.report.charts import MOST_POINTS, figure
+from pipeline.operate.report.demo_page import duration, page
 from pipeline.operate.report.markup import Html, join, tag
-from pipeline.operate.report.page import duration, page
 
 HOSTILE = "</figcaption><script>alert(1)</script> & \"quoted\" 'too'"
-VOID = {"meta", "img", "input", "br"}
 
 
 def picture(value: int) -> np.ndarray:
@@ -63,36 +60,6 @@ def facts() -> ReportFacts:
         hardware={"CPU cores": "2"},
         attribution="By them (https://example.org/a), CC-BY 4.0.",
     )
-
-
-class Reader(HTMLParser):
-    """Elements, attributes and text as a browser would see them; fails on elements that do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_startendtag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data
-
-    def all(self, name):
-        return [attributes for element, attributes in self.elements if element == name]
 
 
 def test_both_files_tell_the_same_numbers(tmp_path):
@@ -240,6 +207,7 @@ def test_headings_links_and_labels_lead_somewhere():
         assert attributes["aria-labelledby"] in ids
     assert all("alt" in attributes for attributes in reader.all("img"))
     assert all(a.get("aria-label") or a.get("aria-hidden") for a in reader.all("svg"))
+    assert all(a["aria-labelledby"] in ids for a in reader.all("figure") if "aria-labelledby" in a)
     assert {"href": "https://example.org/a"} in reader.all("a")
 
 
@@ -253,54 +221,48 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
         write_report(tmp_path / "file" / "inside", facts())
 
 
-def test_a_chart_keeps_its_lines_within_the_plot():
-    chart = Chart("c", "u", [Curve("a", [0, 10, 20], [5.0, -3.0, 900.0]), Curve("b", [5, 30], [0.0, 1.0])])
-    paths = re.findall(r'<path d="M([^"]+)"', figure(chart, 0))
-    assert len(paths) == 2  # a value below 0: no logarithmic drawing beside the linear one
-    points = [tuple(map(float, p.split())) for path in paths for p in path.split("L")]
-    assert all(LEFT <= x <= RIGHT and TOP <= y <= BOTTOM for x, y in points)
-    assert points[0][0] == LEFT
-    assert points[4][0] == RIGHT
+def drawn(*curves: Curve, **about: object) -> dict[str, object]:
+    """What the page's script is given of a chart."""
+    made = figure(Chart("c", "u", curves, **about), 7)
+    return json.loads(Reader(made).all("figure")[0]["data-chart"])
 
 
-def test_steps_are_labelled_by_whole_numbers():
-    drawn = figure(Chart("c", "u", [Curve("a", [0, 1, 3], [1.0, 2.0, 3.0])], log_scale=False), 0)
-    labels = re.findall(r'y="258"[^>]*>([^<]+)<', drawn)
-    assert labels == ["0", "1", "2", "3"]
+def test_a_short_curve_is_drawn_as_it_is():
+    curve = drawn(Curve("a", [0, 10, 20], [5.0, -3.0, 900.0]))["curves"][0]
+    assert (curve["x"], curve["mean"], curve["lines"]) == ([0, 10, 20], [5.0, -3.0, 900.0], 1.0)
+    assert "low" not in curve
+
+
+def test_a_long_curve_keeps_its_least_and_greatest_and_says_so():
+    values = np.zeros(100_000)
+    values[[17, 54_321]] = 7.0, -9.0
+    made = figure(Chart("c", "u", [Curve("a", np.arange(100_000), values)]), 0)
+    curve = json.loads(Reader(made).all("figure")[0]["data-chart"])["curves"][0]
+    assert len(curve["x"]) == len(curve["low"]) == MOST_POINTS
+    assert (max(curve["high"]), min(curve["low"])) == (7.0, -9.0)
+    assert curve["mean"][0] == pytest.approx(0.07)
+    assert "Each point stands for 100 lines of the log" in Reader(made).text
+    assert len(made) < 60_000
+
+
+def test_values_that_are_not_finite_are_gaps_with_marks():
+    chart = drawn(Curve("a", [0, 1, 2], [1.0, math.nan, math.inf]))
+    assert chart["curves"][0]["mean"] == [1.0, None, None]
+    assert chart["curves"][0]["broken"] == [1, 2]
+    made = figure(Chart("c", "u", [Curve("a", [0, 1, 2], [1.0, math.nan, math.inf])]), 0)
+    assert "a: 2 of 3" in Reader(made).text
+    assert figure(Chart("c", "u", [Curve("a", [], [])]), 0) is None
 
 
 def test_a_logarithmic_axis_is_offered_for_positive_values_only():
-    def drawn(values):
-        return figure(Chart("c", "u", [Curve("a", [0, 1], values)]), 7)
-
-    assert 'id="log-7"' in drawn([0.1, 1.0])
-    assert "log-7" not in drawn([0.0, 1.0])
-    assert drawn([math.nan, math.inf]) is None
+    assert drawn(Curve("a", [0, 1], [0.1, 1.0]))["log"]
+    assert not drawn(Curve("a", [0, 1], [0.0, 1.0]))["log"]
+    assert not drawn(Curve("a", [0, 1], [0.1, 1.0]), log_scale=False)["log"]
 
 
-def test_smoothing_does_not_lag_and_leaves_short_curves_alone():
-    ramp = Curve("a", list(range(100)), [float(i) for i in range(100)])
-    assert smooth(ramp).values[10:90] == pytest.approx(ramp.values[10:90])
-    assert smooth(Curve("a", [0, 1], [0.0, 1.0])) is None
-    assert finite(Curve("a", [0, 1, 2], [1.0, math.nan, 3.0])).steps == [0, 2]
-
-
-@given(
-    low=st.floats(1e-6, 1e6),
-    ratio=st.floats(1.01, 1e6),
-    log=st.booleans(),
-    share=st.floats(0, 1),
-)
-def test_ticks_and_places_lie_on_the_axis(low, ratio, log, share):
-    high = low * ratio
-    axis = Axis(low, high, 100.0, 0.0, log=log)
-    ticks = axis.ticks()
-    assert len(ticks) <= 9
-    assert ticks == sorted(set(ticks))
-    assert len(ticks) >= 2
-    tolerance = (high - low) * 1e-6
-    assert all(low - tolerance <= tick <= high + tolerance for tick in ticks)
-    assert -0.1 <= axis.place(min(high, low + share * (high - low))) <= 100.1
+def test_the_ends_of_curves_stand_in_a_table_too():
+    text = Reader(figure(Chart("c", "u", [Curve("a", [0, 1, 2], [0.5, 0.125, 0.25])]), 0)).text
+    assert re.search(r"first.*last.*least.*greatest.*a.*0\.5.*0\.25.*0\.125.*0\.5", text, re.DOTALL)
 
 
 def test_a_curve_of_uneven_length_is_refused():

@@ -188,3 +188,20 @@ def test_a_foreign_process_id_is_no_process(tmp_path, pid):
     held = Lease(store)
     held.take()
     held.release()
+
+
+def test_others_see_who_holds_it_and_whether_it_lives(store):
+    assert lease.holder(store) is None
+    held = Lease(store)
+    held.take()
+    seen = lease.holder(store)
+    assert seen is not None
+    assert (seen.pid, seen.lives, str(seen)) == (os.getpid(), True, f"process {os.getpid()} on {os.uname().nodename}")
+    held.release()
+    left_by(store, started=-1.0)
+    assert lease.holder(store).lives is False
+    left_by(store, host="elsewhere")
+    assert lease.holder(store).lives is None
+    for broken in (b"{", b"[]", b'{"pid": "x", "counter": null}'):
+        store.write(LEASE, broken)
+        assert (lease.holder(store).pid, lease.holder(store).lives) == (0, None)

@@ -1,14 +1,12 @@
-"""The report of a run: one HTML file that needs nothing else, and its numbers as JSON beside it.
+"""Pages as one HTML file that needs nothing else: of runs, and of the demo with its numbers as JSON beside it.
 
-facts -> markup, charts -> page -> write.
+markup -> charts, document -> run_page -> job; facts -> demo_page -> write.
 """
 
+from pipeline.operate.report.charts import Chart, Curve
 from pipeline.operate.report.facts import (
     CaptionedPicture,
-    Chart,
-    Curve,
     GeneratedPicture,
-    Pixels,
     Reconstruction,
     ReconstructionScores,
     ReportFacts,
@@ -22,7 +20,6 @@ __all__ = [
     "Chart",
     "Curve",
     "GeneratedPicture",
-    "Pixels",
     "Reconstruction",
     "ReconstructionScores",
     "ReportFacts",

@@ -1,4 +1,4 @@
-"""Curves as SVG inside the page: axes, raw values behind their moving average, linear and logarithmic."""
+"""Curves for a page: points as data, which its script draws, and a table of their ends for whoever sees no curve."""
 
 from __future__ import annotations
 
@@ -6,197 +6,135 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Any
 
-from pipeline.operate.report.facts import Chart, Curve
-from pipeline.operate.report.markup import Html, join, tag
+import numpy as np
+from numpy.typing import NDArray
 
-WIDTH, HEIGHT = 460, 278
-LEFT, RIGHT, TOP, BOTTOM = 52, 448, 24, 240  # of the plot, in units of the view box
-MOST_POINTS = 500  # per drawn line
-COLOURS = 6  # classes c0..c5 in page.css
+from pipeline.operate.numerals import number
+from pipeline.operate.report.markup import Html, tag
+from pipeline.operate.runs.numbers import Series, thinned
+
+MOST_POINTS = 1000  # of a curve; each stands for a run of lines where there are more
+_DIGITS = 6
+
+
+Values = Sequence[float] | NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A number range laid on a length."""
+class Curve:
+    """One line of a chart; a value that is not finite leaves a gap, and a mark."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
+    name: str
+    steps: Values
+    values: Values
+    run: int | None = None  # of the page's runs, which may be hidden together
+    hue: int | None = None  # which colour; None = by its place among the curves of the chart
+    dash: int = 0  # which pattern, where the colour tells something else
+    tone: float | None = None  # 0 to 1, of curves that have an order
+    unsmoothed: bool = False  # few points that mean something each
 
-    def place(self, value: float) -> float:
-        """Where `value` lies between `start` and `end`."""
-        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        share = (value - low) / (high - low) if high > low else 0.5
-        return round(self.start + share * (self.end - self.start), 1)
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.values):
+            raise ValueError(f"curve {self.name!r}: {len(self.steps)} steps, {len(self.values)} values")
 
-    def ticks(self) -> list[float]:
-        """Up to nine round numbers within the range."""
-        return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps, or over something else, that share a value axis."""
+
+    title: str
+    unit: str  # of the value axis
+    curves: Sequence[Curve]
+    note: str = ""
+    smooth: bool = True  # draw a moving average, with the raw values pale behind it
+    log_scale: bool = True  # offer a logarithmic value axis, where all values are positive
+    across: str = ""  # what lies along the other axis; empty = steps
+    group: str = ""  # charts that are zoomed together
 
 
 def figure(chart: Chart, number: int) -> Html | None:
-    """A chart with legend and, where it makes sense, a switch to a logarithmic axis. None when nothing is finite."""
-    curves = [thinned for curve in chart.curves if (thinned := finite(curve)).values]
+    """A chart; None when there is nothing at all to draw."""
+    curves = [curve for curve in chart.curves if len(curve.values)]
     if not curves:
         return None
-    averages = [smooth(curve) if chart.smooth else None for curve in curves]
-    smoothed = [average and _thin(average) for average in averages]
-    log = chart.log_scale and all(value > 0 for curve in curves for value in curve.values)
-    name = f"log-{number}"
-    switch = (
-        tag("input", type="checkbox", id=name, class_="log-switch"),
-        tag("label", "logarithmic", for_=name, class_="log-label"),
-    )
+    points = [_points(curve) for curve in curves]
+    log = chart.log_scale and all(v is None or v > 0 for p in points for v in p.get("low", p["mean"]))
+    data = {
+        "title": chart.title,
+        "unit": chart.unit,
+        "across": chart.across,
+        "group": chart.group,
+        "log": log,
+        "smooth": chart.smooth,
+        "curves": points,
+    }
+    coarse = max(point["lines"] for point in points)
+    bands = ", where no more than three curves are shown" if len(points) > 3 else ""
+    said = f"Each point stands for {coarse:,.0f} lines of the log: the mean, and as a band least and greatest{bands}."
+    notes = [tag("p", note) for note in (chart.note, said if coarse > 1 else "", _not_finite(curves)) if note]
+    heading = f"chart-{number}"
     return tag(
         "figure",
-        tag("h3", chart.title),
-        *(switch if log else ()),
-        _svg(chart, curves, smoothed, log=False),
-        _svg(chart, curves, smoothed, log=True) if log else None,
-        tag("p", class_="readout", aria_live="polite"),
-        tag("figcaption", _legend(curves, smoothed), tag("p", chart.note) if chart.note else None),
+        tag("div", tag("h3", chart.title, id=heading), class_="chart-head"),
+        tag("figcaption", *notes, _ends(curves)),
         class_="chart",
-        data_curves=json.dumps([_readable(_thin(s or c)) for c, s in zip(curves, smoothed, strict=True)]),
-        data_plot=json.dumps([WIDTH, LEFT, RIGHT, *_step_range(curves)]),
+        aria_labelledby=heading,
+        data_chart=json.dumps(data, separators=(",", ":"), ensure_ascii=False),
     )
 
 
-def finite(curve: Curve) -> Curve:
-    """The curve without its values that are no numbers."""
-    kept = [(s, float(v)) for s, v in zip(curve.steps, curve.values, strict=True) if math.isfinite(v)]
-    return Curve(curve.name, [s for s, _ in kept], [v for _, v in kept])
+def charts(drawn: Sequence[Chart], number_from: int = 0) -> Html | None:
+    """Charts side by side; None where all are empty."""
+    figures = [one for i, chart in enumerate(drawn) if (one := figure(chart, number_from + i))]
+    return tag("div", *figures, class_="charts") if figures else None
 
 
-def smooth(curve: Curve) -> Curve | None:
-    """Mean over a fortieth of the points to each side, so that it does not lag; None when there are few."""
-    count = len(curve.values)
-    if count < 20:
-        return None
-    half = max(2, count // 40)
-    sums = [0.0, *accumulate(curve.values)]
-    windows = ((max(0, i - half), min(count, i + half + 1)) for i in range(count))
-    return Curve(curve.name, curve.steps, [(sums[end] - sums[start]) / (end - start) for start, end in windows])
+def _points(curve: Curve) -> dict[str, Any]:
+    values = np.asarray(curve.values, np.float64)
+    places = np.asarray(curve.steps)
+    thin = thinned(Series((curve.name,), places, np.empty(0), values), MOST_POINTS)
+    kept: dict[str, Any] = {
+        "name": curve.name,
+        "x": [round(float(x), _DIGITS) if places.dtype.kind == "f" else int(x) for x in thin.steps],
+        "mean": _short(thin.mean),
+        "lines": thin.lines_per_point,
+        **({"run": curve.run} if curve.run is not None else {}),
+        **({"hue": curve.hue} if curve.hue is not None else {}),
+        **({"dash": curve.dash} if curve.dash else {}),
+        **({"tone": round(curve.tone, 3)} if curve.tone is not None else {}),
+        **({"plain": True} if curve.unsmoothed else {}),
+    }
+    if thin.lines_per_point > 1:
+        kept |= {"low": _short(thin.low), "high": _short(thin.high)}
+    if len(thin.not_finite):
+        kept["broken"] = thin.not_finite.tolist()
+    return kept
 
 
-def _svg(chart: Chart, curves: Sequence[Curve], smoothed: Sequence[Curve | None], *, log: bool) -> Html:
-    first, last = _step_range(curves)
-    x = Axis(first, last, LEFT, RIGHT)
-    y = _value_axis(curves, log=log)
-    lines = []
-    for i, (curve, average) in enumerate(zip(curves, smoothed, strict=True)):
-        colour = f"c{i % COLOURS}"
-        lines.append(_path(_thin(curve), x, y, f"{colour} raw" if average else colour))
-        if average:
-            lines.append(_path(average, x, y, colour))
-    return tag(
-        "svg",
-        *(_grid_line(y.place(value), _number(value)) for value in y.ticks()),
-        *(_step_label(x.place(value), f"{value:,.0f}") for value in x.ticks() if value == round(value)),
-        tag("text", "step", x=RIGHT, y=HEIGHT - 4, class_="axis", text_anchor="end"),
-        tag("text", chart.unit, x=LEFT, y=13, class_="axis"),
-        *lines,
-        tag("line", class_="cursor", x1=LEFT, x2=LEFT, y1=TOP, y2=BOTTOM),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        class_="logarithmic" if log else "linear",
-        role="img",
-        tabindex=0,
-        aria_label=f"{chart.title}{', logarithmic' if log else ''}. " + " ".join(_in_words(c) for c in curves),
-    )
+def _short(values: NDArray[np.float64]) -> list[float | None]:
+    """As JSON has them; what is not finite is None."""
+    return [float(f"{v:.{_DIGITS}g}") if math.isfinite(v) else None for v in values]
 
 
-def _step_range(curves: Sequence[Curve]) -> tuple[int, int]:
-    return min(min(c.steps) for c in curves), max(max(c.steps) for c in curves)
+def _not_finite(curves: Sequence[Curve]) -> str:
+    """What is said of values that no curve can show."""
+    found = [(curve, int((~np.isfinite(np.asarray(curve.values, np.float64))).sum())) for curve in curves]
+    parts = [f"{curve.name}: {count:,} of {len(curve.values):,}" for curve, count in found if count]
+    return f"Values that were not finite, marked below the curve: {'; '.join(parts)}." if parts else ""
 
 
-def _value_axis(curves: Sequence[Curve], *, log: bool) -> Axis:
-    """The values' range, widened to what the eye expects: from 0 where that is near, a little air elsewhere."""
-    values = [v for c in curves for v in c.values]
-    low, high = min(values), max(values)
-    if log:
-        return Axis(low / 1.1, high * 1.1, BOTTOM, TOP, log=True)
-    air = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
-    return Axis(0.0 if 0 <= low < high * 0.6 else low - air, high + air, BOTTOM, TOP)
-
-
-def _path(curve: Curve, x: Axis, y: Axis, class_: str) -> Html:
-    points = [(x.place(s), y.place(v)) for s, v in zip(curve.steps, curve.values, strict=True)]
-    if len(points) == 1:
-        return tag("circle", cx=points[0][0], cy=points[0][1], r=3, class_=class_)
-    return tag("path", d="M" + "L".join(f"{px:g} {py:g}" for px, py in points), class_=class_)
-
-
-def _grid_line(y: float, label: str) -> Html:
-    return join(
-        tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"),
-        tag("text", label, x=LEFT - 6, y=y + 4, text_anchor="end"),
-    )
-
-
-def _step_label(x: float, label: str) -> Html:
-    return join(
-        tag("line", x1=x, x2=x, y1=BOTTOM, y2=BOTTOM + 4, class_="tick"),
-        tag("text", label, x=x, y=BOTTOM + 18, text_anchor="end" if x > RIGHT - 20 else "middle"),
-    )
-
-
-def _legend(curves: Sequence[Curve], smoothed: Sequence[Curve | None]) -> Html:
-    entries = []
-    for i, (curve, average) in enumerate(zip(curves, smoothed, strict=True)):
-        last = (average or curve).values[-1]
-        swatch = tag("span", class_=f"swatch c{i % COLOURS}")
-        entries.append(tag("li", swatch, curve.name, " ", tag("span", f"{_number(last)} at the end", class_="quiet")))
-    return tag("ul", *entries, class_="legend")
-
-
-def _in_words(curve: Curve) -> str:
-    first, last = curve.values[0], curve.values[-1]
-    return (
-        f"{curve.name}: {_number(first)} at step {curve.steps[0]}, {_number(last)} at step {curve.steps[-1]},"
-        f" lowest {_number(min(curve.values))}."
-    )
-
-
-def _readable(curve: Curve) -> dict[str, object]:
-    return {"name": curve.name, "steps": list(map(int, curve.steps)), "values": [_number(v) for v in curve.values]}
-
-
-def _thin(curve: Curve) -> Curve:
-    """At most `MOST_POINTS` of the points, evenly, the first and the last among them."""
-    count = len(curve.values)
-    if count <= MOST_POINTS:
-        return curve
-    kept = [round(i * (count - 1) / (MOST_POINTS - 1)) for i in range(MOST_POINTS)]
-    return Curve(curve.name, [curve.steps[i] for i in kept], [curve.values[i] for i in kept])
-
-
-def _linear_ticks(low: float, high: float) -> list[float]:
-    if high <= low:
-        return [low]
-    rough = (high - low) / 6
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-    for multiples in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))):
-        ticks = [m * 10.0**e for e in exponents for m in multiples if low <= m * 10.0**e <= high]
-        if len(ticks) >= 3:
-            return ticks[:: -(-len(ticks) // 8)]
-    return _linear_ticks(low, high)
-
-
-def _number(value: float) -> str:
-    """Three significant digits, without an exponent where it can be read without."""
-    if value == 0:
-        return "0"
-    if not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.2e}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{digits}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+def _ends(curves: Sequence[Curve]) -> Html:
+    rows = []
+    for curve in curves:
+        values = np.asarray(curve.values, np.float64)
+        finite = values[np.isfinite(values)]
+        ends = (values[0], values[-1], finite.min(initial=np.inf), finite.max(initial=-np.inf))
+        rows.append(
+            tag("tr", tag("th", curve.name, scope="row"), *(tag("td", number(v), class_="number") for v in ends))
+        )
+    titles = ("first", "last", "least", "greatest")
+    head = tag("tr", tag("td"), *(tag("th", title, scope="col", class_="number") for title in titles))
+    whole = tag("table", tag("thead", head), tag("tbody", *rows))
+    return tag("details", tag("summary", "as a table"), tag("div", whole, class_="scroll"), class_="ends")

@@ -1,14 +1,12 @@
-"""What a report tells: plain, frozen values, gathered elsewhere. A section whose facts are empty is left out."""
+"""What the demo's report tells: plain, frozen values. A section whose facts are empty is left out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
-Pixels = npt.NDArray[np.uint8]  # [height, width, 3], sRGB
+from pipeline.data.images import Pixels
+from pipeline.operate.report.charts import Chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,31 +67,6 @@ class UnseenPicture:
     true_picture: Pixels
     colour_delta_e: float  # distance of mean colours in CIELAB; 0 = equal
     shape_iou: float  # overlap of the non-white areas, 0 to 1
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart; a value that is not finite leaves a gap."""
-
-    name: str
-    steps: Sequence[int]
-    values: Sequence[float]
-
-    def __post_init__(self) -> None:
-        if len(self.steps) != len(self.values):
-            raise ValueError(f"curve {self.name!r}: {len(self.steps)} steps, {len(self.values)} values")
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Curves over steps that share a value axis."""
-
-    title: str
-    unit: str  # of the value axis
-    curves: Sequence[Curve]
-    note: str = ""
-    smooth: bool = True  # draw a moving average, with the raw values pale behind it
-    log_scale: bool = True  # offer a logarithmic value axis, where all values are positive
 
 
 @dataclass(frozen=True, kw_only=True)

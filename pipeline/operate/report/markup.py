@@ -6,8 +6,7 @@ import base64
 import html
 from typing import Union
 
-from pipeline.data.images import png
-from pipeline.operate.report.facts import Pixels
+from pipeline.data.images import Pixels, png
 
 
 class Html(str):
@@ -22,7 +21,7 @@ _VOID = frozenset(["br", "img", "input", "meta", "rect", "line", "path", "circle
 
 
 def tag(name: str, /, *content: Content, **attributes: Attribute) -> Html:
-    """An element. None is left out; `class_` is `class`, `data_x` is `data-x`, `viewBox` stays as it is."""
+    """An element. None is left out; `class_` is `class`, `data_x` is `data-x`."""
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
@@ -40,6 +39,10 @@ def join(*content: Content) -> Html:
 
 def image(pixels: Pixels, alt: str, scale: int = 2) -> Html:
     """A picture inside the page, each of its pixels `scale` CSS pixels wide."""
-    data = base64.b64encode(png(pixels)).decode("ascii")
     height, width = pixels.shape[:2]
-    return tag("img", src=f"data:image/png;base64,{data}", alt=alt, width=width * scale, height=height * scale)
+    return tag("img", src=data_url(png(pixels), "png"), alt=alt, width=width * scale, height=height * scale)
+
+
+def data_url(file: bytes, kind: str) -> str:
+    """A picture file of a kind that browsers know, as an address."""
+    return f"data:image/{kind};base64,{base64.b64encode(file).decode('ascii')}"

@@ -1,47 +1,91 @@
-// A chart says its values at the pointer, or at the place the arrow keys have reached.
-for (const chart of document.querySelectorAll(".chart")) {
-  const curves = JSON.parse(chart.dataset.curves);
-  const [width, left, right, first, last] = JSON.parse(chart.dataset.plot);
-  const readout = chart.querySelector(".readout");
-  const nearest = (steps, step) => {
-    let low = 0, high = steps.length - 1;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (steps[middle] < step) low = middle + 1; else high = middle;
-    }
-    return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
-  };
-  let at = 0;
-  const show = (step) => {
-    at = nearest(curves[0].steps, step);
-    const snapped = curves[0].steps[at];
-    const x = last > first ? left + (snapped - first) / (last - first) * (right - left) : (left + right) / 2;
-    for (const line of chart.querySelectorAll(".cursor")) {
-      line.setAttribute("x1", x);
-      line.setAttribute("x2", x);
-    }
-    chart.classList.add("reading");
-    readout.textContent = `step ${snapped.toLocaleString("en")}: ` +
-      curves.map((c) => `${c.name} ${c.values[nearest(c.steps, snapped)]}`).join(", ");
-  };
-  const hide = () => {
-    chart.classList.remove("reading");
-    readout.textContent = "";
-  };
-  for (const svg of chart.querySelectorAll("svg")) {
-    svg.addEventListener("pointermove", (event) => {
-      const box = svg.getBoundingClientRect();
-      const x = (event.clientX - box.left) / box.width * width;
-      show(first + (x - left) / (right - left) * (last - first));
+// The page: what is set for all charts together, and pictures over time.
+{
+  const panel = document.querySelector("#curves");
+  const runs = panel ? JSON.parse(panel.dataset.runs) : [];
+  const view = { along: "steps", smoothing: 0.05, zooms: new Map(), hidden: new Set() };
+  const charts = [...document.querySelectorAll(".chart")].map((figure) => new Chart(figure, view, runs));
+  let due = false; // once for each frame, however fast a slider moves
+  const redraw = () => {
+    if (!due) requestAnimationFrame(() => {
+      due = false;
+      for (const chart of charts) chart.draw();
     });
-    svg.addEventListener("pointerleave", hide);
-    svg.addEventListener("blur", hide);
-    svg.addEventListener("keydown", (event) => {
-      const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
-      if (!move) return;
-      event.preventDefault();
-      const steps = curves[0].steps;
-      show(steps[Math.min(Math.max(at + move, 0), steps.length - 1)]);
+    due = true;
+  };
+  const control = (id) => document.getElementById(id);
+
+  // A window within what there is of a group of charts; null shows all of it.
+  view.zoomTo = (group, from, to) => {
+    const extents = charts.filter((chart) => chart.isOverSteps && chart.data.group === group).map((chart) => chart.extent());
+    const low = Math.min(...extents.map((e) => e[0])), high = Math.max(...extents.map((e) => e[1]));
+    const zoom = [Math.max(from ?? low, low), Math.min(to ?? high, high)];
+    if (zoom[1] - zoom[0] < (high - low) / 1e5) return;
+    if (zoom[1] - zoom[0] < (high - low) * 0.999) view.zooms.set(group, zoom); else view.zooms.delete(group);
+    if (control("reset")) control("reset").disabled = view.zooms.size === 0;
+    redraw();
+  };
+  const showAll = () => {
+    view.zooms.clear();
+    control("reset").disabled = true;
+    redraw();
+  };
+
+  if (panel) {
+    panel.classList.add("works");
+    control("reset").addEventListener("click", showAll);
+    control("smoothing").addEventListener("input", (event) => {
+      view.smoothing = event.target.value / 100;
+      control("smoothing-value").textContent = view.smoothing ? `${event.target.value} %` : "none";
+      redraw();
     });
+    control("along")?.addEventListener("change", (event) => {
+      view.along = event.target.value;
+      showAll();
+    });
+    for (const button of panel.querySelectorAll(".run-toggle")) {
+      button.addEventListener("click", () => {
+        const run = Number(button.dataset.run), hides = button.getAttribute("aria-pressed") === "true";
+        button.setAttribute("aria-pressed", !hides);
+        if (hides) view.hidden.add(run); else view.hidden.delete(run);
+        redraw();
+      });
+    }
+  }
+
+  // Of each run the newest pictures that are not newer than the slider's step.
+  for (const album of document.querySelectorAll(".album")) {
+    const steps = JSON.parse(album.dataset.steps);
+    const slider = album.querySelector("input"), told = album.querySelector("output"), play = album.querySelector("button");
+    const show = () => {
+      const step = steps[slider.value];
+      told.textContent = `step ${step.toLocaleString("en")}`;
+      slider.setAttribute("aria-valuetext", told.textContent);
+      for (const figure of album.querySelectorAll("figure")) {
+        const sheets = [...figure.querySelectorAll("img")];
+        const chosen = sheets.filter((sheet) => Number(sheet.dataset.step) <= step).pop() ?? sheets[0];
+        for (const sheet of sheets) sheet.hidden = sheet !== chosen;
+        figure.querySelector(".of-step").textContent = `step ${Number(chosen.dataset.step).toLocaleString("en")}`;
+      }
+    };
+    let timer = null;
+    const stop = () => {
+      clearInterval(timer);
+      timer = null;
+      play.textContent = "play";
+    };
+    play.addEventListener("click", () => {
+      if (timer) return stop();
+      if (Number(slider.value) === steps.length - 1) slider.value = 0;
+      play.textContent = "pause";
+      show();
+      timer = setInterval(() => {
+        slider.value = Number(slider.value) + 1;
+        show();
+        if (Number(slider.value) === steps.length - 1) stop();
+      }, 500);
+    });
+    slider.addEventListener("input", () => { stop(); show(); });
+    album.classList.add("works");
+    show();
   }
 }

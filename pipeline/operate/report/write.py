@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.operate.report.facts import Chart, ReportFacts
-from pipeline.operate.report.page import page
+from pipeline.operate.report.charts import Chart
+from pipeline.operate.report.demo_page import page
+from pipeline.operate.report.facts import ReportFacts
 
 
 def write_report(folder: Path, facts: ReportFacts) -> None:

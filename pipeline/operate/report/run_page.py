@@ -1,0 +1,242 @@
+"""The page of a run, or of several beside each other: one section per kind of fact, none for what is missing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline import __version__
+from pipeline.console import duration
+from pipeline.operate.numerals import number
+from pipeline.operate.report.charts import MOST_POINTS, Chart, charts
+from pipeline.operate.report.document import Section, card, document, table
+from pipeline.operate.report.encode_section import encode_section
+from pipeline.operate.report.markup import Html, join, tag
+from pipeline.operate.report.pictures import album
+from pipeline.operate.report.plans import LOSSES, OPTIMISATION, THROUGHPUT
+from pipeline.operate.report.records import configuration, data_sets, differences, environment
+from pipeline.operate.report.run_charts import level_charts, others, planned
+from pipeline.operate.report.toolbar import Axis, toolbar
+from pipeline.operate.runs.run import Run
+from pipeline.operate.runs.state import State
+
+_KINDS = {"train": "training", "first_stage": "first stage", "encode": "encode job"}
+_FIRST = ("losses", "levels")  # before the pictures
+_DASH = "\u2013"
+_MOST_STARTS, _LARGEST_STEP = 200, 1 << 53
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run, and how it was with it when it was looked at."""
+
+    run: Run
+    state: State
+
+
+def run_page(seen: Sequence[Seen], now: float) -> str:
+    """The whole document. `now`: Unix time at which the runs were looked at."""
+    names = ", ".join(one.run.name for one in seen)
+    kinds = ", ".join(dict.fromkeys(_KINDS[one.run.found.kind] for one in seen))
+    title = f"{names if len(seen) <= 4 else f'{len(seen)} runs'}: {kinds}"
+    states = (
+        join("; " if place else None, f"{one.run.name} " if len(seen) > 1 else None, _state(one.state))
+        for place, one in enumerate(seen)
+    )
+    made = f"As of {_moment(now)}, by lathe {__version__}."
+    return document(title, join(*states, ". ", made), list(_sections(seen)))
+
+
+def _sections(seen: Sequence[Seen]) -> Iterator[Section]:
+    runs = [one.run for one in seen]
+    yield Section("overview", "Overview", _overview(seen))
+    drawn = list(_drawn_sections([run for run in runs if run.found.kind != "encode"], runs))
+    yield from (section for section in drawn if section.anchor in _FIRST)
+    if pictures := album(runs):
+        yield Section("pictures", "Pictures", pictures)
+    yield from (section for section in drawn if section.anchor not in _FIRST)
+    for title, anchor, content in (
+        ("Encoding", "encoding", encode_section([run for run in runs if run.found.kind == "encode"])),
+        ("Differences", "differences", differences(runs)),
+        ("Configuration", "configuration", configuration(runs)),
+        ("Data", "data", data_sets(runs)),
+        ("Environment", "environment", environment(runs)),
+    ):
+        if content:
+            yield Section(anchor, title, content)
+
+
+def _drawn_sections(logged: Sequence[Run], runs: Sequence[Run]) -> Iterator[Section]:
+    """Curves, of each kind of run apart: a loss of one means nothing beside that of another."""
+    groups: dict[str, tuple[str, Callable[[Sequence[Run], Sequence[int]], list[Chart]]]] = {
+        "losses": ("Losses", lambda group, places: planned(LOSSES, group, places)),
+        "levels": ("Loss by noise level", level_charts),
+        "optimisation": ("Optimisation", lambda group, places: planned(OPTIMISATION, group, places)),
+        "throughput": ("Throughput", lambda group, places: planned(THROUGHPUT, group, places)),
+        "others": ("Other numbers", others),
+    }
+    having = [run for run in logged if len(run.numbers)]
+    controls: Html | None = toolbar([_axis(run) for run in runs] if having else ())
+    count = 0
+    for anchor, (title, make) in groups.items():
+        shown: list[Html] = []
+        for kind, said in _KINDS.items():
+            group = [run for run in having if run.found.kind == kind]
+            made: list[Chart] = make(group, [runs.index(run) for run in group]) if group else []
+            drawn = charts([replace(chart, group=kind) for chart in made], count)
+            count += len(made)
+            if drawn:
+                mixed = len({run.found.kind for run in having}) > 1
+                shown += [tag("h3", said.capitalize()), drawn] if mixed else [drawn]
+        if shown:
+            yield Section(anchor, title, join(controls, *shown))
+            controls = None
+
+
+def _axis(run: Run) -> Axis:
+    """Steps with the hours since the first line, a few of them, pauses included."""
+    steps, times = run.numbers.steps, run.numbers.times
+    kept = np.isfinite(times)
+    steps, times = steps[kept], times[kept]
+    places = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), MOST_POINTS)).astype(int))
+    seen = run.numbers.get("samples_seen")
+    per_step = float(seen.last / seen.steps[-1]) if seen is not None and seen.steps[-1] > 0 and seen.last > 0 else None
+    hours = (times[places] - times[:1]) / 3600
+    starts = [at for start in run.starts if isinstance(at := start.get("step"), int) and 0 < at < _LARGEST_STEP]
+    return Axis(
+        run.name,
+        per_step,
+        [int(s) for s in steps[places]],
+        [float(h) for h in hours],
+        sorted(set(starts))[-_MOST_STARTS:],
+    )
+
+
+def _overview(seen: Sequence[Seen]) -> Html:
+    problems = [
+        join(tag("strong", f"{one.run.name}: ") if len(seen) > 1 else None, said)
+        for one in seen
+        for said in _missing(one.run)
+    ]
+    listed = tag("ul", *(tag("li", said) for said in problems), class_="problems", aria_label="What is missing")
+    shown = _cards(seen[0]) if len(seen) == 1 else _table(seen)
+    return join(shown, listed if problems else None)
+
+
+def _missing(run: Run) -> Iterator[str]:
+    yield from run.problems
+    if run.found.kind == "encode":
+        return
+    if not len(run.numbers):
+        yield "its log has no line yet, so there is no curve"
+    if run.numbers.superseded:
+        yield f"lines of its log that a later start told again, left out: {run.numbers.superseded:,}"
+    if run.numbers.ignored:
+        yield f"values of its log that are no numbers of a metric, left out: {run.numbers.ignored:,}"
+    loss = run.numbers.get("loss")
+    if loss is not None and (bad := int((~np.isfinite(loss.values)).sum())):
+        yield f"{bad:,} of {len(loss.values):,} logged losses are not finite"
+    if not run.config:
+        yield "its run file is not there: it was written by an older version, or before the first checkpoint"
+    if not run.starts:
+        yield "versions and hardware were not noted, as by an older version"
+
+
+def _cards(one: Seen) -> Html:
+    cards = [card("State", one.state.word, "", one.state.said or _KINDS[one.run.found.kind])]
+    cards += [card(title, value, unit, meaning) for title, value, unit, meaning in _figures(one.run)]
+    return tag("dl", *cards, class_="numbers")
+
+
+def _table(seen: Sequence[Seen]) -> Html:
+    figures = [{title: f"{value} {unit}".strip() for title, value, unit, _ in _figures(one.run)} for one in seen]
+    columns = list(dict.fromkeys(title for found in figures for title in found))
+    rows = [
+        (
+            join(tag("span", class_=f"swatch c{place % 8}", aria_hidden="true"), one.run.name),
+            [_state(one.state), *(found.get(title, _DASH) for title in columns)],
+        )
+        for place, (one, found) in enumerate(zip(seen, figures, strict=True))
+    ]
+    return table(("run", "state", *columns), rows, kind="summary")
+
+
+def _figures(run: Run) -> Iterator[tuple[str, str, str, str]]:
+    """Title, value, unit and meaning of the numbers that sum a run up."""
+    if run.found.kind == "encode":
+        yield from _encode_figures(run)
+        return
+    numbers, target = run.numbers, run.target
+    if numbers.last_step is not None:
+        of = f"of {target:,}" if target else ""
+        yield "Steps", f"{numbers.last_step:,}", of, _spent(run)
+    if loss := numbers.get("loss"):
+        kept = loss.finite
+        tail = kept[-max(1, len(kept) // 20) :]
+        if len(kept):
+            yield "Loss", number(float(tail.mean())), "", "Mean of the last twentieth of the log."
+    for key in numbers.named("validation_loss")[:1]:
+        held_out = numbers.get(*key)
+        if held_out is not None and len(held_out.finite):
+            best = held_out.steps[np.nanargmin(held_out.values)]
+            least = f"{number(float(held_out.finite.min()))} at step {best:,}"
+            meaning = f"By {' '.join(key[1:])}, after the last validation; the lowest was {least}."
+            yield "Held-out loss", number(held_out.last), "", meaning
+    if (psnr := run.marker.get("psnr_db")) and isinstance(psnr, float | int):
+        yield "Reconstruction", number(float(psnr)), "dB", f"PSNR on {run.marker.get('psnr_on', 'pictures')}."
+    if rate := numbers.get("images_per_second"):
+        yield "Throughput", number(float(np.median(rate.finite)) if len(rate.finite) else np.nan), "images/s", "Median."
+    wait, step = numbers.get("data_wait_seconds"), numbers.get("step_seconds")
+    if wait is not None and step is not None and step.finite.sum():
+        share = 100 * wait.finite.sum() / step.finite.sum()
+        yield "Data wait", f"{share:.1f}", "%", "The share of all steps' time that waited for data."
+    if epoch := numbers.last("epoch"):
+        seen = numbers.last("samples_seen")
+        yield "Epochs", number(epoch), "", f"{seen:,.0f} samples." if seen else ""
+    if skipped := numbers.last("skipped_steps"):
+        yield "Skipped steps", f"{skipped:,.0f}", "", "Their loss or gradient was not finite."
+
+
+def _encode_figures(run: Run) -> Iterator[tuple[str, str, str, str]]:
+    parts = run.encoded
+    yield (
+        "Shards",
+        f"{sum(part.tally.shards for part in parts):,}",
+        "",
+        f"In {len(parts)} resolutions." * (len(parts) > 1),
+    )
+    yield (
+        "Samples",
+        f"{sum(part.samples for part in parts):,}",
+        "",
+        f"{sum(part.holdout for part in parts):,} of them held out.",
+    )
+    rejected = sum(sum(part.reasons[0].values()) for part in parts)
+    total = rejected + sum(part.samples for part in parts)
+    yield "Rejected", f"{100 * rejected / total if total else 0.0:.2f}", "%", f"{rejected:,} samples could not be used."
+    yield "Size", number(sum(part.bytes for part in parts) / 2**30), "GiB", "Of all latent shards."
+
+
+def _spent(run: Run) -> str:
+    times = run.numbers.times
+    times = times[np.isfinite(times)]
+    checkpoints = run.checkpoints
+    parts = (
+        [f"{duration(float(times[-1] - times[0]))} from the first line of the log to the last."]
+        if len(times) > 1
+        else []
+    )
+    parts += [f"{len(run.starts)} starts."] if len(run.starts) > 1 else []
+    parts += [f"Newest checkpoint: step {max(checkpoints):,}."] if checkpoints else []
+    return " ".join(parts)
+
+
+def _state(state: State) -> Html:
+    return join(tag("span", state.word, class_=f"state {state.word}"), f" ({state.said})" if state.said else None)
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))

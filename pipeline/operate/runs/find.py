@@ -1,0 +1,128 @@
+"""Which kind of run stands at an address."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+
+from pipeline.data.manifest import ENCODING, MANIFEST, RECEIPT_SUFFIX
+from pipeline.errors import DataError, StorageError
+from pipeline.metrics import LOG, PARTS, LogFollower
+from pipeline.storage import Entry, Store, local_path, open_store, split
+
+Kind = Literal["train", "first_stage", "encode"]
+RUN_FILE, STARTS, MARKER = "run.yaml", "starts.json", "first_stage.json"
+_WANTED = "give the output of lathe train, train-vae or encode: a folder or an s3:// prefix"
+_FOLDERS = re.compile(r"step-\d{8,}|checkpoints(/step-\d+)?|samples|metrics|\d+")
+_FILES = re.compile(rf"{LOG}|{RUN_FILE}|{STARTS}|{MARKER}|{MANIFEST}|{ENCODING}|lease\.json|.*{RECEIPT_SUFFIX}")
+_CHECKPOINT, _FIRST_STAGE = re.compile(r"step-\d{8,}/"), re.compile(r"checkpoints/step-\d+/")
+_ENCODED = re.compile(rf"(\d+/)?({re.escape(ENCODING)}|{re.escape(MANIFEST)})|[^/]*{re.escape(RECEIPT_SUFFIX)}")
+_FEW = 6
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run, and what its output holds."""
+
+    address: str
+    kind: Kind
+    store: Store
+    entries: tuple[Entry, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Of all files that were looked at."""
+        return {entry.name for entry in self.entries}
+
+
+def find(address: str) -> Found:
+    """The run at an address: of its output, or of a file in it.
+
+    Raises:
+        StorageError: nothing is there, or it cannot be read.
+        DataError: it is no run; what it holds is named.
+    """
+    url = _folder_of(address)
+    store = open_store(url)
+    entries = tuple(list_run(store))
+    kind = _kind(store, {entry.name for entry in entries})
+    if kind is None:
+        raise _no_run(address, url)
+    return Found(address, kind, store, entries)
+
+
+def list_run(store: Store, *, known: bool = False) -> list[Entry]:
+    """The files of an output, in the folders that runs have; of a run that is `known`, whatever is fastest.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    if known and "://" in store.url:  # a request for each folder, or one for a thousand files
+        return store.list()
+    return store.list(into=lambda name: _FOLDERS.fullmatch(name) is not None)
+
+
+def _folder_of(address: str) -> str:
+    """An address without the file at its end, where one was given that runs have."""
+    name = address.rstrip("/").rpartition("/")[2]
+    is_file = _FILES.fullmatch(name) is not None and not ("://" not in address and local_path(address).is_dir())
+    return split(address)[0] if is_file else address
+
+
+def _kind(store: Store, names: set[str]) -> Kind | None:
+    if any(_ENCODED.fullmatch(name) for name in names):
+        return "encode"
+    if MARKER in names or any(_FIRST_STAGE.match(name) for name in names):
+        return "first_stage"
+    if any(_CHECKPOINT.match(name) for name in names):
+        return "train"
+    if RUN_FILE in names and (kind := _job(store)):
+        return kind
+    has_log = LOG in names or any(name.startswith(PARTS) for name in names)
+    return _kind_of_log(store) if has_log else "train" if "lease.json" in names else None
+
+
+def _job(store: Store) -> Kind | None:
+    try:
+        tree = yaml.safe_load(store.read(RUN_FILE))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    jobs: dict[object, Kind] = {"train": "train", "train-vae": "first_stage"}
+    return jobs.get(tree.get("job")) if isinstance(tree, dict) else None
+
+
+def _kind_of_log(store: Store) -> Kind:
+    """By what only the first stage logs; a log without a line is of a training that was just begun."""
+    first = next(LogFollower(store).lines(), {})
+    return "first_stage" if "reconstruction_loss" in first else "train"
+
+
+def _no_run(address: str, url: str) -> Exception:
+    store = open_store(url)
+    there = sorted({re.sub("/.*", "/", entry.name) for entry in store.list(into=lambda name: "/" not in name)})
+    if not there:
+        if "://" not in url and local_path(url).is_file():
+            return DataError(f"{address} is a file, and no run", _WANTED)
+        if "://" not in url and local_path(url).is_dir():
+            return DataError(f"{address} is empty: nothing has run there yet", _WANTED)
+        return StorageError(f"{address}: nothing is there", "check the address")
+    runs = [name for name in there if name.endswith("/") and _is_run(f"{url.rstrip('/')}/{name[:-1]}")]
+    if runs:
+        return DataError(
+            f"{address} is no run, but holds some: {_few(runs)}", f"give one of them: {url}/{runs[0][:-1]}"
+        )
+    return DataError(f"{address} is no run; it holds {_few(there)}", _WANTED)
+
+
+def _is_run(url: str) -> bool:
+    store = open_store(url)
+    return _kind(store, {entry.name for entry in list_run(store)}) is not None
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = [name.rstrip("/") for name in names]
+    return ", ".join(shown[:_FEW]) + (", ..." if len(shown) > _FEW else "")

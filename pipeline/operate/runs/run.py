@@ -1,0 +1,167 @@
+"""One run as it is now: its numbers, its run file, what it ran on, its checkpoints and pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pipeline.errors import DataError, StorageError
+from pipeline.metrics import LogFollower
+from pipeline.operate.runs.encoded import Encoded
+from pipeline.operate.runs.find import MARKER, RUN_FILE, STARTS, Found, list_run
+from pipeline.operate.runs.numbers import Numbers
+from pipeline.storage import Entry
+
+_CHECKPOINT = re.compile(r"(?:checkpoints/)?step-(\d{8,})/(complete\.json|state\.json)")
+_SHEET = re.compile(r"samples/step-(\d{8,})\.png")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Run:
+    """A run that is looked at; `refresh` brings it up to date.
+
+    Args:
+        found: where it stands.
+        name: what it is called beside other runs.
+    """
+
+    found: Found
+    name: str
+    numbers: Numbers = field(default_factory=Numbers)
+    config: dict[str, Any] = field(default_factory=dict)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    marker: dict[str, Any] = field(default_factory=dict)
+    encoded: list[Encoded] = field(default_factory=list)
+    entries: Sequence[Entry] = ()
+    problems: list[str] = field(default_factory=list)
+    _follower: LogFollower | None = None
+    _versions: dict[str, str] = field(default_factory=dict)
+
+    def refresh(self, progress: Progress | None = None, entries: Sequence[Entry] | None = None) -> bool:
+        """Read what has come since the last call. Returns whether something has.
+
+        Args:
+            progress: called with (parts read, parts to read) where that takes long.
+            entries: of the output, where they were listed a moment ago.
+
+        Raises:
+            StorageError: the output cannot be read.
+        """
+        self.entries = list_run(self.found.store, known=True) if entries is None else entries
+        if self.found.kind == "encode":
+            return self._refresh_encoded(progress)
+        changed = self._refresh_log()
+        self._refresh_records()
+        return changed
+
+    @property
+    def target(self) -> int | None:
+        """Steps after which it is finished, where its run file tells."""
+        steps = self.config.get("steps", self.marker.get("steps"))
+        logged = self.numbers.last("target_steps")
+        return steps if isinstance(steps, int) and steps > 0 else int(logged) if logged else None
+
+    @property
+    def checkpoints(self) -> dict[int, int]:
+        """Bytes of each complete checkpoint, by its step, oldest first."""
+        steps = sorted({int(m[1]) for e in self.entries if (m := _CHECKPOINT.fullmatch(e.name))})
+        sizes = dict.fromkeys(steps, 0)
+        for entry in self.entries:
+            folder = re.match(r"(?:checkpoints/)?step-(\d{8,})/", entry.name)
+            if folder and int(folder[1]) in sizes:
+                sizes[int(folder[1])] += entry.size
+        return sizes
+
+    @property
+    def sheets(self) -> list[tuple[int, Entry]]:
+        """Pictures of its prompts, by step."""
+        return sorted((int(m[1]), e) for e in self.entries if (m := _SHEET.fullmatch(e.name)))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is stored."""
+        if self.found.kind == "encode":
+            return bool(self.encoded) and all(part.manifest for part in self.encoded)
+        if self.found.kind == "first_stage":
+            return bool(self.marker)
+        return self.target is not None and any(step >= self.target for step in self.checkpoints)
+
+    def _refresh_log(self) -> bool:
+        follower = self._follower = self._follower or LogFollower(self.found.store)
+        before = len(self.numbers)
+        try:
+            begun_anew = follower.changed()
+            if begun_anew:
+                self.numbers = Numbers()
+            for line in follower.lines():
+                self.numbers.add(line)
+        except OSError as error:
+            raise StorageError(
+                f"{self.found.store.url}: its log cannot be read: {error.strerror}", "mend its rights"
+            ) from error
+        damaged = f"damaged lines of its log, left out: {follower.damaged:,}" if follower.damaged else ""
+        self.problems = [damaged] if damaged else []
+        return begun_anew or len(self.numbers) > before
+
+    def _refresh_records(self) -> None:
+        """The run file and what else changes rarely: read again where it has changed."""
+        versions = {entry.name: entry.version for entry in self.entries}
+        newest = max(self.checkpoints, default=None)
+        config = RUN_FILE if RUN_FILE in versions else f"step-{newest:08d}/config.yaml" if newest is not None else ""
+        if config in versions:
+            self.config = self._record(config, versions[config], self.config, dict)
+        if STARTS in versions:
+            found = self._record(STARTS, versions[STARTS], self.starts, list)
+            self.starts = [start for start in found if isinstance(start, dict)]
+        if MARKER in versions:
+            self.marker = self._record(MARKER, versions[MARKER], self.marker, dict)
+            if not self.config and isinstance(self.marker.get("settings"), dict):
+                self.config = self.marker["settings"]
+
+    def _record(self, name: str, version: str, known: Any, kind: type) -> Any:
+        if self._versions.get(name) == version:
+            return known
+        text = _CREDENTIALS.sub("***@", self.found.store.read(name).decode("utf-8", "replace"))
+        try:
+            tree = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            tree = None
+        if not isinstance(tree, kind):
+            self.problems.append(f"{name} is damaged, and left out")
+            return kind()
+        self._versions[name] = version
+        return tree
+
+    def _refresh_encoded(self, progress: Progress | None) -> bool:
+        folders = sorted({e.name.split("/")[0] for e in self.entries if re.match(r"\d+/[^/]+\.json", e.name)}, key=int)
+        known = {part.folder: part for part in self.encoded}
+        self.encoded = [known.get(name) or Encoded(self.found.store, name) for name in folders or [""]]
+        changed = [part.read(self.entries, progress) for part in self.encoded]  # each of them
+        self.problems = [problem for part in self.encoded for problem in part.problems]
+        return any(changed)
+
+
+def open_runs(found: Sequence[Found]) -> list[Run]:
+    """Runs under names that are short and tell them apart. Raises DataError where one is given twice."""
+    urls = [one.store.url.rstrip("/") for one in found]
+    twice = next((url for url in urls if urls.count(url) > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice} is given twice", "give each run once")
+    return [Run(one, name) for one, name in zip(found, _names(urls), strict=True)]
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """As many of the last parts of the addresses as it takes."""
+    parts = [[part for part in url.split("/") if part] or [url] for url in urls]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(urls)

@@ -1,0 +1,105 @@
+"""A run that is watched: brought up to date now and then, and judged by what changes while it is looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+from pipeline.errors import StorageError
+from pipeline.operate.runs.run import Run
+from pipeline.operate.runs.state import State, is_remote, judge, silence, state_of_encode
+from pipeline.storage import Holder, holder
+
+LOCAL_SECONDS, REMOTE_SECONDS, LEAST_REMOTE_SECONDS = 2.0, 30.0, 10.0
+_REST = 10  # a look may take a tenth of the time
+_WATCHED_SECONDS = 12.0  # of a lease elsewhere, that does not move
+
+
+class Watched:
+    """One run, its state and its news.
+
+    Args:
+        run: that is watched.
+        every: seconds between two looks; None = by where it is.
+        clock: seconds that nobody sets.
+    """
+
+    def __init__(self, run: Run, every: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.run, self._clock = run, clock
+        usual = REMOTE_SECONDS if is_remote(run) else LOCAL_SECONDS
+        self._every = max(LEAST_REMOTE_SECONDS if is_remote(run) else 0.1, every or usual)
+        self._next = 0.0
+        self.state = State("waiting")
+        self.problem = ""
+        """Why the last look failed; what is shown is from before."""
+        self._changed_at: float | None = None
+        self._lease: tuple[Holder, float] | None = None  # as last seen to move, and when
+        self._began_with: tuple[int, int | None] | None = None
+        self.shards: list[tuple[float, int]] = []
+        """When how many shards of an encode job were done, of the last looks at which they were more."""
+
+    def look(self) -> list[str]:
+        """Bring it up to date, if it is time. Returns what happened since, one line each."""
+        started = self._clock()
+        if started < self._next:
+            return []
+        before, is_first = self.state, self._began_with is None
+        try:
+            news = self._refresh()
+            self.problem = ""
+        except StorageError as error:
+            news, self.problem = [], error.message
+        took = 0.0 if is_first else self._clock() - started  # the first look reads all there is
+        self._next = self._clock() + max(self._every, _REST * took)
+        changed = [str(self.state)] if self.state.word not in (before.word, "running") else []
+        return news + changed
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the next look."""
+        return max(0.0, self._next - self._clock())
+
+    @property
+    def silent(self) -> float | None:
+        """Seconds since anything new came; None = nothing has come yet."""
+        return None if self._changed_at is None else self._clock() - self._changed_at
+
+    def _refresh(self) -> list[str]:
+        run, now = self.run, self._clock()
+        if run.refresh():
+            ago = silence(run, time.time()) if self._changed_at is None else 0.0
+            self._changed_at = now - (ago or 0.0)
+        news = self._restarts()
+        if run.found.kind == "encode":
+            done = sum(part.tally.shards for part in run.encoded)
+            if not self.shards or self.shards[-1][1] != done:
+                self.shards = [*self.shards[-100:], (now, done)]
+            gaps = [later - earlier for (earlier, _), (later, _) in pairwise(self.shards)]
+            self.state = state_of_encode(run, self.silent or 0.0, max(gaps, default=0.0))
+        else:
+            holds = self._holder(now) if run.found.kind == "train" and not run.complete else None
+            self.state = judge(run, holds, self.silent)
+        return news
+
+    def _restarts(self) -> list[str]:
+        """Whether the run was started again since the last look."""
+        starts, last = len(self.run.starts), self.run.numbers.last_step
+        known, self._began_with = self._began_with, (starts, last)
+        if known is None or (starts <= known[0] and (last or 0) >= (known[1] or 0)):
+            return []
+        start = self.run.starts[-1].get("step") if self.run.starts else last
+        return [f"started again, from step {start:,}" if isinstance(start, int) else "started again"]
+
+    def _holder(self, now: float) -> Holder | None:
+        """The lease's holder; one elsewhere lives while its lease moves."""
+        found = holder(self.run.found.store)
+        if found is None or found.lives is not None:
+            self._lease = None
+            return found
+        if self._lease is None or self._lease[0] != found:
+            moved = self._lease is not None
+            self._lease = (found, now)
+            return Holder(found.host, found.pid, True if moved else None, found.counter)
+        gone = now - self._lease[1] > max(_WATCHED_SECONDS, 2 * self._every)
+        return Holder(found.host, found.pid, False if gone else None, found.counter)

@@ -1,0 +1,200 @@
+"""The page of runs: whole, escaped, small, and plain about what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from page_reader import Reader
+from run_folders import NOW, log_lines, write_encoded, write_log, write_receipts, write_training
+
+from pipeline.data import images
+from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.operate.report import pictures
+from pipeline.operate.report.job import report
+from pipeline.storage import open_store
+
+HOSTILE = "</figcaption><script>alert(1)</script> & \"quoted\" 'too'"
+
+
+def page_of(tmp_path: Path, *folders: Path) -> Reader:
+    said = report([str(folder) for folder in folders], str(tmp_path / "page.html"))
+    assert said.startswith(f"{tmp_path}/page.html: ")
+    return Reader((tmp_path / "page.html").read_text())
+
+
+def chart(reader: Reader, title: str) -> dict[str, object]:
+    found = [json.loads(a["data-chart"]) for a in reader.all("figure") if "data-chart" in a]
+    return next(one for one in found if one["title"] == title)
+
+
+def test_a_training_has_all_its_sections(tmp_path):
+    reader = page_of(tmp_path, write_training(tmp_path / "run"))
+    sections = [a["id"] for a in reader.all("section")]
+    assert sections == [
+        "overview",
+        "losses",
+        "levels",
+        "pictures",
+        "optimisation",
+        "throughput",
+        "configuration",
+        "environment",
+    ]
+    for said in ("finished", "60 of 60", "an abacus", "2.14.1", "a red <apple>", "learning_rate: 0.001"):
+        assert said in reader.text, said
+    loss = chart(reader, "Loss")
+    assert [curve["name"] for curve in loss["curves"]] == ["training", "held out, main", "held out, raw"]
+    assert loss["curves"][0]["x"] == list(range(1, 61))
+    by_level = chart(reader, "Loss by noise level, held out, main")
+    assert [curve["name"] for curve in by_level["curves"]] == ["0.10 to 0.50", "0.50 to 0.90", "0.90 to 1.00"]
+    assert chart(reader, "Data wait")["curves"][0]["mean"][0] == pytest.approx(10.0)
+    album = next(a for a in reader.all("div") if a.get("class") == "album")
+    assert json.loads(album["data-steps"]) == [10, 20, 30, 40, 50, 60]
+    shown = [a for a in reader.all("img") if "hidden" not in a]
+    assert [a["data-step"] for a in shown] == ["60"]
+
+
+def test_runs_stand_beside_each_other(tmp_path):
+    first = write_training(tmp_path / "a", global_batch=8)
+    second = write_training(tmp_path / "b", scale=2.0, global_batch=16)
+    reader = page_of(tmp_path, first, second)
+    names = [curve["name"] for curve in chart(reader, "Loss")["curves"]]
+    assert names[:2] == ["a training", "a held out, main"]
+    assert "b training" in names
+    assert [a["data-run"] for a in reader.all("button") if "data-run" in a] == ["0", "1"]
+    differences = reader.text[reader.text.index("Settings that are not the same") :]
+    assert "global_batch" in differences
+    assert "optimizer.learning_rate" not in differences.partition("Configuration")[0]
+    runs = json.loads(next(a["data-runs"] for a in reader.all("div") if "data-runs" in a))
+    assert [run["samples"] for run in runs] == [8.0, 8.0]
+    assert runs[0]["hours"][-1] == pytest.approx(59 / 3600, abs=1e-4)
+
+
+def test_kinds_are_drawn_apart(tmp_path):
+    write_log(tmp_path / "vae", [{"step": s, "time": NOW, "loss": 5.0, "reconstruction_loss": 5.0} for s in (1, 2)])
+    reader = page_of(tmp_path, write_training(tmp_path / "run"), tmp_path / "vae", write_encoded(tmp_path / "latents"))
+    losses = [json.loads(a["data-chart"]) for a in reader.all("figure") if '"Loss"' in a.get("data-chart", "")]
+    assert [{curve["run"] for curve in one["curves"]} for one in losses] == [{0}, {1}]
+    assert "differences" not in [a["id"] for a in reader.all("section")]
+
+
+def test_an_encode_job_tells_what_was_left_out(tmp_path):
+    reader = page_of(tmp_path, write_encoded(tmp_path / "latents"))
+    for said in ("Of 21 samples 12 were encoded, 3 of them to be held out.", "no caption", "6 (28.57%)", "min side"):
+        assert said in reader.text, said
+    assert "the first 9 samples that were left out" in reader.text
+    assert "0-small" in reader.text
+    assert [a["id"] for a in reader.all("section")] == ["overview", "encoding", "configuration", "environment"]
+    unfinished = page_of(tmp_path, write_receipts(tmp_path / "begun", [0]))
+    assert "no manifest of all shards yet" in unfinished.text
+
+
+def test_what_is_missing_is_said(tmp_path):
+    write_log(tmp_path / "bare", [{"step": 1, "loss": None}, {"step": 2, "loss": None}])
+    with (tmp_path / "bare" / "metrics.jsonl").open("a") as file:
+        file.write("torn\n")
+    reader = page_of(tmp_path, tmp_path / "bare")
+    for said in (
+        "damaged lines of its log, left out: 1",
+        "2 of 2 logged losses are not finite",
+        "its run file is not there",
+        "versions and hardware were not noted",
+    ):
+        assert said in reader.text, said
+    assert chart(reader, "Loss")["curves"][0]["mean"] == [None, None]
+    write_log(tmp_path / "empty", [])
+    empty = page_of(tmp_path, tmp_path / "empty")
+    assert "its log has no line yet" in empty.text
+    assert [a["id"] for a in empty.all("section")] == ["overview"]
+
+
+def test_every_text_is_escaped(tmp_path):
+    folder = write_training(tmp_path / "run", note=HOSTILE, validation={"prompts": [HOSTILE]})
+    lines = log_lines(20)
+    for line in lines:
+        line |= {HOSTILE: 1.0, "validation_loss": {HOSTILE: 1.0}, "validation_level_loss": {HOSTILE: {HOSTILE: 1.0}}}
+    write_log(folder, lines)
+    (folder / "starts.json").write_text(json.dumps([{"step": HOSTILE, "versions": {HOSTILE: HOSTILE}}] * 2))
+    text = report([str(folder)], str(tmp_path / "page.html")) and (tmp_path / "page.html").read_text()
+    assert "<script>alert" not in text
+    reader = Reader(text)
+    assert len(reader.all("script")) == 1
+    assert reader.text.count(HOSTILE) >= 6
+
+
+def test_a_long_run_makes_a_small_page(tmp_path):
+    write_log(tmp_path / "long", log_lines(4_000))
+    reader = page_of(tmp_path, tmp_path / "long")
+    loss = chart(reader, "Loss")["curves"][0]
+    assert len(loss["x"]) == 1000
+    assert loss["lines"] == 4.0
+    assert "Each point stands for 4 lines of the log" in reader.text
+    assert (tmp_path / "page.html").stat().st_size < 1_500_000
+
+
+def test_numbers_without_a_place_are_drawn_too(tmp_path):
+    write_log(tmp_path / "run", [{"step": s, "time": NOW, "loss": 1.0, "novel": float(s)} for s in range(1, 4)])
+    assert chart(page_of(tmp_path, tmp_path / "run"), "Novel")["curves"][0]["mean"] == [1.0, 2.0, 3.0]
+
+
+def test_a_sheet_that_is_no_picture_is_passed_over(tmp_path):
+    folder = write_training(tmp_path / "run")
+    (folder / "samples" / "step-00000060.png").write_bytes(b"no picture")
+    reader = page_of(tmp_path, folder)
+    assert "5 of 6 sheets are shown" in reader.text
+    assert "1 cannot be read" in reader.text
+
+
+def test_large_and_many_sheets_are_made_small_and_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "_MOST_SHEETS", 3)
+    monkeypatch.setattr(pictures, "_AS_IT_IS", 10_000)
+    folder = write_training(tmp_path / "run", 10)
+    noise = images.np.random.default_rng(0).integers(0, 256, (4, 1800, 3), dtype="uint8")
+    for step in range(20, 70, 10):
+        (folder / "samples" / f"step-{step:08d}.png").write_bytes(images.png(noise))
+    reader = page_of(tmp_path, folder)
+    shown = reader.all("img")
+    assert [shown[0]["data-step"], shown[-1]["data-step"], len(shown)] == ["10", "60", 3]
+    assert shown[-1]["src"].startswith("data:image/jpeg;base64,")
+    assert shown[-1]["width"] == "1600"
+    assert "scaled down and stored as JPEG" in reader.text
+
+
+def test_a_page_takes_the_place_of_a_page_alone(tmp_path):
+    folder = write_training(tmp_path / "run", 10)
+    output = tmp_path / "page.html"
+    for _ in range(2):
+        report([str(folder)], str(output))
+    output.write_text("mine")
+    with pytest.raises(ConfigError, match="no report"):
+        report([str(folder)], str(output))
+    with pytest.raises(ConfigError, match=r"ends in \.html"):
+        report([str(folder)], str(tmp_path))
+    with pytest.raises(StorageError):
+        report([str(folder)], str(folder / "run.yaml" / "page.html"))
+    with pytest.raises(DataError, match="holds some"):
+        report([str(tmp_path)], str(tmp_path / "other.html"))
+
+
+@pytest.mark.s3
+def test_a_run_on_s3_has_a_page_there(tmp_path, s3_url):
+    store = open_store(s3_url)
+    folder = write_training(tmp_path / "run")
+    for file in folder.rglob("*"):
+        if file.is_file():
+            name = str(file.relative_to(folder))
+            store.write("metrics/00000001.jsonl" if name == "metrics.jsonl" else f"run/{name}", file.read_bytes())
+    store.write("run/metrics/00000001.jsonl", (folder / "metrics.jsonl").read_bytes())
+    report([f"{s3_url}/run"], f"{s3_url}/page.html")
+    reader = Reader(store.read("page.html").decode())
+    assert len(chart(reader, "Loss")["curves"]) == 3
+    assert len(reader.all("img")) == 6
+
+
+def test_losses_of_all_sizes_are_json(tmp_path):
+    lines = [{"step": s, "time": NOW, "loss": v} for s, v in enumerate([1e308, 1e308, -1e-320, 5, math.pi])]
+    write_log(tmp_path / "run", lines)
+    assert chart(page_of(tmp_path, tmp_path / "run"), "Loss")["curves"][0]["mean"][0] == 1e308
