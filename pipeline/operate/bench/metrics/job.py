@@ -1,10 +1,10 @@
 """`lathe bench metrics`: what it costs a step to be told of.
 
 One process has two trainers of the same network and data, one as it comes, one that measures, reduces, logs and serves
-nothing. They take turns of 20 steps with one line of the log, as often as by default, and in opposite order every other
-time, so that a noisy neighbour meets both.
-(a) Steps of about a tenth of a second: ratios of neighbouring turns.
-(b) The shortest steps there are: added CPU time.
+nothing. They take turns step by step, so that a noisy neighbour meets both; a round is of 20 steps of each, with one
+line of the log, as often as by default.
+(a) Steps of about a tenth of a second: their ratio, round by round.
+(b) The shortest steps there are: added CPU time, likewise.
 Scrapes, which come every 15 s or so, are measured apart.
 """
 
@@ -70,7 +70,7 @@ def bench_metrics(bench: TrainBench, say: Callable[[str], None] = lambda text: N
         prepare(bench, folder)
         found = {}
         for kind, pairs in (("reference", bench.reference), ("tiny", bench.tiny)):
-            say(f"the {kind} network: {pairs.pairs} pairs of {pairs.steps} steps with and without metrics")
+            say(f"the {kind} network: {pairs.pairs} rounds of {pairs.steps} steps with and without metrics")
             found[kind] = measure(bench, pairs, folder, kind, RANK)
     ratio, added = over(found["reference"]["rounds"]), added_milliseconds(found["tiny"]["rounds"])
     return {
@@ -90,7 +90,7 @@ Rounds = Sequence[Mapping[str, Mapping[str, float]]]
 
 
 def over(rounds: Rounds) -> dict[str, float]:
-    """Seconds of a step with metrics over those without: the median of pairs, and its interval."""
+    """Seconds of a step with metrics over those without: the median of rounds, and its interval."""
     return interval([turns["on"]["seconds"] / turns["off"]["seconds"] for turns in rounds])
 
 

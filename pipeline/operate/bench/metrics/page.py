@@ -16,14 +16,14 @@ _HEAD = """# Metrics, measured
 Written by `lathe bench metrics`: what does it cost a step to be told of?
 """
 _HOW = """
-Two trainers of the same network and latents take turns in one process, in opposite order every other time: **on** is
+Two trainers of the same network and latents take turns in one process, step by step: **on** is
 `lathe train` as it comes, with its parts timed, losses by noise level, operations counted, the reduction over ranks and
-a line of the log; **off** has none of these. Ratios and differences are of neighbouring turns; intervals are 95 %, by
-bootstrap. Turns are of {steps} steps with one line of the log, as by default.
+a line of the log; **off** has none of these. Ratios and differences are of rounds of {steps} steps of each, with one
+line of the log, as by default; their medians are told, with 95 % intervals by bootstrap.
 
 - **reference**: a UNet of {parameters:,} parameters, {batch} samples a rank and step; {ranks} rank(s) on {device},
-  {threads} thread(s) each; {pairs} pairs of turns.
-- **tiny**: the same with {tiny[batch]} sample(s); {tiny[pairs]} pairs of turns. CPU time is that of all threads.
+  {threads} thread(s) each; {pairs} rounds.
+- **tiny**: the same with {tiny[batch]} sample(s); {tiny[pairs]} rounds. CPU time is that of all threads.
 - a **scrape** is the CPU time of both sides, in one process; Prometheus asks every 15 s or so.
 """
 _AGAIN = """## How to repeat it

@@ -1,4 +1,4 @@
-"""One rank of `lathe bench metrics`: the trainer in turns with and without metrics.
+"""One rank of `lathe bench metrics`: steps of the trainer with and without metrics, one by one.
 
 `python -m pipeline.operate.bench.metrics.rank JOB RESULT`, as `pipeline.operate.bench.train.rank`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,12 +36,12 @@ class _Silence:
 
 
 def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds and CPU seconds of a step in every turn, `on` and `off`.
+    """Seconds and CPU seconds of a step in every round, `on` and `off`.
 
     Args:
         config: the trainer's run file.
         ranks: this rank; all call it.
-        job: `steps` of a turn, `pairs` of turns, and `warmup` steps before.
+        job: `pairs`, rounds of so many `steps` of each; and `warmup` steps before.
     """
     served = config.model_copy(update={"metrics": TrainMetricsConfig(peak_flops=1e12)})
     unserved = config.model_copy(
@@ -53,21 +53,27 @@ def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict
     if not address:
         raise AssertionError("the metrics are not served")
 
-    turns: dict[str, Callable[[int], None]] = {"on": on, "off": off}
+    turns: dict[str, WholeTrainer] = {"on": on, "off": off}
     for turn in turns.values():
         turn(job["warmup"])
-    rounds = []
-    for number in range(job["pairs"]):
-        order = ("on", "off") if number % 2 else ("off", "on")
-        rounds.append({name: timed(turns[name], job["steps"], ranks) for name in order})
     return {
-        "rounds": rounds,
+        "rounds": [_round(turns, job["steps"], ranks) for _ in range(job["pairs"])],
         "scrape": timed(lambda times: _scrape(address, times), _SCRAPES, ranks),
         "parameters": on.parameters,
         "device": ranks.device.type,
         "threads": torch.get_num_threads(),
         "ranks": ranks.world_size,
     }
+
+
+def _round(turns: dict[str, WholeTrainer], steps: int, ranks: Process) -> dict[str, dict[str, float]]:
+    """Means of so many steps of each, which alternate one by one: what slows the machine down meets both."""
+    found = {name: {"seconds": 0.0, "cpu_seconds": 0.0} for name in turns}
+    for step in range(steps):
+        for name in turns if step % 2 else reversed(turns):
+            for figure, value in timed(turns[name], 1, ranks).items():
+                found[name][figure] += value / steps
+    return found
 
 
 def _scrape(address: str, times: int) -> None:
