@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from pipeline.encode.sources import output_urls
 from pipeline.encode.takedown.keys import Takedown, read_takedown
 from pipeline.errors import DataError
 from pipeline.storage import Store, open_store
+
+_LOOK_SECONDS, _EMPTY_SECONDS = 0.1, 1.0  # at a claim that its worker is just writing, or was killed at
 
 
 class Encoding(Record):
@@ -162,6 +165,10 @@ def _claim(store: Store, encoding: Encoding) -> Encoding:
         _refuse_strangers(store, encoding)
         if store.write(ENCODING, encoding.to_bytes(), if_absent=True):
             return encoding
+    if _stays_empty(store):
+        _refuse_strangers(store, encoding)
+        store.write(ENCODING, encoding.to_bytes())
+        return encoding
     noted = _read(store)
     fields = noted.fingerprint.difference(encoding.fingerprint)
     if not fields:
@@ -175,6 +182,16 @@ def _claim(store: Store, encoding: Encoding) -> Encoding:
     store.delete(entry.name for entry in store.list(EMPTY_PREFIX) if "/" not in entry.name)
     store.write(ENCODING, encoding.to_bytes())
     return encoding
+
+
+def _stays_empty(store: Store) -> bool:
+    """Folders without hard links show the file empty before it is written. One that stays so claims nothing."""
+    deadline = time.monotonic() + _EMPTY_SECONDS
+    while not _content(store):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def _refuse_strangers(store: Store, encoding: Encoding) -> None:
@@ -193,15 +210,21 @@ def _write_empty(store: Store, empty: Mapping[str, npt.NDArray[Any]]) -> None:
 
 
 def _read(store: Store) -> Encoding:
-    if not store.exists(ENCODING):
+    content = _content(store)
+    if not content:
         raise DataError(f"{store.url} has no {ENCODING}: nothing was encoded here", "run lathe encode first")
     try:
-        return Encoding.model_validate_json(store.read(ENCODING))
+        return Encoding.model_validate_json(content)
     except ValidationError as error:
         raise DataError(
             f"{store.url}: {ENCODING} cannot be read",
             "delete it, and run the command that the output was begun with: what is finished is kept",
         ) from error
+
+
+def _content(store: Store) -> bytes:
+    """The bytes of the claim; empty = there is none yet."""
+    return store.read(ENCODING) if store.exists(ENCODING) else b""
 
 
 def _told(before: Fingerprint, now: Fingerprint, name: str) -> str:

@@ -79,7 +79,9 @@ def _take_free_name(partial: Path, path: Path) -> None:
         try:
             partial.replace(path)
         except OSError:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                if not path.stat().st_size:  # others may have taken an empty file for none, and written theirs
+                    path.unlink()
             raise
 
 

@@ -26,7 +26,7 @@ from pipeline.train import checkpoint, sharded
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.optimizer import average_name
 from pipeline.train.telling import say
-from pipeline.train.trained_model import find_run
+from pipeline.train.trained_model import find_run, names_checkpoint
 from pipeline.train.trained_on import trained_on
 
 ORIGIN = "init_from.json"
@@ -55,7 +55,7 @@ class _GoneError(DataError):
 def begin(config: TrainConfig, manifest: Manifest, process: Process, engine: Engine) -> dict[str, Any] | None:
     """Give a new run's engine the weights that `init_from` names, if it names any; all ranks call it.
 
-    A checkpoint that its run deletes meanwhile is looked for again, once: there is a newer one then.
+    Where a run is named, and it deletes its newest checkpoint meanwhile, that is looked for again, once.
 
     Args:
         config: the run file, with the hashes of the towers that run.
@@ -74,7 +74,7 @@ def begin(config: TrainConfig, manifest: Manifest, process: Process, engine: Eng
     if config.init_from is None:
         return None
     chosen, taken = config.init_from, None
-    for may_be_gone in (True, False):
+    for may_be_gone in (not names_checkpoint(chosen.run), False):
         address = _agreed_address(chosen.run, process)
         opened = partial(_source, address, chosen.weights, config, manifest)
         taken = take_weights(opened, process, engine, may_be_gone=may_be_gone)
@@ -97,7 +97,8 @@ def _agreed_address(run: str, process: Process) -> str:
     def look() -> None:
         if process.is_main:
             store, name = find_run(run)
-            checkpoint.open_checkpoint(store, name)  # raises where it was never there
+            if names_checkpoint(run):
+                checkpoint.open_checkpoint(store, name)  # raises where it was never there
             addresses.append(f"{store.url}/{name}")
 
     sharded.together(process, look)
@@ -131,8 +132,9 @@ def _told_as_gone(store: Store, name: str) -> Iterator[None]:
 
 def what_was_learned(before: Mapping[str, Any], config: TrainConfig) -> str:
     """What the weights say of noisy latents, and of which latents, where the new run has them on another scale."""
-    objective, scale = before["objective"], before.get("normalisation", config.normalisation)
-    learned = f"{objective['kind']} {objective['prediction']}"
+    objective, scale = before.get("objective", {}), before.get("normalisation", config.normalisation)
+    told = (objective.get("kind"), objective.get("prediction"))
+    learned = " ".join(filter(None, told)) or "an unknown objective"
     if scale == config.normalisation:
         return learned
     return f"{learned} of latents with normalisation={scale}, not {config.normalisation}"
@@ -147,13 +149,17 @@ def what_was_other(before: Mapping[str, Any], theirs: Manifest, config: TrainCon
 
 
 def _towers(config: Mapping[str, Any], manifest: Manifest) -> list[tuple[Any, ...]]:
-    """What tells text towers apart: the manifest knows those that ran before training, the run file those in it."""
-    told = config["text"]
-    running = {tower["name"]: tower for tower in told["towers"]} if told["mode"] == "online" else {}
+    """What tells text towers apart: the manifest knows those that ran before training, the run file those in it.
+
+    What a run file is too old to tell had the default.
+    """
+    told = config.get("text", {})
+    running = {tower.get("name"): tower for tower in told.get("towers", ())} if told.get("mode") == "online" else {}
     found = []
     for tower in manifest.fingerprint.text_towers:
         reads = running.get(tower.name, {"sha256": tower.weights, "layer": tower.layer, "final_norm": tower.final_norm})
-        found.append((tower.name, tower.tokenizer, reads["sha256"], reads["layer"], reads["final_norm"]))
+        fields = (reads.get("sha256", ""), reads.get("layer", "last"), reads.get("final_norm", True))
+        found.append((tower.name, tower.tokenizer, *fields))
     return sorted(found)
 
 

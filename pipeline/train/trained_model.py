@@ -130,9 +130,14 @@ def _config(saved: checkpoint.Checkpoint) -> TrainConfig:
         raise runfile.explain(TrainConfig, f"{saved.store.url}/{saved.name}/{checkpoint.CONFIG}", error) from error
 
 
+def names_checkpoint(run: str) -> bool:
+    """Whether an address is that of one checkpoint, complete or not, and not of a run."""
+    return checkpoint.is_name(run.rstrip("/").rpartition("/")[2])
+
+
 def find_run(run: str) -> tuple[Store, str]:
     """Folder and name of a run's newest complete checkpoint, or of the one that `run` names. Raises DataError."""
-    if checkpoint.is_name(run.rstrip("/").rpartition("/")[2]):
+    if names_checkpoint(run):
         parent, name = split(run)
         return open_store(parent), name
     store = open_store(run)

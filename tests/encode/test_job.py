@@ -638,6 +638,31 @@ def test_latents_whose_claim_is_gone_are_known_by_their_receipts(place, tmp_path
     assert content(tmp_path, "out") == content(place, "undisturbed")
 
 
+def test_a_claim_that_stays_empty_is_none(place, tmp_path, monkeypatch):
+    """Its worker was killed as it made the file, in a folder without hard links."""
+    monkeypatch.setattr("pipeline.encode.claim._EMPTY_SECONDS", 0.05)
+    shutil.copytree(place / "undisturbed", tmp_path / "out")
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    (tmp_path / "out" / "encoding.json").write_bytes(b"")
+    with pytest.raises(DataError, match="nothing was encoded here"):
+        finalize(config)
+    with pytest.raises(DataError, match="holds latents that were made otherwise"):
+        encode(config.model_copy(update={"text": EncodeTextConfig(context_length=24)}))
+    assert encode(config).encoded == 0
+    assert content(tmp_path, "out") == content(place, "undisturbed")
+
+
+def test_a_claim_that_is_being_written_is_waited_for(place, tmp_path, monkeypatch):
+    config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
+    theirs = {**json.loads(content(place, "undisturbed")["encoding.json"]), "autoencoder": "theirs"}
+    (tmp_path / "out").mkdir()
+    file, encoder = tmp_path / "out" / "encoding.json", Encoder(config)
+    file.touch()
+    monkeypatch.setattr("pipeline.encode.claim.time.sleep", lambda seconds: file.write_text(json.dumps(theirs)))
+    assert claim(config, encoder)[0].encoding.autoencoder == "theirs"
+    assert json.loads(file.read_bytes()) == theirs
+
+
 def test_a_takedown_list_of_another_editor_is_heeded(place, tmp_path):
     config = settings(tmp_path, "out", images=settings(place, "").images, autoencoder=str(place / "vae"))
     (tmp_path / "out").mkdir()

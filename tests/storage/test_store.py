@@ -340,6 +340,26 @@ class TestFolder:
         assert store.read("other") == b"whole"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["claim", "other"]
 
+    def test_without_hard_links_a_writer_that_fails_leaves_what_another_wrote_meanwhile(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
+        def link(*_: object, **__: object) -> None:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        def fail(_: Path, path: Path) -> None:
+            if path.name == "theirs":
+                path.write_bytes(b"theirs")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "link", link)
+        monkeypatch.setattr(Path, "replace", fail)
+        store = open_store(str(tmp_path))
+        for name in ("theirs", "nobodys"):
+            with pytest.raises(StorageError, match=name):
+                store.write(name, b"ours", if_absent=True)
+        assert store.read("theirs") == b"theirs"
+        assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
     def test_a_file_in_place_of_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "f").write_text("x")
         with pytest.raises(StorageError, match="f/"):

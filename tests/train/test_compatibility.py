@@ -222,6 +222,8 @@ def test_weights_to_begin_with_are_told_with_the_scale_of_their_latents():
     assert what_was_learned(before, config()) == "ddpm epsilon"
     scaled = config(normalisation="scaling_factor")
     assert what_was_learned(before, scaled) == "ddpm epsilon of latents with normalisation=whiten, not scaling_factor"
+    assert what_was_learned({"objective": {"kind": "edm"}}, config()) == "edm"
+    assert what_was_learned({}, config()) == "an unknown objective"
 
 
 def check_two(latents: str, first: TrainConfig, second: TrainConfig) -> None:

@@ -52,7 +52,8 @@ def clear_while_it_is_read(monkeypatch, latents):
 
     def arrange(folder: Path, when: str) -> None:
         write(latents, folder, 4)
-        original = getattr(initial, when)
+        module = checkpoint if when == "open_checkpoint" else initial
+        original = getattr(module, when)
 
         def late(*arguments: Any) -> Any:
             if (folder / "step-00000004").exists():
@@ -60,12 +61,12 @@ def clear_while_it_is_read(monkeypatch, latents):
                 checkpoint.clear(open_store(str(folder)), "step-00000004")
             return original(*arguments)
 
-        monkeypatch.setattr(initial, when, late)
+        monkeypatch.setattr(module, when, late)
 
     return arrange
 
 
-@pytest.mark.parametrize("when", ["_source", "_fill"])
+@pytest.mark.parametrize("when", ["open_checkpoint", "_source", "_fill"])
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_looked_for_again(
     tmp_path, manifest, clear_while_it_is_read, capfd, when
 ):
@@ -79,10 +80,14 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_looked_for_again(
     assert second.startswith(f"beginning with weights raw of {tmp_path}/step-00000008")
 
 
-def test_one_that_was_named_is_not_replaced_by_another(tmp_path, manifest, clear_while_it_is_read):
+def test_one_that_was_named_is_not_replaced_by_another(tmp_path, manifest, clear_while_it_is_read, capfd):
     clear_while_it_is_read(tmp_path, "_fill")
+    named, engine = config(tmp_path / "step-00000004"), small_engine(alone())
+    with pytest.raises(DataError, match=r"step-00000004 was deleted while it was read.*\n  start again, or name one"):
+        begin(named, manifest, alone(), engine)
     with pytest.raises(DataError, match="step-00000004 is not a complete checkpoint\n  give the run's folder"):
-        begin(config(tmp_path / "step-00000004"), manifest, alone(), small_engine(alone()))
+        begin(named, manifest, alone(), engine)
+    assert not capfd.readouterr().err
 
 
 def test_ranks_agree_on_what_is_wrong_before_the_weights(tmp_path, latents, manifest, monkeypatch):
@@ -133,6 +138,18 @@ CACHED = {"text_mode": "cached", "text_towers": clip(weights="1" * 64, layer="la
 def test_another_autoencoder_and_other_towers_are_told(before, theirs, now, ours, said):
     tree = config("run", **before).model_dump(mode="json")
     assert what_was_other(tree, seen(**theirs), config("run", **now), seen(**ours)) == said
+
+
+def test_run_files_from_before_a_field_mean_its_default():
+    tree = config("run", **online("1" * 64)).model_dump(mode="json")
+    now = config("run", **online("1" * 64))
+    for field in ("final_norm", "layer"):
+        del tree["text"]["towers"][0][field]
+    assert what_was_other(tree, seen(), now, seen()) == ""
+    del tree["text"]["towers"]
+    assert what_was_other(tree, seen(), now, seen()) == "other text towers"
+    del tree["text"]
+    assert what_was_other(tree, seen(), config("run"), seen()) == ""
 
 
 def test_that_is_one_line(tmp_path, latents, manifest, capfd):
