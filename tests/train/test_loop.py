@@ -110,7 +110,9 @@ def test_a_checkpoint_that_was_due_as_steps_were_skipped_is_made_after_the_next_
     trainer.engine = SimpleNamespace(outcomes=outcomes)
     trainer.saves.save = lambda progress, blocks, last: order.append(f"saved {progress.step}" + ", the last" * last)
     trainer.ranks.watch = SimpleNamespace(note=lambda phase: None)
-    trainer.saves.hear = lambda told, last: order.append("leaves the rest to the last save") if last else None
+    trainer.saves.hear = lambda told, only_lease: (
+        order.append("leaves the rest to the last save") if only_lease else None
+    )
     trainer.validator = SimpleNamespace(due=lambda step: step == 4, run=lambda step: order.append(f"validated {step}"))
     trainer.reporter = SimpleNamespace(report=lambda *_: ({}, 0.0))
     for _ in trainer._train(Feed(6), SimpleNamespace(move=lambda *_: None, row=lambda *_, **__: None)):
