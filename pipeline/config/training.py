@@ -218,7 +218,9 @@ class MetricsConfig(Section):
         None, min_length=1, description="folder for a file of each process, by which Prometheus finds it; null = none"
     )
     pushgateway: str | None = Field(
-        None, pattern="^https?://.", description="a Pushgateway that is told every few seconds, http://HOST:PORT"
+        None,
+        pattern=r"^https?://[^@\s]+$",  # no passwords: the run file is logged and kept with the run
+        description="a Pushgateway that is told every few seconds, http://HOST:PORT",
     )
     pushgateway_linger_seconds: float = Field(
         20.0, ge=0, le=3600, description="how long a finished job's last numbers stay there: longer than a scrape"

@@ -168,7 +168,7 @@ def encode_and_push(cluster: Cluster) -> None:
         "run": "pushed",
         "prometheus": False,
         "pushgateway": cluster.pushgateway.url,
-        "pushgateway_linger_seconds": 3,
+        "pushgateway_linger_seconds": 8,
     }
     process = worker(settings(cluster.folder, metrics=metrics))
     process.join(120)

@@ -259,6 +259,7 @@ def _own() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores in what it starts in the background
 
 
 def _read_until(descriptor: int, wanted: bytes) -> bytes:
