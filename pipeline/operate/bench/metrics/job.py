@@ -10,15 +10,13 @@ Scrapes, which come every 15 s or so, are measured apart.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.operate.bench.setting import setting
-from pipeline.operate.bench.train.bench import PACKAGES, interval, measure, prepare
+from pipeline.operate.bench.train.bench import PACKAGES, interval, measure_both
 from pipeline.operate.bench.train.sizes import REFERENCE, TINY, Pairs, TrainBench
 
 RANK = "pipeline.operate.bench.metrics.rank"
@@ -64,14 +62,7 @@ def bench_metrics(bench: TrainBench, say: Callable[[str], None] = lambda text: N
         SetupError: a rank failed.
     """
     about = setting(PACKAGES)  # before there is any load of our own
-    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as name:
-        folder = Path(name)
-        say(f"writing {bench.samples:,} latents")
-        prepare(bench, folder)
-        found = {}
-        for kind, pairs in (("reference", bench.reference), ("tiny", bench.tiny)):
-            say(f"the {kind} network: {pairs.pairs} rounds of {pairs.steps} steps with and without metrics")
-            found[kind] = measure(bench, pairs, folder, kind, RANK)
+    found = measure_both(bench, say, "rounds of {} steps with and without metrics", RANK)
     ratio, added = over(found["reference"]["rounds"]), added_milliseconds(found["tiny"]["rounds"])
     return {
         "bench": "metrics",

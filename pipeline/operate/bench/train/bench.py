@@ -45,14 +45,8 @@ def bench_train(bench: TrainBench, say: Say = lambda text: None) -> dict[str, An
         SetupError: a rank failed.
     """
     about = setting(PACKAGES)  # before there is any load of our own
-    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as name:
-        folder = Path(name)
-        say(f"writing {bench.samples:,} latents")
-        prepare(bench, folder)
-        found = {}
-        for kind, pairs in (("reference", bench.reference), ("tiny", bench.tiny)):
-            say(f"the {kind} network: {pairs.pairs} pairs of {pairs.steps} steps")
-            found[kind] = judged(measure(bench, pairs, folder, kind), bench.precision)
+    measured = measure_both(bench, say, "pairs of {} steps")
+    found = {kind: judged(result, bench.precision) for kind, result in measured.items()}
     reference, tiny = found["reference"], found["tiny"]
     return {
         "bench": "train",
@@ -71,6 +65,29 @@ def prepare(bench: TrainBench, folder: Path) -> None:
     write_samples(folder / "samples", QUARTER, bench.samples)
     store = open_store(str(folder / "latents"))
     write_latents(folder / "samples", store, QUARTER, per_shard=max(1, bench.samples // 4), block_samples=64)
+
+
+def measure_both(bench: TrainBench, say: Say, told: str, module: str = RANK) -> dict[str, dict[str, Any]]:
+    """What ranks find with the reference network and with the tiny one, on the same latents.
+
+    Args:
+        bench: the sizes.
+        say: gets a line before each part.
+        told: what the rounds are, with {} for their steps.
+        module: that the ranks run.
+
+    Raises:
+        SetupError: a rank failed.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as name:
+        folder = Path(name)
+        say(f"writing {bench.samples:,} latents")
+        prepare(bench, folder)
+        for kind, pairs in (("reference", bench.reference), ("tiny", bench.tiny)):
+            say(f"the {kind} network: {pairs.pairs} {told.format(pairs.steps)}")
+            found[kind] = measure(bench, pairs, folder, kind, module)
+    return found
 
 
 def measure(bench: TrainBench, pairs: Pairs, folder: Path, kind: str, module: str = RANK) -> dict[str, Any]:
