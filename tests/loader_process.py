@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Mapping
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -72,9 +71,8 @@ def run(
             os.fsync(file.fileno())
 
 
-def answer(bench: type, work: Any, environment: Mapping[str, str], line: Connection) -> None:
+def answer(bench: type, work: Any, line: Connection) -> None:
     """Do what the other end of the line asks for, until it is closed."""
-    os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of a DataLoader's workers, as in a program of its own
     with closing(bench(work)) as asked, suppress(EOFError):
         while True:

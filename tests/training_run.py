@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from forked import Command
 
 from pipeline import runfile
 from pipeline.config import TrainConfig
@@ -37,7 +38,7 @@ SMALL = {
     "checkpoint": {"every": 4, "keep": 2},
     "log_every": 1,
 }
-_started: list[subprocess.Popen[str]] = []
+_started: list[subprocess.Popen[str] | Command] = []
 
 
 class Run:
@@ -59,14 +60,11 @@ class Run:
         self.file.write_text(runfile.dump(config))
         self.store = open_store(address)
 
-    def start(self, *overrides: str, ranks: int = 2) -> subprocess.Popen[str]:
-        launcher = ["bash", str(ROOT / "launchers/accelerate.sh")]
-        command = launcher if ranks > 1 else [sys.executable, "-m", "pipeline", "train"]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
-        environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": str(ranks)}
+    def launch(self, *overrides: str) -> subprocess.Popen[str]:
+        """As a user does, on two ranks."""
         child = subprocess.Popen(
-            [*command, str(self.file), *overrides],
-            env=environment,
+            ["bash", str(ROOT / "launchers/accelerate.sh"), str(self.file), *overrides],
+            env={**_environment(), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -75,7 +73,20 @@ class Run:
         _started.append(child)
         return child
 
-    def wait_for_step(self, step: int, child: subprocess.Popen[str]) -> None:
+    def start(self, *overrides: str, ranks: int = 2) -> Command:
+        """The ranks alone, in processes that have imported everything before; no launcher tells their errors once."""
+        number = len(list(self.file.parent.glob("*.said")))
+        child = Command(
+            ("train", str(self.file), *overrides),
+            self.file.with_name(f"{number}.said"),
+            ranks=ranks,
+            environment=_environment(),
+            folder=self.file.parent,
+        )
+        _started.append(child)
+        return child
+
+    def wait_for_step(self, step: int, child: subprocess.Popen[str] | Command) -> None:
         started = psutil.Process(child.pid).create_time()
         deadline = time.monotonic() + 120
         while not self._has_logged(step, started):
@@ -111,6 +122,10 @@ class Run:
         return {name.removeprefix(prefix): self.store.read(name) for name in names}
 
 
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
+
+
 def ranks_of(child: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in psutil.Process(child.pid).children(recursive=True) if _is_rank(p)]
 
@@ -131,7 +146,7 @@ def end_all() -> None:
             child.wait()
 
 
-def finish(child: subprocess.Popen[str], code: int = 0) -> str:
+def finish(child: subprocess.Popen[str] | Command, code: int = 0) -> str:
     said = child.communicate(timeout=180)[0]
     assert child.returncode == code, said
     return said

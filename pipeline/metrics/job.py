@@ -92,16 +92,20 @@ class Metrics:
         self._numbers.forget(key)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        """Set several metrics and write them as one line of the log: `{"step", "time", **values}`."""
+        """Set several metrics and write them as one line of the log: `{"step", "time", **values}`.
+
+        Of a metric with labels, those that `values` lacks are not told any more, so that Prometheus has what the
+        line has.
+        """
         now = time.time()
-        numbers = {(key, *labels): number for key, value in values.items() for labels, number in flat(value)}
-        for (key, *labels), number in numbers.items():
-            self.set(key, number, **dict(zip(self._numbers.labels(key), labels, strict=True)))
+        for key, value in values.items():
+            self._numbers.replace(key, value)
         if self._log is not None:
             line = {"step": step, "time": round(now, 3), **{k: plain(v) for k, v in values.items()}}
             self._log.append(step, json.dumps(line))
         if self._trackers is not None:
-            self._trackers.scalars(step, {"/".join(name): number for name, number in numbers.items()})
+            numbers = {"/".join((key, *labels)): n for key, value in values.items() for labels, n in flat(value)}
+            self._trackers.scalars(step, numbers)
 
     def show(self, step: int, name: str, *, sheet: bytes, pictures: NDArray[np.uint8], captions: Sequence[str]) -> None:
         """Pictures [N, H, W, 3] and a PNG file of all of them, for trackers."""

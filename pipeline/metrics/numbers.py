@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
@@ -48,6 +48,23 @@ class Numbers:
         """Count further. Raises as `set`."""
         self._change(key, labels, lambda before: before + amount)
 
+    def replace(self, key: str, value: Value) -> None:
+        """Set all series of a metric, nested by its labels: those that are not in `value` are not told any more.
+
+        Raises as `set`.
+        """
+        definition = self._definitions[key]
+        numbers = list(flat(value))
+        if any(len(labels) != len(definition.labels) for labels, _ in numbers):
+            raise ValueError(f"{key}: {value!r}, but the table has the labels {list(definition.labels)}")
+        if definition.scope not in self._scopes:
+            return
+        with self._lock:
+            values = self._values[key]
+            values.clear()
+            for labels, number in numbers:
+                values[_series(values, labels)] = number
+
     def forget(self, key: str) -> None:
         """Tell a gauge no more, until it is set again."""
         with self._lock:
@@ -59,11 +76,9 @@ class Numbers:
             raise ValueError(f"{key}: labels {sorted(labels)}, but the table has {sorted(definition.labels)}")
         if definition.scope not in self._scopes:
             return
-        series = tuple(clean(labels[name]) for name in definition.labels)
         with self._lock:
             values = self._values[key]
-            if series not in values and len(values) >= MOST_SERIES:
-                series = (OTHER,) * len(series)
+            series = _series(values, [labels[name] for name in definition.labels])
             values[series] = new(values.get(series, 0.0))
 
     def collect(self) -> Iterator[Metric]:
@@ -84,6 +99,12 @@ def clean(label: str) -> str:
     """A label's value that no tool stumbles over: printable, of one line, not too long."""
     said = printable(label, one_line=True)
     return said if len(said) <= _LONGEST_LABEL else f"{said[: _LONGEST_LABEL - 1]}…"
+
+
+def _series(values: Collection[tuple[str, ...]], labels: Sequence[str]) -> tuple[str, ...]:
+    """Where a value of these labels stands beside those there are."""
+    series = tuple(map(clean, labels))
+    return series if series in values or len(values) < MOST_SERIES else (OTHER,) * len(series)
 
 
 def _family(definition: Definition, subject: Subject, values: Mapping[tuple[str, ...], float]) -> Metric:

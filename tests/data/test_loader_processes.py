@@ -8,8 +8,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
-from encode_worker import FORK
 from latent_shards import FINGERPRINT, write_latents
 from loader_process import GLOBAL_BATCH, run
 
@@ -49,8 +49,7 @@ class Ranks:
         started: list[BaseProcess] = []
         for rank, notes in enumerate(self.notes):
             arguments = (self._urls, rank, self._world, state, stop, self._workers, self._mixing, notes)
-            started.append(FORK.Process(target=run, args=arguments))
-            started[-1].start()
+            started.append(forked.start(run, *arguments))
         return started
 
     def finish(self, state: dict[str, Any], stop: int) -> None:

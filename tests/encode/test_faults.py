@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small_models
-from encode_worker import FORK, run_command
+from forked import Command as Forked
 
 from pipeline import storage
 from pipeline.config import EncodeConfig
@@ -129,24 +129,25 @@ class Command:
         run_file, self.log = folder / f"{number}.yaml", folder / f"{number}.log"
         run_file.write_text(json.dumps(settings))
         self.log.touch()
-        self.process = FORK.Process(
-            target=run_command,
-            args=(("encode", str(run_file), *arguments), {**os.environ, **variables}, self.log, file_bytes),
-            daemon=True,
-        )
         self.began = time.monotonic()
-        self.process.start()
+        self.process = Forked(
+            ("encode", str(run_file), *arguments),
+            self.log,
+            environment={**os.environ, **variables},
+            file_bytes=file_bytes,
+        )
 
     def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid
-        os.kill(self.process.pid, number)
+        self.process.send_signal(number)
 
     def end(self) -> int:
         """The exit code."""
-        self.process.join(LIMIT_SECONDS)
-        assert self.process.exitcode is not None, f"it goes on and on: {self.said()}"
+        try:
+            code = self.process.wait(LIMIT_SECONDS)
+        except TimeoutError:
+            pytest.fail(f"it goes on and on: {self.said()}")
         self.seconds = time.monotonic() - self.began
-        return self.process.exitcode
+        return code
 
     def said(self) -> str:
         return self.log.read_text()
@@ -314,7 +315,7 @@ class TestServer:
             os.kill(server.pid, signal.SIGKILL)
         server.stop()
         time.sleep(max(0.0, seconds - (time.monotonic() - stopped)))
-        assert command.process.is_alive(), "it was in the middle"
+        assert command.process.poll() is None, "it was in the middle"
         server.start()
         back = time.monotonic()
         said = command.does()

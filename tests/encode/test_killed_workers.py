@@ -8,14 +8,15 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import small_models
-from encode_worker import FORK, run_worker
 
 from pipeline.config import EncodeConfig
 from pipeline.data import images
 from pipeline.data.tar import TarBuilder
+from pipeline.encode.job import encode
 from pipeline.storage import Store, open_store
 
 SIDE, SHARDS, PER_SHARD = 96, 4, 40
@@ -26,12 +27,7 @@ PARTS = {"LATHE_S3_PART_MIB": "5"}  # latent shards of 6 MB travel in two parts
 
 def start(config: EncodeConfig, workers: int) -> list[BaseProcess]:
     variables = {**os.environ, **PARTS}
-    processes = [
-        FORK.Process(target=run_worker, args=(config, (i, workers), variables), daemon=True) for i in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+    return [forked.start(encode, config, (i, workers), environment=variables) for i in range(workers)]
 
 
 def finish(processes: list[BaseProcess]) -> None:

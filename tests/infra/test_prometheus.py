@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 import pytest
-from encode_worker import FORK, run_worker
 from latent_set import build, encode_settings, save_autoencoder, write_pictures
 from monitoring import (
     INFRA,
@@ -36,6 +36,7 @@ from training_run import Run, ranks_of
 
 from pipeline.config import EncodeConfig, MetricsConfig
 from pipeline.data.manifest import RECEIPT_SUFFIX, load_receipt
+from pipeline.encode.job import encode
 from pipeline.metrics import DEFINITIONS, Metrics, Place, read_log
 from pipeline.metrics.table import flat
 from pipeline.storage import counters, open_store
@@ -113,7 +114,7 @@ def cluster(tmp_path_factory, s3_server) -> Iterator[Cluster]:
         metrics = {"run": "pair", "discovery": str(folder / "discovery"), "peak_flops": 1e12}
         run = Run(folder / "training", build(folder), metrics=metrics, **TRAINING)
         found = Cluster(folder, prometheus, pushgateway, webhook, run)
-        found.train = run.start(*FLOAT16)
+        found.train = run.launch(*FLOAT16)
         stack.callback(end, found.train)
         threading.Thread(
             target=found.said.extend, args=(found.train.stdout,), daemon=True
@@ -146,9 +147,7 @@ def settings(folder: Path, **changes: Any) -> EncodeConfig:
 
 
 def worker(config: EncodeConfig) -> Any:
-    process = FORK.Process(target=run_worker, args=(config, (0, 1), dict(os.environ)), daemon=True)
-    process.start()
-    return process
+    return forked.start(encode, config, (0, 1))
 
 
 def encode_many(cluster: Cluster, output: str) -> None:
@@ -240,7 +239,7 @@ def test_values_are_those_of_the_log_within_a_scrape(cluster):
 
 def same(logged: Any, labels: tuple[str, ...], told: float) -> bool:
     for label in labels:
-        logged = logged[label] if logged is not None else None
+        logged = logged.get(label) if logged is not None else None
     return not math.isfinite(told) if logged is None else told == pytest.approx(logged, rel=1e-8)
 
 

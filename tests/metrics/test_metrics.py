@@ -94,6 +94,16 @@ def test_a_value_may_be_told_by_its_labels(tmp_path):
     }
 
 
+def test_what_a_line_lacks_of_a_metric_is_not_told_any_more(tmp_path):
+    config = MetricsConfig(host="127.0.0.1", port=0)
+    with Metrics(config, "train", log_store=open_store(str(tmp_path))) as metrics:
+        metrics.log(1, {"noise_level_loss": {"0_0.00-0.50": 1.5, "1_0.50-1.00": 2.5}, "loss": 2.0})
+        metrics.log(2, {"noise_level_loss": {"1_0.50-1.00": 3.5}})
+        page = _scrape(metrics.address)
+    told = {line for line in page.splitlines() if line.startswith(("lathe_train_noise", "lathe_train_loss"))}
+    assert told == {'lathe_train_noise_level_loss{noise_level="1_0.50-1.00"} 3.5', "lathe_train_loss 2.0"}
+
+
 def test_labels_tell_the_series_of_one_metric_apart():
     metrics = Metrics(MetricsConfig(), "encode")
     try:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
 import numpy as np
 import pytest
-from encode_worker import FORK
 from loader_process import answer
 
 from pipeline.data.manifest import load_manifest
@@ -42,9 +41,8 @@ class Forked(Contestant):
 
     def __init__(self, name: str, bench: type, work: Any) -> None:
         self.name = name
-        self._line, end = FORK.Pipe()
-        self._process = FORK.Process(target=answer, args=(bench, work, dict(os.environ), end))
-        self._process.start()
+        self._line, end = forked.pipe()
+        self._process = forked.start(answer, bench, work, end, daemon=False)
         end.close()
 
     def ask(self, command: str) -> dict[str, Any]:

@@ -110,5 +110,5 @@ def undisturbed(tmp_path_factory, make_latents) -> Run:
     """A run of two ranks from the first step to the last; each of its steps is saved."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run = Run(folder, make_latents(folder / "latents"))
-    run.said = finish(run.start("checkpoint.every=1", "checkpoint.keep=100"))
+    run.said = finish(run.launch("checkpoint.every=1", "checkpoint.keep=100"))
     return run

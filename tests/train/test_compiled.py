@@ -11,9 +11,9 @@ pytestmark = [pytest.mark.long, pytest.mark.ranks, pytest.mark.timeout(1200)]
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_compiled_network_learns_alike_with_activation_checkpointing_and_micro_batches(tmp_path, latents, stage):
     run = Run(tmp_path, latents)
-    finish(run.start("steps=6", f"output={tmp_path}/plain"))
+    finish(run.launch("steps=6", f"output={tmp_path}/plain"))
     compiled = ("engine.compile=true", "engine.activation_checkpointing=true", "engine.accumulation=2")
-    child = run.start("steps=6", f"engine.zero_stage={stage}", "engine.timeout_seconds=1000", *compiled)
+    child = run.launch("steps=6", f"engine.zero_stage={stage}", "engine.timeout_seconds=1000", *compiled)
     said = child.communicate(timeout=1000)[0]
     assert child.returncode == 0, said
     plain = Run(tmp_path / "again", latents, f"{tmp_path}/plain")

@@ -45,7 +45,7 @@ def wait_for_checkpoint(run: Run, child: subprocess.Popen[str]) -> int:
 
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_step(undisturbed, tmp_path):
     run = Run(tmp_path, undisturbed.latents)
-    child = run.start("checkpoint.every=2", "checkpoint.keep=100", f"checkpoint.max_failures={MANY}")
+    child = run.launch("checkpoint.every=2", "checkpoint.keep=100", f"checkpoint.max_failures={MANY}")
     first = wait_for_checkpoint(run, child)
     (last,) = (rank for rank in ranks_of(child) if rank.environ()["RANK"] == "1")
     before = last.rlimit(psutil.RLIMIT_FSIZE)
@@ -78,7 +78,7 @@ def own_server(tmp_path, monkeypatch) -> Iterator[EmbeddedObjectStore]:
 def test_killed_while_it_uploads_then_without_its_server_for_a_while(undisturbed, own_server, tmp_path):
     often = {"every": 2, "keep": 100, "max_failures": MANY}
     run = Run(tmp_path, undisturbed.latents, f"{own_server.url}/run", checkpoint=often)
-    killed = run.start()
+    killed = run.launch()
     wait_for_checkpoint(run, killed)
     os.kill(own_server.pid, signal.SIGSTOP)  # the upload that comes next does not end
     time.sleep(1.0)
@@ -89,7 +89,7 @@ def test_killed_while_it_uploads_then_without_its_server_for_a_while(undisturbed
     last = run.steps()[0]
     assert last < STEPS
 
-    child = run.start()
+    child = run.launch()
     said = said_until(child, "going on from")
     assert f"going on from {run.store.url}/{checkpoint.step_name(last)}\n" in said
     deadline = time.monotonic() + 120
@@ -113,7 +113,7 @@ def test_a_second_run_on_the_same_output_is_refused(undisturbed, tmp_path):
     held = Lease(run.store)
     held.take()
     try:
-        said = finish(run.start(), 1)
+        said = finish(run.launch(), 1)
     finally:
         held.release()
     assert f"error: {run.output} is being written to by process {os.getpid()} on {os.uname().nodename}\n" in said

@@ -32,7 +32,7 @@ def test_every_rank_is_found_and_tells_what_the_log_has(tmp_path, latents):
         "optimizer": {"warmup_steps": 3, "schedule": "constant"},
     }
     run = Run(tmp_path, latents, **settings)
-    child = run.start()
+    child = run.launch()
     try:
         run.wait_for_step(6, child)
         files = [targets / f"lathe-train-run-{rank}.json" for rank in (0, 1)]
@@ -68,7 +68,7 @@ def test_every_rank_is_found_and_tells_what_the_log_has(tmp_path, latents):
     assert abs(time.time() - other["lathe_train_rank_last_step_timestamp_seconds"]) < 60
     assert other["lathe_storage_requests_total{operation=read}"] > 0
 
-    again = run.start()
+    again = run.launch()
     run.wait_for_step(line["step"] + 20, again)
     os.kill(again.pid, signal.SIGTERM)
     finish(again, code=128 + signal.SIGTERM)

@@ -59,7 +59,7 @@ def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(
     undisturbed, tmp_path, latents, monkeypatch
 ):
     run = Run(tmp_path, latents)
-    killed = run.start()
+    killed = run.launch()
     run.wait_for_step(6, killed)
     ranks_of(killed)[1].kill()
     assert finish(killed, 128 + signal.SIGKILL).endswith("was ended by SIGKILL, and the other ranks with it\n")
@@ -69,7 +69,7 @@ def test_killed_then_resumed_then_asked_to_stop_is_the_undisturbed_run_so_far(
     requeue_file = tmp_path / "requeue.json"
     requeue_file.write_text("of an earlier start")
     monkeypatch.setenv("LATHE_REQUEUE_FILE", str(requeue_file))
-    resumed = run.start("checkpoint.keep=1")
+    resumed = run.launch("checkpoint.keep=1")
     run.wait_for_step(last + 2, resumed)
     assert not requeue_file.exists()
     ranks, asked = ranks_of(resumed), time.monotonic()
@@ -92,7 +92,7 @@ def test_a_launcher_passes_signals_on_and_a_second_one_disturbs_nothing(tmp_path
     requeue_file = tmp_path / "requeue.json"
     monkeypatch.setenv("LATHE_REQUEUE_FILE", str(requeue_file))
     run = Run(tmp_path, latents, steps=100000, engine={**SMALL["engine"], "zero_stage": 0})
-    launcher = run.start("checkpoint.every=100000")
+    launcher = run.launch("checkpoint.every=100000")
     run.wait_for_step(3, launcher)
     asked = time.monotonic()
     launcher.send_signal(signal.SIGUSR1)
@@ -105,7 +105,7 @@ def test_a_launcher_passes_signals_on_and_a_second_one_disturbs_nothing(tmp_path
     assert f"stopped by SIGUSR1 after step {step}; the same command goes on from" in said
     assert json.loads(requeue_file.read_text())["signal"] == "SIGUSR1"
 
-    early = run.start("steps=200000")  # before the ranks listen to signals there is nothing to save
+    early = run.launch("steps=200000")  # before the ranks listen to signals there is nothing to save
     while not (ranks := ranks_of(early)):
         time.sleep(0.05)
     asked = time.monotonic()
@@ -193,7 +193,7 @@ def test_validation_is_broken_off_on_all_ranks_by_a_signal_to_one(tmp_path, late
     names = [average["name"] for average in averages]
     validation = {"every": 2, "noise_levels": 100, "weights": names}
     run = Run(tmp_path, latents, validation=validation, ema={"averages": averages})
-    child = run.start("engine.zero_stage=0")
+    child = run.launch("engine.zero_stage=0")
     run.wait_for_step(2, child)
     ranks_of(child)[1].send_signal(signal.SIGTERM)
     said = finish(child, 128 + signal.SIGTERM)
@@ -211,7 +211,7 @@ def test_a_damaged_block_ends_all_ranks_with_one_message(undisturbed, tmp_path, 
     data[block["offset"] + 600] ^= 1
     shard.write_bytes(data)
     started = time.monotonic()
-    said = finish(run.start(), code=DataError.exit_code)
+    said = finish(run.launch(), code=DataError.exit_code)
     assert time.monotonic() - started < 60
     assert said.count("00000.tar: samples 32 to 39") == 1
     assert "Traceback" not in said
@@ -292,7 +292,7 @@ def test_the_checkpoint_comes_before_the_snapshot_which_is_taken_later_where_it_
         in_the_way.parent.mkdir(parents=True, exist_ok=True)
         in_the_way.write_bytes(b"no folder")
         started = time.monotonic()
-        said = finish(run.start(*chosen), code=StorageError.exit_code)
+        said = finish(run.start(*chosen, ranks=1), code=StorageError.exit_code)
         assert time.monotonic() - started < 60
         assert "Traceback" not in said
         assert "Not a directory" in said
