@@ -227,7 +227,8 @@ class Saver:
         save.size = sum(int(file["size"]) for file in files.values())
         save.seconds = time.perf_counter() - save.started
         try:
-            self._shelf.add(save.step)
+            # of steps that were skipped the weights may be the cause: what was before is needed
+            self._shelf.add(save.step, retire=not save.run["counters"].get("skipped_in_a_row"))
         except FAULTS as error:  # the checkpoint counts, and the next one tries again
             _log.warning("what is too old could not be deleted after step %d: %s", save.step, error)
 

@@ -65,11 +65,11 @@ class Shelf:
         self._damaged = set(map(checkpoint.step_of, marked - later)) - whole
         return sorted(later)
 
-    def add(self, step: int) -> None:
-        """A checkpoint was completed: delete those that are too old now, and what is not whole."""
+    def add(self, step: int, *, retire: bool = True) -> None:
+        """A checkpoint was completed: delete what is not whole and, with `retire`, those that are too old now."""
         self._damaged.discard(step)
         self.steps = sorted({*self.steps, step})
-        stay = self._rule(self.steps)
+        stay = self._rule(self.steps) if retire else self.steps
         for old in [found for found in self.steps if found not in stay]:
             checkpoint.clear(self._store, checkpoint.step_name(old))
             self.steps.remove(old)

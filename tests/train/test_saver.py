@@ -76,12 +76,12 @@ class Bed:
         self.engine.step(1e-2)
         self.step += 1
 
-    def begin(self) -> None:
+    def begin(self, **counters: int) -> None:
         self.train()
-        self.saver.begin(self.step, counters={"skipped": 0}, notes={})
+        self.saver.begin(self.step, counters=counters or {"skipped": 0}, notes={})
 
-    def save(self) -> None:
-        self.begin()
+    def save(self, **counters: int) -> None:
+        self.begin(**counters)
         self.saver.settle()
 
     def weights(self) -> dict[str, Tensor]:
@@ -115,6 +115,15 @@ def test_what_is_stored_is_the_state_of_its_step_though_training_went_on(tmp_pat
         "step": 1,
         "optimizer_step": 1,
     }
+
+
+def test_a_save_amid_skipped_steps_costs_none_of_those_before(tmp_path):
+    bed = Bed(tmp_path, keep=1)
+    bed.save()
+    bed.save(skipped_in_a_row=3)
+    assert bed.steps() == [2, 1]
+    bed.save(skipped_in_a_row=0)
+    assert bed.steps() == [3]
 
 
 def test_flags_of_the_save_before_say_nothing_of_this_one(tmp_path):
