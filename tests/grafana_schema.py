@@ -130,6 +130,8 @@ class Shown(Part):
 class Timeseries(Shown):
     type: Literal["timeseries"]
     options: TimeseriesOptions
+    repeat: Text | None = None
+    repeat_direction: Literal["h", "v"] | None = None
 
 
 class Stat(Shown):

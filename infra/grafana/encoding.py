@@ -20,7 +20,7 @@ def _now(board: Board) -> Row:
     left = f"max by (run) ({board.selected('eta_seconds')})"
     rejects, images = (f"sum by (run) ({board.selected(key)})" for key in ("rejects", "images"))
     rejects = f"({rejects} or on (run) 0 * {images})"  # there is no series before the first
-    working = f"count by (run) ({board.selected('finished')} == 0)"
+    working = f"sum by (run) ({board.selected('finished')} == bool 0)"
     age = f"time() - max by (run) ({board.selected('last_commit_timestamp_seconds')})"
     return Row(
         "Now",

@@ -35,7 +35,7 @@ class Panel:
         kind: curves, or the last value in large letters.
         width: of the dashboard's 24 columns.
         is_log: whether the axis is logarithmic.
-        is_stacked: whether curves lie on one another, as parts of a whole.
+        is_stacked: whether curves lie on one another, as parts of a whole; each run has such a panel of its own.
     """
 
     title: str
@@ -134,13 +134,14 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
     return {
         "type": panel.kind,
         "id": number,
-        "title": panel.title,
+        "title": f"{panel.title}: $run" if panel.is_stacked else panel.title,
         "description": panel.description,
         "datasource": _DATASOURCE,
         "gridPos": place,
         "targets": targets,
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": _curve_options() if panel.kind == "timeseries" else _stat_options(),
+        **({"repeat": "run", "repeatDirection": "v"} if panel.is_stacked else {}),
     }
 
 

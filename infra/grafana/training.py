@@ -72,8 +72,10 @@ def _now(board: Board) -> Row:
     waiting = f"max by (run) ({board.selected('rank_data_wait_seconds')})"
     waiting += f" / on (run) max by (run) ({board.selected('step_seconds')})"
     step_age = f"time() - max by (run) ({board.selected('rank_last_step_timestamp_seconds')})"
-    checkpoint_age = f"time() - max by (run) ({board.selected('checkpoint_timestamp_seconds')})"
-    answering = f'count by (run) (up{{run=~"$run", lathe_job="{board.job}"}} == 1)'
+    # of earlier starts, too, where this run has saved anything
+    checkpoint_age = f"time() - max by (run) (last_over_time({board.selected('checkpoint_timestamp_seconds')}[1d]))"
+    checkpoint_age += f" and on (run) max by (run) ({board.selected('checkpoint_step')}) > 0"
+    answering = f'sum by (run) (up{{run=~"$run", lathe_job="{board.job}"}})'
     return Row(
         "Now",
         [
@@ -84,7 +86,7 @@ def _now(board: Board) -> Row:
             board.number("Waits for data", waiting, "percentunit", "Share of a step, on the rank that waits most"),
             board.number("Peak in use", board.selected("mfu_ratio"), "percentunit", board.find("mfu_ratio").help),
             board.number("Since the last step began", step_age, "s", "On the rank that is ahead"),
-            board.number("Checkpoint's age", checkpoint_age, "s", "What would be lost if the run ended now"),
+            board.number("Checkpoint's age", checkpoint_age, "s", "What came since would be lost if the run ended now"),
             board.number("Ranks", board.selected("world_size"), "none", board.find("world_size").help),
             board.number("Ranks that answer", answering, "none", "Processes that Prometheus reaches"),
             board.number("Restarts", board.selected("restarts"), "none", board.find("restarts").help),

@@ -132,7 +132,7 @@ _CHECKPOINTS = (
     Definition("checkpoint_stall_seconds", "s", "Time that training stood still for the last checkpoint", TRAIN),
     Definition("checkpoint_failures", "saves", "Checkpoints and snapshots of this start that failed", TRAIN),
     Definition("checkpoint_bytes", "bytes", "Size of the last checkpoint, all files", TRAINING),
-    Definition("checkpoint_step", "steps", "Step of the last complete checkpoint", TRAINING),
+    Definition("checkpoint_step", "steps", "Step of the last complete checkpoint; 0 = there is none", TRAINING),
     Definition("checkpoint_timestamp_seconds", "s", "Unix time of the last complete checkpoint", TRAINING),
 )
 _VALIDATION = (

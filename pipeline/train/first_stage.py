@@ -89,6 +89,7 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
     )
     with metrics:
         metrics.resume(training.steps_done)
+        metrics.set("checkpoint_step", training.steps_done)
         note_start(store, config, training.device, step=training.steps_done)
         _train(training, store, metrics, progress)
         facts = _finish(training, pictures, store, metrics)

@@ -81,8 +81,9 @@ class Reporter:
         self._peak_flops = device_peak(config, ranks) if ranks.is_main else None
         self._step_flops: float | None = None  # of one rank; counted in the first step
 
-    def start(self, step: int) -> None:
-        """Before the first step of this start; `step` were done before."""
+    def start(self, progress: Progress) -> None:
+        """Before the first step of this start. What lines of the log bring late is told: alerts compare with it."""
+        step, scale = progress.step, self._engine.loss_scale
         self._started, self._first_step = time.monotonic(), step
         self._restarts = self._metrics.resume(step)
         self._metrics.log(
@@ -94,6 +95,10 @@ class Reporter:
             },
         )
         self._metrics.set("step", step)
+        self._metrics.set("skipped_steps", progress.skipped.total)
+        self._metrics.set("checkpoint_step", step)  # where there is none, a run begins with 0
+        if scale is not None:
+            self._metrics.set("loss_scale", scale.scale)
         with suppress(StorageError):  # a later line brings it
             self._metrics.flush()
 

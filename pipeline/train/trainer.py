@@ -159,7 +159,7 @@ class Trainer:
         """`run`, giving the number of every step once it is done. Closing it leaves no checkpoint behind."""
         config, progress = self.config, self.progress
         self.saves.resume(progress)
-        self.reporter.start(progress.step)
+        self.reporter.start(progress)
         whitening = Scale("whiten", progress.mean, progress.std)
         self.examples = Examples(config, self.datasets, whitening, self.ranks.device, self.towers)
         self.suspects = Suspects(
@@ -248,6 +248,7 @@ class Trainer:
         told = self.engine.outcomes(wait=wait)
         self.suspects.look(told)
         self.progress.skipped.count(told)
+        self.metrics.set("skipped_steps", self.progress.skipped.total)
         if self.progress.skipped.too_many:
             self.suspects.explain(self.progress.step)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from grafana_schema import Dashboard, GridPos, Row
+from grafana_schema import Dashboard, GridPos, Row, Timeseries
 from pydantic import ValidationError
 
 from infra.grafana import generate
@@ -54,6 +54,9 @@ def test_dashboards_are_valid(path):
         if not isinstance(panel, Row):
             assert len({target.ref_id for target in panel.targets}) == len(panel.targets)
             assert all("$run" in target.expr for target in panel.targets)
+        if isinstance(panel, Timeseries):  # parts of one run are stacked, and not runs on one another
+            is_stacked = panel.field_config.defaults.custom.stacking.mode != "none"
+            assert (panel.repeat == "run") == is_stacked == ("$run" in panel.title)
     for one, other in combinations([panel.grid_pos for panel in dashboard.panels], 2):
         assert not overlap(one, other)
     assert all(panel.grid_pos.x + panel.grid_pos.w <= 24 for panel in dashboard.panels)

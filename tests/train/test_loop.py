@@ -68,6 +68,7 @@ def bare(**changes: Any) -> Trainer:
         "train_step": train_step,
         "engine": SimpleNamespace(outcomes=outcomes),
         "suspects": SimpleNamespace(look=lambda told: None),
+        "metrics": SimpleNamespace(set=lambda *_: None),
         "loader": SimpleNamespace(skipped=[]),
         "ranks": SimpleNamespace(device=torch.device("cpu"), world_size=1, sum=lambda values: values),
         "datasets": SimpleNamespace(samples=100),

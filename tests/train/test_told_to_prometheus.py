@@ -16,9 +16,12 @@ from training_run import SMALL, Run, finish, ranks_of
 
 from pipeline.config import TrainConfig
 from pipeline.data.datasets import open_datasets
+from pipeline.errors import LatheError
 from pipeline.metrics import DEFINITIONS, read_log
 from pipeline.runtime import process
 from pipeline.storage import open_store
+from pipeline.train.progress import Progress
+from pipeline.train.skipped_steps import LIMIT, SkippedSteps
 from pipeline.train.trainer import Trainer
 
 
@@ -92,6 +95,44 @@ def test_losses_and_weights_are_the_same_with_and_without(tmp_path, latents):
     finally:
         ranks.finish()
     assert found[0] == found[1]
+
+
+def test_steps_that_are_not_finite_are_told_before_they_end_the_run(tmp_path, make_latents, monkeypatch):
+    def spoil(number: int, moments: Any) -> None:
+        moments[0, 0, 0] = float("nan")
+
+    latents = make_latents(tmp_path / "spoilt", change=spoil)
+    changes = {"output": str(tmp_path / "run"), "log_every": 20, "engine": {"zero_stage": 0, "precision": "float16"}}
+    config = TrainConfig.model_validate({"manifest": latents, **SMALL, **changes})
+    ranks = process.start(config.engine)
+    try:
+        trainer = Trainer(config, ranks, open_datasets(config.sources, global_batch=8), open_store(config.output))
+
+        def told(key: str) -> float | None:
+            return trainer.metrics.registry.get_sample_value(f"lathe_train_{key}")
+
+        seen, step, resume = [], trainer.train_step, trainer.saves.resume
+
+        def resumed(progress: Progress) -> None:
+            resume(progress)
+            progress.step, progress.skipped = 3, SkippedSteps(total=2)
+
+        def watched(batch: Any) -> torch.Tensor:
+            seen.append((told("skipped_steps"), told("checkpoint_step"), told("loss_scale")))
+            return step(batch)
+
+        monkeypatch.setattr(trainer.saves, "resume", resumed)
+        monkeypatch.setattr(trainer, "train_step", watched)
+        with pytest.raises(LatheError, match="not finite in 10 steps in a row"):
+            trainer.run()
+        assert seen[0] == (2, 3, 65536)  # against which an increase is seen
+        assert seen == sorted(seen)
+        assert 2 < seen[-1][0] < 2 + LIMIT
+        assert told("skipped_steps") == 2 + LIMIT
+        assert told("loss") is None  # no line of the log was due
+        trainer.metrics.close()
+    finally:
+        ranks.finish()
 
 
 class _Waits(TorchDispatchMode):
