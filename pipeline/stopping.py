@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -17,6 +18,22 @@ GRACE_SECONDS = 1.5
 SAID = "stopped; the same command goes on where it was"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"  # a live progress bar hides it
+_to_do: list[Callable[[], None]] = []
+
+
+def when_stopped(do: Callable[[], None]) -> Callable[[], None]:
+    """Have something done as soon as `PromptStop` is asked to stop, in a thread of its own: nobody waits for it.
+
+    Returns:
+        takes that back.
+    """
+    _to_do.append(do)
+
+    def forget() -> None:
+        with suppress(ValueError):
+            _to_do.remove(do)
+
+    return forget
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,8 +51,9 @@ class Stopped(KeyboardInterrupt):
 class PromptStop:
     """While it is entered, SIGINT and SIGTERM raise `Stopped`, and leaving it by that tells so in one line.
 
-    A process that has not ended a moment later is ended, as `kill -9` would: only for work that survives that. Further
-    signals change nothing, since launchers send them twice. For the main thread; in others it does nothing.
+    A process that has not ended a moment later is ended, as `kill -9` would: only for work that survives that; what
+    others must be told of the end, `when_stopped` sees to. Further signals change nothing, since launchers send them
+    twice. For the main thread; in others it does nothing.
     """
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
@@ -77,6 +95,7 @@ class PromptStop:
     def _watch(self, signals: int) -> None:
         while number := os.read(signals, 1):
             if number[0] in _SIGNALS:
+                threading.Thread(target=_do_all, name="stopped", daemon=True).start()
                 time.sleep(self._grace_seconds)
                 self._tell()
                 os._exit(128 + number[0])
@@ -87,3 +106,9 @@ class PromptStop:
         if self._telling.acquire(blocking=False):
             with suppress(OSError):  # whoever watched may have gone
                 tell(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{SAID}")
+
+
+def _do_all() -> None:
+    for do in list(_to_do):
+        with suppress(Exception):
+            do()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.verify.report import Check, Status, VerifyReport
 from pipeline.operate.bench.encode import EncodeBench
+from pipeline.stopping import PromptStop
 
 COMMANDS = (
     "demo",
@@ -139,6 +141,18 @@ def test_an_interrupt_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsy
         main()
     assert left.value.code == 130
     assert capsys.readouterr().err == "stopped; the same command goes on where it was\n"
+
+
+def test_train_vae_ends_by_an_exception_where_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: list[object] = []
+
+    def fit(*_arguments: object) -> str:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return "fitted"
+
+    monkeypatch.setattr("pipeline.train.first_stage.fit_first_stage", fit)
+    assert run(monkeypatch, "train-vae", "configs/demo/train-vae.yaml") == 0
+    assert isinstance(getattr(handlers[0], "__self__", None), PromptStop)
 
 
 @pytest.fixture

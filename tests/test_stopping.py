@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.stopping import SAID, PromptStop
 
-START = "import hashlib, sys, threading, time\nfrom pipeline.stopping import PromptStop, Stopped\n"
+START = "import hashlib, sys, threading, time\nfrom pipeline.stopping import PromptStop, Stopped, when_stopped\n"
 IN_PYTHON = "time.sleep(60)"
 IN_A_LIBRARY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 WITH_A_THREAD_LEFT = "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
@@ -22,6 +22,9 @@ WITH_A_THREAD_LEFT = "threading.Thread(target=time.sleep, args=(60,)).start(); t
 @pytest.mark.parametrize("work", [IN_PYTHON, IN_A_LIBRARY, WITH_A_THREAD_LEFT])
 def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work: str) -> None:
     code = START + (
+        "when_stopped(lambda: 1 / 0)()\n"
+        "when_stopped(lambda: 1 / 0)\n"
+        "when_stopped(lambda: print('told', flush=True))\n"
         "try:\n"
         "    with PromptStop(0.3):\n"
         "        print('begun', flush=True)\n"
@@ -37,9 +40,10 @@ def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work:
     for _ in range(3):  # a launcher may send it several times
         process.send_signal(number)
         time.sleep(0.02)
-    _, said = process.communicate(timeout=30)
+    done, said = process.communicate(timeout=30)
     assert time.monotonic() - began < 2
     assert (process.returncode, said) == (128 + number, f"{SAID}\n")
+    assert done == "told\n" or work == IN_PYTHON  # which may end before
 
 
 def test_what_was_before_comes_back(capsys: pytest.CaptureFixture[str]) -> None:

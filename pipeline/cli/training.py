@@ -11,12 +11,14 @@ from pipeline import runfile
 from pipeline.cli.arguments import Config, Overrides
 from pipeline.config import EvaluateConfig, ExportConfig, FirstStageConfig, SampleConfig, TrainConfig
 from pipeline.console import ProgressLine, say
+from pipeline.stopping import PromptStop
 
 
 def train_vae(config: Config, overrides: Overrides = None) -> None:
     """Train the first stage: the autoencoder that turns pictures into latents and back.
 
     Not needed where a pretrained one fits: give `lathe encode` its folder or hub id.
+    Stopped or killed, the same command goes on from the last checkpoint.
 
     ```
     lathe train-vae configs/demo/train-vae.yaml root=my-run
@@ -25,7 +27,7 @@ def train_vae(config: Config, overrides: Overrides = None) -> None:
     settings = runfile.load(FirstStageConfig, config, overrides)
     from pipeline.train.first_stage import fit_first_stage
 
-    with ProgressLine("train-vae", "steps") as line:
+    with PromptStop(), ProgressLine("train-vae", "steps") as line:
         result = fit_first_stage(settings, line.update)
     say(result)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.config import MetricsConfig, TrackedMetricsConfig
 from pipeline.console import tell
-from pipeline.errors import SetupError
+from pipeline.errors import LatheError, SetupError
 from pipeline.metrics.discovery import Announcement
 from pipeline.metrics.log import LogStore, open_log, plain
 from pipeline.metrics.numbers import Numbers, Traffic
@@ -23,6 +24,7 @@ from pipeline.metrics.pushing import Pusher
 from pipeline.metrics.serving import Server
 from pipeline.metrics.table import Job, Scope, Value, flat
 from pipeline.metrics.trackers import Trackers
+from pipeline.stopping import when_stopped
 
 
 class Metrics:
@@ -68,6 +70,7 @@ class Metrics:
         self._announcement: Announcement | None = None
         self._pusher: Pusher | None = None
         self._tell_of_itself(config)
+        self._forget_stop = when_stopped(partial(self._take_back, stopped=True))
 
     @property
     def address(self) -> str:
@@ -143,11 +146,14 @@ class Metrics:
                 self._trackers.close()
             self._trackers = None
             self.flush()
+        except LatheError:
+            failed = True
+            raise
         finally:
-            if self._pusher is not None:
-                self._pusher.close(failed=failed, stopped=stopped)
-            if self._announcement is not None and not failed:
-                self._announcement.withdraw()
+            if failed:
+                self._forget_stop()
+            self._take_back(failed=failed, stopped=stopped)
+            self._forget_stop()
             if self._server is not None:
                 self._server.close()
             self._server = self._announcement = self._pusher = None
@@ -160,6 +166,14 @@ class Metrics:
     ) -> None:
         asked_to = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close(failed=kind is not None and not asked_to, stopped=asked_to)
+
+    def _take_back(self, *, failed: bool = False, stopped: bool = False) -> None:
+        """What Prometheus was told of this process; see `close`. What takes no time comes first."""
+        announcement, pusher = self._announcement, self._pusher
+        if announcement is not None and not failed:
+            announcement.withdraw()
+        if pusher is not None:
+            pusher.close(failed=failed, stopped=stopped)
 
     def _serve(self, config: MetricsConfig) -> Server | None:
         try:

@@ -51,17 +51,17 @@ class Pusher:
 
         Args:
             failed: the group is kept, for who looks for the cause.
-            stopped: the process has no time to linger.
+            stopped: the group is deleted at once: the process has no time to linger.
         """
-        in_haste = failed or stopped
-        timeout = _LAST_TIMEOUT_SECONDS if in_haste else _TIMEOUT_SECONDS
+        timeout = _LAST_TIMEOUT_SECONDS if failed or stopped else _TIMEOUT_SECONDS
         self._ended.set()
         self._thread.join(timeout)
-        if self._push(timeout) and not failed:
-            if not in_haste and self._linger_seconds:
-                tell(f"metrics: their last values stay at the Pushgateway for {duration(self._linger_seconds)}")
-                time.sleep(self._linger_seconds)
-            self._ask(partial(delete_from_gateway, self._url, JOB, self._labels, timeout))
+        if not stopped and (not self._push(timeout) or failed):
+            return
+        if not stopped and self._linger_seconds:
+            tell(f"metrics: their last values stay at the Pushgateway for {duration(self._linger_seconds)}")
+            time.sleep(self._linger_seconds)
+        self._ask(partial(delete_from_gateway, self._url, JOB, self._labels, timeout))
 
     def _run(self) -> None:
         while True:

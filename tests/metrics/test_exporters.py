@@ -17,8 +17,9 @@ import pytest
 from prometheus_client.openmetrics import exposition, parser
 from scraping import scraped
 
-from pipeline import storage
+from pipeline import stopping, storage
 from pipeline.config import MetricsConfig, TrackedMetricsConfig
+from pipeline.errors import StorageError
 from pipeline.metrics import DEFINITIONS, Metrics, Place, pushing
 from pipeline.metrics.numbers import MOST_SERIES
 from pipeline.storage import open_store
@@ -187,6 +188,15 @@ class TestDiscovery:
             run.close()
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_run_whose_log_cannot_be_finished_has_failed(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_bytes(b"")
+        config = MetricsConfig(discovery=str(tmp_path / "targets"))
+        metrics = Metrics(config, "train", log_store=open_store(str(tmp_path / "run")))
+        metrics.log(1, {"loss": 1.0})
+        with pytest.raises(StorageError):
+            metrics.close()
+        assert list((tmp_path / "targets").iterdir())
+
     def test_names_of_runs_and_workers(self, tmp_path: Path) -> None:
         config = MetricsConfig(discovery=str(tmp_path), run="big/run ü")
         with Metrics(config, "encode", Place("/data/latents", number=3, count=8)):
@@ -220,6 +230,9 @@ class Gateway(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _GatewayHandler)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
+    def before_delete(self) -> None:
+        """Nothing."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
@@ -234,6 +247,7 @@ class _GatewayHandler(BaseHTTPRequestHandler):
         self._answer(200)
 
     def do_DELETE(self) -> None:
+        self.server.before_delete()
         self.server.groups.pop(self.path, None)
         self._answer(202)
 
@@ -299,6 +313,26 @@ class TestPushing:
             raise KeyboardInterrupt
         assert time.monotonic() - began < 5
         assert gateway.groups == {}
+
+    @pytest.mark.parametrize("asked", ["by an exception", "in a long call"])
+    def test_one_that_was_stopped_leaves_nothing_that_alerts(
+        self, gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+    ) -> None:
+        files: list[bool] = []
+        before = len(stopping._to_do)
+        monkeypatch.setattr(Gateway, "before_delete", lambda _: files.append(any(tmp_path.iterdir())))
+        config = MetricsConfig(discovery=str(tmp_path), pushgateway=gateway.url, pushgateway_linger_seconds=60)
+        metrics = Metrics(config, "encode", Place("/x/y"))
+        while not gateway.groups:
+            time.sleep(0.005)
+        if asked == "in a long call":
+            stopping._do_all()
+        else:
+            metrics.close(stopped=True)
+        assert gateway.groups == {}
+        assert files == [False]  # a gateway that is silent keeps no file there
+        metrics.close(stopped=True)
+        assert len(stopping._to_do) == before
 
     def test_names_that_no_path_could_hold(self, gateway: Gateway) -> None:
         with Metrics(pushed(gateway.url, run="big/run"), "train"):
