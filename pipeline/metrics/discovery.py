@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.console import tell
 from pipeline.metrics.place import Place
@@ -49,6 +49,7 @@ class Announcement:
             self._write()
             if place.number == 0:
                 self._clear(stem, place.count)
+            self._clear_target(target, labels["host"])
         except OSError as error:
             tell(f"metrics: {folder}: {error.strerror}: Prometheus is not told of this process there")
 
@@ -59,8 +60,8 @@ class Announcement:
                 self._path.unlink()
 
     def _is_of_another_run(self, path: Path) -> bool:
-        owner = _owner(path)
-        return owner is not None and owner != self._owner
+        known = _known(path)
+        return known is not None and known.owner != self._owner
 
     def _write(self) -> None:
         partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
@@ -74,14 +75,31 @@ class Announcement:
         """Drop what a killed start with more processes left: nobody takes their place."""
         for path in self._folder.glob(f"{stem}-*.json"):
             number = path.stem.removeprefix(f"{stem}-")
-            if number.isdecimal() and int(number) >= count and _owner(path) == self._owner:
+            known = _known(path)
+            if number.isdecimal() and int(number) >= count and known is not None and known.owner == self._owner:
+                path.unlink(missing_ok=True)
+
+    def _clear_target(self, target: str, host: str) -> None:
+        """Drop what killed processes of this machine left at our address: our numbers would pass for theirs."""
+        for path in self._folder.glob("lathe-*.json"):
+            known = _known(path)
+            if path != self._path and known is not None and (known.host, known.target) == (host, target):
                 path.unlink(missing_ok=True)
 
 
-def _owner(path: Path) -> str | None:
-    """The output of the run that wrote a file; None where there is none, or it is no such file."""
+class _Known(NamedTuple):
+    """What a file says."""
+
+    owner: str  # the output of the run that wrote it
+    host: str
+    target: str
+
+
+def _known(path: Path) -> _Known | None:
+    """None where there is none, or it is no such file."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-        return str(found[0]["labels"][_OWNER])
+        labels = found[0]["labels"]
+        return _Known(str(labels[_OWNER]), str(labels["host"]), str(found[0]["targets"][0]))
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -188,6 +188,26 @@ class TestDiscovery:
             run.close()
         assert list(tmp_path.iterdir()) == []
 
+    def test_nobody_answers_for_a_killed_process_whose_port_he_has(self, tmp_path: Path) -> None:
+        def left(name: str, target: str, host: str = socket.gethostname()) -> str:
+            labels = {"run": name, "host": host, "__lathe_output": f"/runs/{name}"}
+            (tmp_path / f"lathe-train-{name}-0.json").write_text(json.dumps([{"targets": [target], "labels": labels}]))
+            return f"lathe-train-{name}-0.json"
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        left("killed", f"127.0.0.1:{port}")
+        others = {
+            left("elsewhere", f"127.0.0.1:{port}", "gpu7"),
+            left("beside", "127.0.0.1:1"),
+        }
+        (tmp_path / "lathe-train-mine-0.json").write_text("none of Lathe's")
+        with Metrics(MetricsConfig(discovery=str(tmp_path), port=port), "encode", Place("/data/latents", 3, 4)) as ours:
+            assert ours.address.endswith(f":{port}/metrics")
+            there = {file.name for file in tmp_path.iterdir()}
+        assert there == others | {"lathe-encode-latents-3.json", "lathe-train-mine-0.json"}
+
     def test_a_run_whose_log_cannot_be_finished_has_failed(self, tmp_path: Path) -> None:
         (tmp_path / "run").write_bytes(b"")
         config = MetricsConfig(discovery=str(tmp_path / "targets"))
