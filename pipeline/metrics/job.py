@@ -190,6 +190,8 @@ class Metrics:
             self._announcement = Announcement(
                 config.discovery, job=self._job, place=self._place, labels=labels, target=self._server.target
             )
+            if self._server.is_loopback and self._place.local == 0 < self._place.number:  # there may be other machines
+                tell(f"metrics: only a Prometheus on this machine finds {config.host}: set metrics.host=0.0.0.0")
         if config.pushgateway is not None:
             # a worker that goes on elsewhere is the same to the gateway, which forgets nothing by itself
             group = {name: value for name, value in labels.items() if name != "host"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from ipaddress import ip_address
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -52,6 +53,11 @@ class Server:
         """For a Prometheus, HOST:PORT; of a server on every interface with this machine's own address."""
         host = _own_address(self._host) if self._host in _ANYWHERE else self._host
         return f"{_bracketed(host)}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether other machines cannot come here."""
+        return ip_address(str(self._server.server_address[0])).is_loopback
 
     def close(self) -> None:
         """Serve no more."""

@@ -208,6 +208,20 @@ class TestDiscovery:
             there = {file.name for file in tmp_path.iterdir()}
         assert there == others | {"lathe-encode-latents-3.json", "lathe-train-mine-0.json"}
 
+    @pytest.mark.parametrize(
+        ("number", "local", "is_told"), [(0, 0, False), (1, 1, False), (8, 0, True), (9, 1, False)]
+    )
+    def test_that_other_machines_cannot_come_here_is_told(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, local: int, is_told: bool
+    ) -> None:
+        for host in ("localhost", "0.0.0.0"):  # noqa: S104
+            Metrics(
+                MetricsConfig(discovery=str(tmp_path), host=host), "train", Place("/runs/a", number, 16, local)
+            ).close()
+        said = capsys.readouterr().err
+        assert said.count("metrics: only a Prometheus on this machine finds localhost: set metrics.host") == is_told
+        assert "finds 0.0.0.0" not in said
+
     def test_a_run_whose_log_cannot_be_finished_has_failed(self, tmp_path: Path) -> None:
         (tmp_path / "run").write_bytes(b"")
         config = MetricsConfig(discovery=str(tmp_path / "targets"))
