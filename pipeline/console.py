@@ -22,6 +22,10 @@ _ROWS_BELOW_A_HEADER = 20
 # Control characters, line ends that are not ours, reversed writing, and halves of characters, which cannot be printed.
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# `//user:pass@`, whatever is in the password; without a colon in front only where no path has begun
+_LOGIN = re.compile(r"""(?<=://)(?:[^\s'"<>/]*:[^\s'"<>]*@|[^\s'"<>/]*@)""")
+_QUERY = re.compile(r"""(https?://[^\s?'"<>]*)\?[^\s'"<>]*""")
+
 
 def tell(text: str) -> None:
     """Lines for a person, beside the progress."""
@@ -43,6 +47,11 @@ def printable(text: str, *, one_line: bool = False) -> str:
     """
     text = _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
     return text.replace("\n", "\\n").replace("\t", "\\t") if one_line else text
+
+
+def without_logins(text: str) -> str:
+    """Text whose addresses have lost users and passwords, and over HTTP their queries, which may hold tokens."""
+    return _QUERY.sub(r"\1", _LOGIN.sub("***@", text))
 
 
 def table(facts: Mapping[str, str]) -> str:

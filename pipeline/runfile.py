@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import JOBS, RunConfig
+from pipeline.config.base import LOGIN
 from pipeline.errors import ConfigError
 
 _Run = TypeVar("_Run", bound=RunConfig)
@@ -213,7 +214,14 @@ def explain(kind: type[BaseModel], path: str, error: ValidationError, *, in_file
         remedy = f"give the whole list, {field}=[...]"  # an override into a list that the file does not have
     for tuples, lists in (("valid tuple", "valid list"), ("Tuple should", "List should")):
         said = said.replace(tuples, lists)
-    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    if first["type"] == LOGIN:
+        remedy = (
+            "leave that out; S3's keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, other servers' logins"
+            " from a proxy on this machine"
+        )
+    # a password may stand before an @, whatever else is wrong
+    is_shown = first["type"] != LOGIN and not isinstance(first["input"], dict) and "@" not in str(first["input"])
+    value = f" (got {first['input']!r})" if is_shown else ""
     return ConfigError(": ".join(filter(None, (path, field, f"{said}{value}"))), remedy)
 
 

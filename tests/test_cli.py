@@ -114,6 +114,21 @@ def test_a_mistake_ends_with_one_line_and_its_remedy(
     assert len(told.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify", "https://user:pw1/pw1@pw1@host/manifest.json"),
+        ("config", "configs/demo/train.yaml", "output.x=https://host/?token=pw1"),
+        ("config", "configs/demo/train.yaml", "metrics.pushgateway=http://user:pw1@host"),
+    ],
+)
+def test_a_mistake_tells_no_passwords(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert run(monkeypatch, *arguments) in (2, 3)
+    assert "pw1" not in capsys.readouterr().err
+
+
 def test_a_process_that_fails_says_no_more_than_that() -> None:
     result = lathe("train", "nowhere.yaml")
     assert result.returncode == 2

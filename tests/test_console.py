@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import console
-from pipeline.console import ProgressLine, ProgressTable, duration, printable, tell
+from pipeline.console import ProgressLine, ProgressTable, duration, printable, tell, without_logins
 from pipeline.train.reporting import COLUMNS
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -217,3 +217,17 @@ def test_nobody_to_tell_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, st
         tell("words")
         with ProgressLine("encode", "shards") as line:
             line.update(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://u:p@ss@h:9091/x", "http://***@h:9091/x"),
+        ("'https://u:pa/ss@h'", "'https://***@h'"),
+        ("s3://key:sec/ret@b/0?.tar, s3://b/a@b.tar", "s3://***@b/0?.tar, s3://b/a@b.tar"),
+        ("http://token@h/x?sig=1 is away", "http://***@h/x is away"),
+        ("http://h:9000/a", "http://h:9000/a"),
+    ],
+)
+def test_addresses_are_shown_without_logins(text: str, shown: str) -> None:
+    assert without_logins(text) == shown

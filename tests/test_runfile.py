@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline import runfile
-from pipeline.config import JOBS, EncodeConfig, FirstStageConfig, TrainConfig
+from pipeline.config import JOBS, EncodeConfig, FirstStageConfig, PackConfig, TrainConfig
 from pipeline.errors import ConfigError
 
 MINIMAL = {"job": "train", "manifest": "m.json", "output": "out"}
@@ -189,6 +189,40 @@ def test_a_list_that_the_file_does_not_have_is_given_whole(tmp_path: Path) -> No
 @pytest.mark.parametrize("override", ["steps", "=3", "manifest.x=1", "steps=[", "steps.deep=1"])
 def test_an_override_that_cannot_be_is_told(tmp_path: Path, override: str) -> None:
     assert override.partition("=")[0].partition(".")[0] in problem(write(tmp_path), override).message
+
+
+@pytest.mark.parametrize(
+    ("field", "address"),
+    [
+        ("metrics.pushgateway", "http://user:pw1@host:9091"),
+        ("metrics.pushgateway", "https://user:pw1/pw1@pw1@host"),
+        ("metrics.pushgateway", "https://host/?token=pw1"),
+        ("metrics.pushgateway", "user:pw1@host:9091"),
+        ("metrics", "http://user:pw1@host:9091"),
+        ("metrics.tensorboard", "s3://key:pw1/pw1@bucket/logs"),
+        ("manifest", "s3://key:pw1/pw1/manifest.json"),
+        ("root", "https://pw1@host/x"),
+        ("unet.pretrained", "https://host/model?sig=pw1"),
+        ("datasets", "[{manifest: 's3://key:pw1@bucket/manifest.json'}]"),
+    ],
+)
+def test_no_run_file_holds_a_login_and_none_is_told(tmp_path: Path, field: str, address: str) -> None:
+    error = problem(write(tmp_path), f"{field}={address}")
+    assert f"run.yaml: {field}" in error.message
+    assert "pw1" not in error.message + error.remedy
+    assert "\n" not in error.message
+
+
+def test_what_looks_like_a_login_and_is_none_is_left_alone(tmp_path: Path) -> None:
+    said = "a photo of https://user:secret@host/?x=1"
+    names = ["s3://bucket/0000?.tar", "/data/me@home/*.tar", "s3://bucket/a@b:c.tar"]
+    config = runfile.load(EncodeConfig, "configs/demo/encode.yaml", [f"images.shards={names}"])
+    assert config.images.shards == tuple(names)
+    validation = {"every": 5, "autoencoder": "stabilityai/sd-vae-ft-mse", "prompts": [said, "https://host/?x=1"]}
+    path = write(tmp_path, validation=validation, metrics={"pushgateway": "https://[::1]:9091/at/home"})
+    assert runfile.load(TrainConfig, path).validation.prompts[0] == said
+    pack = runfile.load(PackConfig, "configs/demo/pack.yaml", ["attribution=https://host/@me?by=x"])
+    assert pack.attribution == "https://host/@me?by=x"
 
 
 @pytest.mark.parametrize("factor", ["65", ".inf", ".nan"])

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from pipeline import __version__
 from pipeline.cli import bench, data, looking, runs, training
-from pipeline.console import printable, say, tell
+from pipeline.console import printable, say, tell, without_logins
 from pipeline.errors import LatheError
 from pipeline.stopping import SAID, Stopped
 
@@ -89,7 +89,9 @@ def main() -> None:
     except LatheError as error:
         from pipeline.runtime.launch import report
 
-        error.message, error.remedy = (printable(said, one_line=True) for said in (error.message, error.remedy))
+        error.message, error.remedy = (
+            printable(without_logins(said), one_line=True) for said in (error.message, error.remedy)
+        )
         if not report(error):  # a rank's launcher tells what all ranks meet once
             print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
             if error.remedy:

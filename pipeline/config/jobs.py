@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Count, Fraction, Positive, Section, Seed, Threads
+from pipeline.config.base import Count, Fraction, Positive, Section, Seed, Threads, Words
 from pipeline.config.images import EncodeImagesConfig, ImagesConfig
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
@@ -61,7 +61,7 @@ class PackConfig(RunConfig):
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="what a missing or unusable picture or caption does; skip counts them by reason"
     )
-    attribution: str = Field("", description="whom the pictures are by, under which licence; kept beside the shards")
+    attribution: Words = Field("", description="whom the pictures are by, under which licence; kept beside the shards")
 
 
 class FirstStageConfig(RunConfig):
@@ -224,7 +224,7 @@ class SampleConfig(GenerateConfig):
     """`lathe sample`: prompts to pictures, from the averaged weights of a checkpoint."""
 
     job: Literal["sample"] = "sample"
-    prompts: tuple[str, ...] = Field(min_length=1)
+    prompts: tuple[Words, ...] = Field(min_length=1)
     output: str = Field(description="folder or s3:// prefix for the pictures and their contact sheet")
 
 

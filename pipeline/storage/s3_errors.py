@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
-import re
 from typing import Any
 
 import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
+from pipeline.console import without_logins
 from pipeline.errors import StorageError
 
 RATE_VARIABLE = "LATHE_STORAGE_MIN_KIB_PER_SECOND"
@@ -134,8 +134,7 @@ def without_secrets(text: str) -> str:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
         if value := os.environ.get(name):
             text = text.replace(value, f"${name}")
-    text = re.sub(r"//[^/@\s]+@", "//", text)
-    return " ".join(text.split())[:300]
+    return " ".join(without_logins(text).split())[:300]
 
 
 def explain(fault: S3Error, endpoint: str, bucket: str, key: str, waited: float) -> StorageError:
