@@ -65,7 +65,8 @@ class Board:
 
     def _query(self, definition: Definition, what: str) -> Query:
         if definition.kind == "counter":
-            return Query(self._rate(definition, self.job), self._legend(definition, what, is_of_process=False))
+            occurs = " > 0" if definition.labels else ""  # every known reason is told from the start
+            return Query(self._rate(definition, self.job) + occurs, self._legend(definition, what, is_of_process=False))
         return Query(self.selected(definition.key), self._legend(definition, what))
 
     def _rate(self, definition: Definition, subject: Subject) -> str:

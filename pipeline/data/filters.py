@@ -12,6 +12,7 @@ WHERE = FILTERED + "where"
 MIN_SIDE = FILTERED + "min_side"
 ASPECT = FILTERED + "aspect"
 UPSCALE = FILTERED + "upscale"  # it would have to grow more than `max_upscale` for its bucket
+REASONS = (CAPTION, WHERE, MIN_SIDE, ASPECT, UPSCALE)
 
 
 class Filters:

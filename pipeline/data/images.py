@@ -49,12 +49,12 @@ _UPRIGHT = {
 }
 
 
-class ImageError(Exception):
-    """A picture that cannot be used.
+REASONS = ("empty_file", "not_an_image", "too_many_pixels", "too_long", "damaged_image", "unsupported_mode")
+"""Why a picture cannot be used; `too_long` is over `MAX_ASPECT` times longer than wide."""
 
-    Reasons: `empty_file`, `not_an_image`, `too_many_pixels`, `too_long` (over `MAX_ASPECT` times longer than wide),
-    `damaged_image`, `unsupported_mode`.
-    """
+
+class ImageError(Exception):
+    """A picture that cannot be used, for one of `REASONS`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

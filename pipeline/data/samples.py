@@ -50,6 +50,22 @@ MAX_CAPTION_CHARS = 65_536
 MAX_CAPTIONS = 256  # of one picture: each is stored
 
 SHARD_DAMAGED = "shard_damaged"
+REASONS = (
+    "no_image",
+    "several_images",
+    "no_caption",
+    "caption_not_utf8",
+    "caption_too_long",
+    "too_many_captions",
+    "metadata_not_json",
+    "unsafe_key",
+    "key_too_long",
+    "file_too_large",
+    "duplicate_member",
+    "duplicate_key",
+    SHARD_DAMAGED,
+)
+"""Why there is no sample."""
 
 _TEXT_EXTENSIONS = frozenset(("txt", "json"))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -82,10 +98,8 @@ def read_image_shard(stream: BinaryIO, caption_field: str = "caption") -> Iterat
         caption_field: field of KEY.json with one caption or a list of them, where there is no KEY.txt.
 
     Yields:
-        A sample, or why there is none: `no_image`, `several_images`, `no_caption`, `caption_not_utf8`,
-        `caption_too_long`, `too_many_captions`, `metadata_not_json`, `unsafe_key`, `key_too_long`, `file_too_large`,
-        `duplicate_member`, `duplicate_key`, and at the end `shard_damaged` when the tar could not be read to its end.
-        Of a damaged tar the last sample is dropped: what belongs to it may be missing.
+        A sample, or why there is none, one of `REASONS`; at the end `shard_damaged` when the tar could not be read to
+        its end. Of a damaged tar the last sample is dropped: what belongs to it may be missing.
     """
     seen: set[int] = set()
     try:

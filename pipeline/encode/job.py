@@ -124,7 +124,7 @@ def encode(
                 tallies[number].add(receipt)
                 _warn_of_damage(receipt)
                 check_rejects_so_far(tallies[number], config.max_reject_rate)
-    waiting, manifests = _fold(config, targets, alone=count == 1)
+        waiting, manifests = _fold(config, targets, alone=count == 1)
     return EncodeSummary(config.images.resolutions, len(mine), len(work), tallies, waiting, manifests)
 
 

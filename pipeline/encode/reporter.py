@@ -12,6 +12,7 @@ from typing import Self
 import psutil
 
 from pipeline.encode.meter import Meter, Snapshot
+from pipeline.encode.tally import REASONS, unwanted
 from pipeline.metrics import Metrics
 
 PERIOD_SECONDS = 1.0
@@ -43,6 +44,8 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
 
     def __enter__(self) -> Self:
+        for reason in REASONS:  # `increase` does not see a series begin
+            self._metrics.add("filtered" if unwanted(reason) else "rejects", 0, reason=reason)
         self._report()
         self._thread.start()
         return self

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from pipeline.data import filters, images, samples
 from pipeline.data.manifest import FILTERED, Receipt
 from pipeline.data.samples import SHARD_DAMAGED
 from pipeline.encode.takedown.keys import REASON as REMOVED
 from pipeline.errors import DataError
 
+NON_FINITE_LATENT, NON_FINITE_TEXT = "non_finite_latent", "non_finite_text"
+REASONS = (*samples.REASONS, *images.REASONS, NON_FINITE_LATENT, NON_FINITE_TEXT, *filters.REASONS, REMOVED)
+"""Why samples are left out."""
 _MIN_SEEN = 100
 _HOPELESS = 0.5
 

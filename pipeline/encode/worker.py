@@ -33,7 +33,7 @@ from pipeline.encode.output import commit
 from pipeline.encode.overlap import Budget, ahead
 from pipeline.encode.sources import Source
 from pipeline.encode.takedown.keys import REASON as REMOVED
-from pipeline.encode.tally import unwanted
+from pipeline.encode.tally import NON_FINITE_LATENT, NON_FINITE_TEXT, unwanted
 from pipeline.errors import StorageError
 from pipeline.storage import open_stream
 
@@ -304,9 +304,9 @@ def _not_finite(
 ) -> str | None:
     """Why a sample may not reach a shard: float32 was tried before."""
     if not np.isfinite(moments).all() or (mirrored is not None and not np.isfinite(mirrored).all()):
-        return "non_finite_latent"
+        return NON_FINITE_LATENT
     if not all(np.isfinite(values).all() for caption in text for values in caption.values()):
-        return "non_finite_text"
+        return NON_FINITE_TEXT
     return None
 
 

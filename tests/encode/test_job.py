@@ -571,8 +571,10 @@ def test_a_shard_never_stands_beside_the_receipt_of_another(place, tmp_path):
 
 def test_one_resolution_that_cannot_be_folded_does_not_cost_the_others(place, tmp_path):
     section = {"shards": str(place / "images"), "resolution": (256, SIDE)}
+    told = {"discovery": str(tmp_path / "targets")}
     with pytest.raises(DataError, match="no picture of 256 px is left to train on"):
-        encode(settings(tmp_path, "out", images=section, autoencoder=str(place / "vae")))
+        encode(settings(tmp_path, "out", images=section, autoencoder=str(place / "vae"), metrics=told))
+    assert list((tmp_path / "targets").iterdir())  # the command has failed: somebody is to notice
     assert load_manifest(str(tmp_path / "out" / str(SIDE) / "manifest.json")).samples("train") == 66
 
 

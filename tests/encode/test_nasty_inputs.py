@@ -27,6 +27,7 @@ from pipeline.data.images import Pixels
 from pipeline.data.manifest import FILTERED, Manifest, Receipt, load_receipt
 from pipeline.data.samples import SHARD_DAMAGED
 from pipeline.encode.job import EncodeSummary, encode
+from pipeline.encode.tally import REASONS
 from pipeline.encode.verify.job import verify
 from pipeline.models.text import Tokenizer
 from pipeline.storage import open_store
@@ -163,6 +164,7 @@ def test_the_counts_add_up(job: Job) -> None:
     (tally,) = job.summary.tallies
     assert (tally.shards, tally.samples, tally.unwanted) == (len(SHARDS), len(USED), unwanted)
     assert tally.rejects.total() == reasons.total() - unwanted
+    assert set(reasons) <= set(REASONS)
     assert job.manifest.rejects == dict(reasons)
     assert job.manifest.samples("train") + job.manifest.samples("holdout") == len(job.latents) == len(USED)
     lines = [json.loads(line) for line in (job.output / "rejects.jsonl").read_text().splitlines()]

@@ -29,6 +29,10 @@ def test_every_figure_of_the_meter_reaches_prometheus(metrics: Metrics) -> None:
     began = time.time()
     with Reporter(meter, metrics):
         assert figure(metrics, "eta_seconds") is None
+        assert figure(metrics, "rejects", reason="not_an_image") == figure(metrics, "filtered", reason="removed") == 0
+        assert (
+            figure(metrics, "filtered", reason="filtered_where") == figure(metrics, "rejects", reason="no_image") == 0
+        )
         assert figure(metrics, "last_commit_timestamp_seconds") is None  # the shard before is no commit of this run
         with meter.busy("decode"):
             now[0] += 10
