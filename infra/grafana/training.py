@@ -33,7 +33,7 @@ def first_stage() -> Dashboard:
             board.curves("Steps", "step", "target_steps"),
             board.curves("Epochs", "epoch"),
             board.curves("Samples seen", "samples_seen"),
-            board.ages("Since the last logged step", "last_step_timestamp_seconds"),
+            board.ages("Since the last step", "last_step_timestamp_seconds"),
         ],
     )
     learning = Row(
@@ -134,18 +134,20 @@ def _validation(board: Board) -> Row:
 
 
 def _speed(board: Board) -> Row:
-    parts = ("data_wait_seconds", "forward_backward_seconds", "optimizer_seconds", "logging_seconds")
+    parts = ("data_wait", "ranks_wait", "forward_backward", "optimizer", "logging")
     return Row(
         "Speed",
         [
             board.curves("Images per second", "images_per_second"),
             board.curves("Images per second of a device", "images_per_second_per_device"),
             board.curves("Share of the devices' peak", "mfu_ratio"),
-            board.curves("Seconds of a step by what it does", *parts, is_stacked=True, width=12),
+            board.curves(
+                "Seconds of a step by what it does", *(f"{part}_seconds" for part in parts), is_stacked=True, width=12
+            ),
             board.curves("Seconds of a step", "step_seconds", width=12),
             board.curves("Steps", "step", "target_steps"),
             board.curves("Samples seen", "samples_seen"),
-            board.ages("Since the last logged step", "last_step_timestamp_seconds"),
+            board.ages("Since the last step", "last_step_timestamp_seconds"),
         ],
     )
 

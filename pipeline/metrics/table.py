@@ -78,7 +78,7 @@ _PROGRESS = (
     Definition("target_steps", "steps", "Optimizer steps after which the run is finished", TRAINING),
     Definition("epoch", "epochs", "Epochs of the data set seen, with fraction", TRAINING),
     Definition("samples_seen", "samples", "Samples trained on, over all restarts and ranks", TRAINING),
-    Definition("last_step_timestamp_seconds", "s", "Unix time of the last step that was logged", TRAINING),
+    Definition("last_step_timestamp_seconds", "s", "Unix time of the last step", TRAINING),
     Definition("world_size", "ranks", "Training processes", TRAIN),
     Definition("restarts", "starts", "Starts of the run before this one", TRAIN),
 )
@@ -107,6 +107,9 @@ _LEARNING = (
 _SPEED = (
     Definition("step_seconds", "s", "Wall time of a step, mean over the logging interval", TRAINING),
     Definition("data_wait_seconds", "s", "Part of a step that waits for its batch, of rank 0", TRAIN),
+    Definition(
+        "ranks_wait_seconds", "s", "Part of a step that waits until other ranks have their data, of rank 0", TRAIN
+    ),
     Definition("forward_backward_seconds", "s", "Part of a step that computes losses and gradients, of rank 0", TRAIN),
     Definition("optimizer_seconds", "s", "Part of a step that updates weights and averages, of rank 0", TRAIN),
     Definition("logging_seconds", "s", "Part of a step that reduces and tells its numbers, of rank 0", TRAIN),
@@ -122,7 +125,8 @@ _SPEED = (
     Definition(
         "straggler_ratio",
         "1",
-        "Slowest rank's own time for data and the forward pass, over the median rank's",
+        "Slowest rank's own time for data and the forward pass, over the median rank's; in ZeRO-3, where all wait for"
+        " each other in that pass, only data tell them apart",
         TRAIN,
     ),
     Definition("slowest_rank", "1", "Rank whose own time for data and the forward pass is longest", TRAIN),
@@ -133,7 +137,12 @@ _CHECKPOINTS = (
     Definition("checkpoint_failures", "saves", "Checkpoints and snapshots of this start that failed", TRAIN),
     Definition("checkpoint_bytes", "bytes", "Size of the last checkpoint, all files", TRAINING),
     Definition("checkpoint_step", "steps", "Step of the last complete checkpoint; 0 = there is none", TRAINING),
-    Definition("checkpoint_timestamp_seconds", "s", "Unix time of the last complete checkpoint", TRAINING),
+    Definition(
+        "checkpoint_timestamp_seconds",
+        "s",
+        "Unix time at which the state of the last complete checkpoint was taken",
+        TRAINING,
+    ),
 )
 _VALIDATION = (
     Definition("validation_loss", "1", "Loss of held-out samples at fixed noise and times", TRAIN, ("weights",)),

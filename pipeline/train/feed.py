@@ -50,6 +50,8 @@ class Feed:
         self._flag, self._over = 0, False
         self.waited_seconds = 0.0
         """What the last `next` waited for data, in seconds."""
+        self.ranks_wait_seconds = 0.0
+        """What it waited for other ranks, most of which wait for data."""
         self.told: tuple[int, ...] = ()
         """The largest that a rank had of each further flag, a step ago; the same on all ranks after each `next`."""
         self._hold()
@@ -74,7 +76,7 @@ class Feed:
 
         None, on all ranks at the same step, where there are no more, one was asked to stop, or one failed.
         """
-        self.waited_seconds = 0.0
+        self.waited_seconds = self.ranks_wait_seconds = 0.0
         while self._somebody_waits():
             self._hear(self.told)
             self._hold()
@@ -94,7 +96,9 @@ class Feed:
         """Hear what all ranks have posted; whether one of them has no batch yet, and nothing ends the run."""
         if self._held is not None:
             self._ranks.watch.note("waits for other ranks")
+        started = time.perf_counter()
         self._flag, waiting, *told = self._ranks.posted()
+        self.ranks_wait_seconds += time.perf_counter() - started
         self.told = tuple(told)
         return bool(waiting) and not self._flag
 

@@ -5,6 +5,9 @@ Legend: K parts of the noise levels, R ranks.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -43,7 +46,7 @@ class Interval:
     def __init__(self, device: torch.device, levels: NoiseLevels | None, logging_seconds: float = 0.0) -> None:
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the finite losses, and their count
         self.steps = 0
-        self.wait_seconds = 0.0
+        self.wait_seconds = self.ranks_wait_seconds = 0.0
         self.seconds = self.logging_seconds = logging_seconds
         self._clock = StepClock(device) if levels is not None else None
         self._names = levels.names if levels is not None else []
@@ -64,12 +67,20 @@ class Interval:
         if self._levels is not None:
             self._levels.add(errors, levels, weight)
 
-    def add(self, loss: Tensor, wait_seconds: float, seconds: float) -> None:
-        """One step's loss on this rank, and its times."""
+    @contextmanager
+    def waiting_for_ranks(self) -> Iterator[None]:
+        """Meanwhile this rank waits for others."""
+        started = time.perf_counter()
+        yield
+        self.ranks_wait_seconds += time.perf_counter() - started
+
+    def add(self, loss: Tensor, wait_seconds: float, ranks_wait_seconds: float, seconds: float) -> None:
+        """One step's loss on this rank, and its times: for data, for other ranks besides, and in all."""
         finite = torch.isfinite(loss)
         self.loss += torch.stack([torch.where(finite, loss, 0.0), finite])
         self.steps += 1
         self.wait_seconds += wait_seconds
+        self.ranks_wait_seconds += ranks_wait_seconds
         self.seconds += seconds
 
     def parts(self) -> dict[Part, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from pipeline.runtime.peak import peak_flops
 from pipeline.runtime.process import Process
 from pipeline.train.network import build_network
 
+_log = logging.getLogger(__name__)
 _STEP_OVER_FORWARD = 3  # the backward pass is two of them: by weights and by activations
 
 
@@ -39,14 +41,15 @@ def step_flops(
         inputs: of the network; only their shapes matter.
 
     Returns:
-        0 where the network looks at its inputs' values, which are not there.
+        0 where that fails, as of a network that looks at its inputs' values, which are not there.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-        network = build_network(config, manifest, towers)
-        shapes = [None if one is None else torch.empty_like(one, device="meta") for one in inputs]
-        try:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+            network = build_network(config, manifest, towers)
+            shapes = [None if one is None else torch.empty_like(one, device="meta") for one in inputs]
             with FlopCounterMode(display=False) as counter:
                 network(*shapes)
-        except (RuntimeError, NotImplementedError):
-            return 0.0
+    except Exception as error:
+        _log.debug("operations of a step could not be counted: %s", error)
+        return 0.0
     return float(_STEP_OVER_FORWARD * counter.get_total_flops())

@@ -102,10 +102,14 @@ class Reporter:
         with suppress(StorageError):  # a later line brings it
             self._metrics.flush()
 
-    def begin(self, step: int, example: Example) -> None:
+    def begin(self, step: int) -> None:
         """This rank begins a step."""
         self._metrics.set("rank_step", step)
         self._metrics.set("rank_last_step_timestamp_seconds", time.time())
+
+    def end(self, example: Example) -> None:
+        """A step is done, of this example: the first one's operations are counted, when nothing is timed."""
+        self._metrics.set("last_step_timestamp_seconds", time.time())
         if self._peak_flops is not None and self._step_flops is None:
             manifest = self._datasets.manifests[0]
             self._step_flops = step_flops(self._config, manifest, self._towers, example.inputs)
@@ -132,7 +136,6 @@ class Reporter:
         told = self._judge(values)
         self._metrics.log(step, {**values, "spikes": self._spikes})
         self._metrics.set("step", step)
-        self._metrics.set("last_step_timestamp_seconds", time.time())
         own = totals.ranks[self._ranks.rank]
         self._metrics.set("rank_data_wait_seconds", own.wait)
         self._metrics.set("rank_forward_backward_seconds", own.forward_backward)

@@ -30,6 +30,7 @@ def speed(
         "images_per_second_per_device": images / len(ranks),
         "step_seconds": interval.seconds / interval.steps,
         "data_wait_seconds": interval.wait_seconds / interval.steps,
+        "ranks_wait_seconds": interval.ranks_wait_seconds / interval.steps,
         "logging_seconds": interval.logging_seconds / interval.steps,
     }
     if not parts:

@@ -201,7 +201,8 @@ class Trainer:
             batch = feed.next()
             with self.saves.finished_first():
                 self._learn_outcomes(wait=batch is None or self._is_told_or_saved())
-                interval.add(loss, feed.waited_seconds, time.perf_counter() - started)  # what the device took included
+                seconds = time.perf_counter() - started  # what the device took included
+                interval.add(loss, feed.waited_seconds, feed.ranks_wait_seconds, seconds)
                 self.saves.hear(feed.told, only_lease=batch is None)
             if progress.step % config.log_every == 0 or batch is None:
                 started = time.perf_counter()
@@ -226,9 +227,11 @@ class Trainer:
         """Forward, backward, update of weights and average, on all ranks. Returns this rank's loss, on the device."""
         interval, losses = self.interval, []
         self.ranks.watch.note("computes", self.progress.step + 1)
+        self.reporter.begin(self.progress.step + 1)
+        with interval.waiting_for_ranks():
+            share = self._share(batch)
         interval.begin()
-        example = self.examples.of(batch, self._share(batch))
-        self.reporter.begin(self.progress.step + 1, example)
+        example = self.examples.of(batch, share)
         for micro in example.chunks(self.engine.accumulation):
             errors = squared_error(self.engine(*micro.inputs), micro.target)
             interval.hear(errors, micro.noise_level, micro.weight)
@@ -241,6 +244,7 @@ class Trainer:
         self.progress.step += 1
         loss = torch.stack(losses).detach().mean()
         self.suspects.remember(batch, loss)
+        self.reporter.end(example)
         return loss
 
     def _learn_outcomes(self, *, wait: bool) -> None:

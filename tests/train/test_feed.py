@@ -18,6 +18,7 @@ from pipeline.train.feed import Feed
 from pipeline.train.preemption import StopRequest
 
 TERM = 15
+WAITED: dict[int, list[float]] = {}  # by rank, seconds: for data, and for the other
 HEARD: dict[int, list[tuple[int, ...]]] = {}  # by rank, while data were waited for
 
 
@@ -67,8 +68,11 @@ def run(*loaders: Loader, requests: list[StopRequest] | None = None, steps: int 
         heard: list[tuple[int, ...]] = []
         feed = Feed(loaders[rank], ranks.rank(rank), requests[rank], steps, own=lambda: (rank, 7), hear=heard.append)
         seen = []
+        WAITED[rank] = [0.0, 0.0]
         while (batch := feed.next()) is not None:
             seen.append(batch)
+            WAITED[rank][0] += feed.waited_seconds
+            WAITED[rank][1] += feed.ranks_wait_seconds
         results[rank] = {"seen": seen, "stop": feed.stopped_by, "over": feed.is_over, "failed": feed.failed}
         assert feed.told == (1, 7)
         HEARD[rank] = heard
@@ -160,7 +164,11 @@ def test_an_outage_that_ends_loses_no_batch(monkeypatch: pytest.MonkeyPatch) -> 
         rounds.append(0)
         while len(rounds) < 4 and not gives_up():
             pass
+        time.sleep(0.01)
         return len(rounds) < 4
 
     results = run(Loader(n1=outage), Loader())
     assert results == [{"seen": [0, 1, 2, 3, 4], "stop": 0, "over": True, "failed": False}] * 2
+    (data, _), (other_data, other) = WAITED[0], WAITED[1]
+    assert other_data < 0.03 <= data
+    assert other >= 0.03  # it is not told as if nothing had been waited for

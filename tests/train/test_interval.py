@@ -21,6 +21,7 @@ from pipeline.train.interval import Interval, RankTimes
 from pipeline.train.noise_levels import LevelLosses, NoiseLevels
 from pipeline.train.speed import memory, speed, straggler
 from pipeline.train.step_clock import StepClock
+from pipeline.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -136,7 +137,9 @@ def test_one_reduction_brings_losses_levels_and_every_ranks_times():
         interval.hear(torch.tensor([5.0]), torch.tensor([0.0]), torch.ones(1))
         interval.mark("forward")
         interval.mark("backward")
-        interval.add(torch.tensor(loss), 0.25, 1.0)
+        with interval.waiting_for_ranks():
+            time.sleep(0.005)
+        interval.add(torch.tensor(loss), 0.25, 0.05, 1.0)
     totals = interval.reduced(ranks(1, [packed(2, 0, count, other)]), interval.parts())
     assert totals.loss == (6 + 1) / 3
     assert list(totals.level_losses) == levels.names
@@ -146,9 +149,43 @@ def test_one_reduction_brings_losses_levels_and_every_ranks_times():
     told = speed(config(), interval, interval.parts(), totals.ranks)
     assert told["step_seconds"] == pytest.approx(1.2)
     assert told["logging_seconds"] == pytest.approx(0.2)
+    assert 0.055 <= told["ranks_wait_seconds"] < 0.2
     assert told["images_per_second"] == pytest.approx(16 / 2.4)
     assert told["images_per_second_per_device"] == pytest.approx(8 / 2.4)
     assert told["slowest_rank"] == 0
+
+
+class Engine(torch.nn.Identity):
+    accumulation = 1
+
+    def backward(self, _loss) -> None:
+        """Nothing."""
+
+    def step(self, _rate) -> None:
+        """Nothing."""
+
+
+def test_neither_waiting_for_ranks_nor_what_is_noted_of_a_step_is_one_of_its_parts():
+    one = torch.ones(1, 1)
+    chunk = SimpleNamespace(inputs=(one,), target=one, weight=torch.ones(1), noise_level=torch.zeros(1))
+
+    def slow(*_):
+        time.sleep(0.03)
+
+    trainer = SimpleNamespace(
+        interval=Interval(CPU, NoiseLevels(config())),
+        ranks=SimpleNamespace(watch=SimpleNamespace(note=lambda *_: None)),
+        progress=SimpleNamespace(step=0),
+        reporter=SimpleNamespace(begin=slow, end=slow),
+        examples=SimpleNamespace(of=lambda *_: SimpleNamespace(chunks=lambda _: [chunk])),
+        engine=Engine(),
+        suspects=SimpleNamespace(remember=lambda *_: None),
+        config=config(),
+        _share=slow,
+    )
+    trainer.interval.add(Trainer.train_step(trainer, None), 0.0, 0.0, 1.0)
+    assert 0 < sum(trainer.interval.parts().values()) < 0.03
+    assert 0.03 <= trainer.interval.ranks_wait_seconds < 0.06
 
 
 def test_without_levels_nothing_more_than_loss_and_time_is_told():
@@ -156,7 +193,7 @@ def test_without_levels_nothing_more_than_loss_and_time_is_told():
     interval.begin()
     interval.hear(torch.ones(1), torch.ones(1), torch.ones(1))
     interval.mark("optimizer")
-    interval.add(torch.tensor(2.0), 0.0, 1.0)
+    interval.add(torch.tensor(2.0), 0.0, 0.0, 1.0)
     totals = interval.reduced(ranks(0, []), interval.parts())
     assert (totals.loss, totals.level_losses, interval.parts()) == (2.0, {}, {})
     assert "straggler_ratio" not in speed(config(), interval, {}, totals.ranks)

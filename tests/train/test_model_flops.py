@@ -37,9 +37,44 @@ def test_they_are_those_of_a_real_step(job):
     assert told > counter.get_total_flops() / 2
 
 
-def test_a_network_that_looks_at_values_is_not_counted(job, monkeypatch):
-    monkeypatch.setattr("pipeline.train.model_flops.build_network", lambda *_: lambda x, *_: x.sum().item())
+def _looks(x, *_):
+    return x.sum().item()
+
+
+def _refuses(*_):
+    raise AssertionError("no weights")
+
+
+@pytest.mark.parametrize("build", [lambda *_: _looks, lambda *_: _refuses, lambda *_: 7, _refuses])
+def test_a_network_that_cannot_be_counted_ends_nothing(job, monkeypatch, build):
+    monkeypatch.setattr("pipeline.train.model_flops.build_network", build)
     assert step_flops(job[0], job[1], None, job[2]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100X", None),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", None),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("AMD Instinct MI250X/MI250", 191.5e12),
+        ("AMD Instinct MI250", 181e12),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device(name, peak):
+    assert peak_flops(name, "bfloat16") == peak
+    assert peak_flops(name, "float32") is None
 
 
 def test_the_peak_is_given_or_known_by_name(job, monkeypatch):

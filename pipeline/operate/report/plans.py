@@ -80,6 +80,7 @@ THROUGHPUT = (
             "forward_backward_seconds": "forward, backward",
             "optimizer_seconds": "optimizer",
             "data_wait_seconds": "data wait",
+            "ranks_wait_seconds": "wait for ranks",
             "logging_seconds": "logging",
         },
     ),
