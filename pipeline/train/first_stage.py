@@ -102,6 +102,7 @@ def _train(training: Training, store: Store, metrics: Metrics, progress: Progres
     note = ""
     while training.steps_done < config.steps:
         training.step()
+        metrics.set("last_step_timestamp_seconds", time.time())
         step = training.steps_done
         if step % config.log_every == 0 or step == config.steps:
             per_step = (training.seconds - logged_seconds) / (step - logged_at)
@@ -136,18 +137,17 @@ def _log(training: Training, metrics: Metrics, step_seconds: float) -> dict[str,
     }
     metrics.log(step, values)
     metrics.set("step", step)
-    metrics.set("last_step_timestamp_seconds", time.time())
     return values
 
 
 def _save(training: Training, store: Store, metrics: Metrics) -> None:
-    started = time.monotonic()
+    started, taken = time.monotonic(), time.time()
     metrics.flush()
     size = checkpoint.save(store, training.tensors(), training.facts(), training.config.checkpoint.keep)
     metrics.set("checkpoint_step", training.steps_done)
     metrics.set("checkpoint_bytes", size)
     metrics.set("checkpoint_seconds", time.monotonic() - started)
-    metrics.set("checkpoint_timestamp_seconds", time.time())
+    metrics.set("checkpoint_timestamp_seconds", taken)
 
 
 def _finish(training: Training, pictures: Pictures, store: Store, metrics: Metrics) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Save:
     run: dict[str, Any]  # run.json
     notes: Mapping[str, Any]
     started: float
+    taken: float  # when the state was copied, Unix time in seconds
     size: int = 0  # bytes of all files; rank 0 knows it once the save is complete
     seconds: float = 0.0  # from the first copy to the completion marker, on rank 0
 
@@ -115,7 +116,7 @@ class Saver:
             LatheError: the one that was on its way failed, and it was one too many.
         """
         self.settle(before_last=last)
-        started = time.perf_counter()
+        started, taken = time.perf_counter(), time.time()
         self._copy()
         everything = {**counters, "step": step, "optimizer_step": state.optimizer_step(self._engine)}
         run = {
@@ -125,7 +126,7 @@ class Saver:
             "keys": self._keys,
         }
         self._number += 1
-        self._save, self._concluding, self._problem = Save(step, run, notes, started), False, None
+        self._save, self._concluding, self._problem = Save(step, run, notes, started, taken), False, None
         self._newest_before, self.newest = self.newest, step
         self._submit(self._write_part, "_written")
 

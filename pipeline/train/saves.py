@@ -262,4 +262,4 @@ class Saves:
         self._metrics.set("checkpoint_seconds", save.seconds)
         self._metrics.set("checkpoint_bytes", save.size)
         self._metrics.set("checkpoint_step", save.step)
-        self._metrics.set("checkpoint_timestamp_seconds", time.time())
+        self._metrics.set("checkpoint_timestamp_seconds", save.taken)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,10 @@ from hypothesis import strategies as st
 from pipeline.config import FirstStageConfig
 from pipeline.data.images import png
 from pipeline.errors import ConfigError, DataError
-from pipeline.metrics import read_log
+from pipeline.metrics import Metrics, read_log
 from pipeline.models import autoencoder
 from pipeline.storage import open_store
+from pipeline.train import first_stage, first_stage_checkpoint
 from pipeline.train.first_stage import fit_first_stage
 from pipeline.train.first_stage_checkpoint import restore
 from pipeline.train.first_stage_step import batch_indices
@@ -116,6 +119,24 @@ def test_the_first_mean_after_a_resume_is_of_the_steps_since_the_last_one_logged
     first = 0 if before == 4 else 3
     found = next(loss for step, loss, _ in losses(tree["output"]) if step == 5)
     assert found == pytest.approx(np.mean(whole[first:5]), rel=1e-6)
+
+
+def test_its_last_step_is_told_whatever_the_log_has_and_a_checkpoint_is_as_old_as_its_state(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, float]] = []
+    stored: list[float] = []
+
+    def save(*arguments: Any) -> int:
+        stored.append(time.time())
+        return first_stage_checkpoint.save(*arguments)
+
+    monkeypatch.setattr(first_stage, "checkpoint", SimpleNamespace(**{**vars(first_stage_checkpoint), "save": save}))
+    monkeypatch.setattr(Metrics, "set", lambda _, key, value: told.append((key, value)))
+    fit(tree, log_every=1000)
+    assert [key for key, _ in told].count("last_step_timestamp_seconds") == 8
+    ages = [value for key, value in told if key == "checkpoint_timestamp_seconds"]
+    assert all(taken <= begun for taken, begun in zip(ages, stored, strict=True))
 
 
 def test_on_s3_it_resumes_too_and_the_result_loads_from_there(tree: dict[str, Any], s3_url: str) -> None:

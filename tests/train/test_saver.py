@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,7 @@ def test_what_is_stored_is_the_state_of_its_step_though_training_went_on(tmp_pat
     bed.store.threads.clear()
     bed.store.open.clear()
     bed.begin()
-    expected = bed.weights()
+    expected, begun = bed.weights(), time.time()
     for _ in range(3):
         bed.train()
     assert bed.saver.newest == 1
@@ -104,6 +105,7 @@ def test_what_is_stored_is_the_state_of_its_step_though_training_went_on(tmp_pat
     bed.store.open.set()
     bed.saver.settle()
     assert bed.store.threads == {THREAD}
+    assert begun - 5 < bed.done[0].taken <= begun  # it is as old as what is in it
     found = checkpoint.load_weights(bed.store, "step-00000001", "raw")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value.float()) or not value.ndim for name, value in expected.items())
