@@ -57,7 +57,7 @@ def test_every_rank_is_found_and_tells_what_the_log_has(tmp_path, latents):
             for label, number in value.items() if labels else [("", value)]:
                 series = f"lathe_train_{key}" + "".join(f"{{{name}={label}}}" for name in labels)
                 assert mine[series] == pytest.approx(number, rel=1e-8), key
-    parts = ("data_wait", "forward_backward", "optimizer", "logging")
+    parts = ("data_wait", "ranks_wait", "forward_backward", "optimizer", "logging")
     assert sum(line[f"{part}_seconds"] for part in parts) == pytest.approx(line["step_seconds"], rel=0.35)
     assert (line["restarts"], line["world_size"]) == (0, 2)
     assert line["straggler_ratio"] >= 1
