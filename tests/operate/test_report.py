@@ -33,6 +33,7 @@ from pipeline.operate.report.demo_page import duration, page
 from pipeline.operate.report.markup import Html, join, tag
 
 HOSTILE = "</figcaption><script>alert(1)</script> & \"quoted\" 'too'"
+NO_UTF8 = "caf\udce9"  # as Python has the name of a file
 
 
 def picture(value: int) -> np.ndarray:
@@ -142,6 +143,16 @@ def test_every_text_is_escaped():
     assert len(reader.all("script")) == 1
     assert [e for e, _ in reader.elements] == [e for e, _ in Reader(page(_unhostile(hostile))).elements]
     assert reader.text.count(HOSTILE) >= 16
+
+
+def test_a_name_that_is_no_utf8_is_shown_as_it_is_escaped(tmp_path):
+    plain = facts()
+    shown = [Chart("c", "u", [replace(plain.loss_charts[0].curves[0], name=NO_UTF8)])]
+    write_report(tmp_path, replace(plain, samples=[CaptionedPicture(NO_UTF8, picture(1))], loss_charts=shown))
+    reader = Reader((tmp_path / "report.html").read_bytes().decode())
+    assert "caf\\udce9" in reader.text
+    drawn = json.loads(reader.all("figure")[-2]["data-chart"])["curves"][0]["name"]
+    assert drawn == json.loads((tmp_path / "report.json").read_bytes())["loss_charts"][0]["curves"][0]["name"] == NO_UTF8
 
 
 def _unhostile(hostile: ReportFacts) -> ReportFacts:

@@ -125,6 +125,16 @@ def test_every_text_is_escaped(tmp_path):
     assert reader.text.count(HOSTILE) >= 6
 
 
+def test_names_that_are_no_utf8_are_shown_as_they_are_escaped(tmp_path):
+    latents = write_encoded(tmp_path / "latents")
+    with (latents / "rejects.jsonl").open("a") as file:
+        file.write(json.dumps({"shard": "00000.tar", "key": "caf\udce9", "reason": "no_caption"}) + "\n")
+    write_log(tmp_path / "run", [{"step": 1, "time": NOW, "loss": 1.0, "validation_loss": {"half \ud800": 1.0}}])
+    reader = page_of(tmp_path, latents, tmp_path / "run")
+    assert "caf\\udce9" in reader.text
+    assert "half \\ud800" in reader.text
+
+
 def test_a_long_run_makes_a_small_page(tmp_path):
     write_log(tmp_path / "long", log_lines(4_000))
     reader = page_of(tmp_path, tmp_path / "long")

@@ -28,7 +28,7 @@ def write_report(folder: Path, facts: ReportFacts) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             temporary = folder / f"{name}.part"
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # in a name that is no UTF-8
             temporary.replace(folder / name)
     except OSError as error:
         raise StorageError(
