@@ -214,9 +214,20 @@ def test_a_run_as_it_stands(tmp_path):
     assert not run.problems
 
 
-def test_credentials_in_addresses_are_left_out(tmp_path):
-    folder = write_training(tmp_path / "run", metrics={"pushgateway": "http://user:secret@host:9091"})
-    assert opened(folder).config["metrics"]["pushgateway"] == "http://***@host:9091"
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://user:secret@host:9091", "http://***@host:9091"),
+        ("http://user:sec@ret@host:9091/x", "http://***@host:9091/x"),
+        ("HTTPS://user:sec/ret@host", "HTTPS://***@host"),
+        ("see https://host/a?token=secret, or https://host/b", "see https://host/a?*** or https://host/b"),
+        ("s3://key:secret@bucket/a@b/c", "s3://***@bucket/a@b/c"),
+        ("a@b s3://bucket/a@b?", "a@b s3://bucket/a@b?"),
+    ],
+)
+def test_credentials_in_addresses_are_left_out(tmp_path, address, shown):
+    folder = write_training(tmp_path / "run", metrics={"pushgateway": [address]})
+    assert opened(folder).config["metrics"]["pushgateway"] == [shown]
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "starts.json"])

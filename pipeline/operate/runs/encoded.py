@@ -24,6 +24,7 @@ from pipeline.data.manifest import (
 from pipeline.encode.overlap import mapped
 from pipeline.encode.tally import Tally, unwanted
 from pipeline.errors import DataError
+from pipeline.operate.runs.credentials import without_credentials
 from pipeline.storage import Entry, Store
 
 _READERS = 16
@@ -93,7 +94,8 @@ class Encoded:
     def settings(self) -> dict[str, Any]:
         """What its latents mean: the fields of the fingerprint, and the autoencoder."""
         if self.manifest:
-            return {"autoencoder": self.manifest.autoencoder, **self.manifest.fingerprint.model_dump(mode="json")}
+            meaning = self.manifest.fingerprint.model_dump(mode="json")
+            return dict(without_credentials({"autoencoder": self.manifest.autoencoder, **meaning}))
         name = f"{self.folder}/{ENCODING}" if self.folder else ENCODING
         try:
             tree = json.loads(self.store.read(name)) if self.store.exists(name) else {}
@@ -101,7 +103,8 @@ class Encoded:
             tree = {}
         found = tree if isinstance(tree, dict) else {}
         made = found.get("fingerprint")
-        return {"autoencoder": found.get("autoencoder"), **made} if isinstance(made, dict) else {}
+        told = {"autoencoder": found.get("autoencoder"), **made} if isinstance(made, dict) else {}
+        return dict(without_credentials(told))
 
     def examples(self) -> list[dict[str, str]]:
         """The first of the rejected samples: shard, key, reason; none where the job has not finished."""

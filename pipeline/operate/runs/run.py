@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.errors import DataError, StorageError
 from pipeline.metrics import LogFollower
+from pipeline.operate.runs.credentials import without_credentials
 from pipeline.operate.runs.encoded import Encoded
 from pipeline.operate.runs.find import MARKER, RUN_FILE, STARTS, Found, list_run
 from pipeline.operate.runs.numbers import Numbers
@@ -19,7 +20,6 @@ from pipeline.storage import Entry
 
 _CHECKPOINT = re.compile(r"(?:checkpoints/)?step-(\d{8,})/(complete\.json|state\.json)")
 _SHEET = re.compile(r"samples/step-(\d{8,})\.png")
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 Progress = Callable[[int, int], None]
 
 
@@ -128,7 +128,7 @@ class Run:
     def _record(self, name: str, version: str, known: Any, kind: type) -> Any:
         if self._versions.get(name) == version:
             return known
-        text = _CREDENTIALS.sub("***@", self.found.store.read(name).decode("utf-8", "replace"))
+        text = self.found.store.read(name).decode("utf-8", "replace")
         try:
             tree = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
         except (yaml.YAMLError, ValueError, RecursionError):
@@ -137,7 +137,7 @@ class Run:
             self.problems.append(f"{name} is damaged, and left out")
             return kind()
         self._versions[name] = version
-        return tree
+        return without_credentials(tree)
 
     def _refresh_encoded(self, progress: Progress | None) -> bool:
         folders = sorted({e.name.split("/")[0] for e in self.entries if re.match(r"\d+/[^/]+\.json", e.name)}, key=int)
