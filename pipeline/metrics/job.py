@@ -63,6 +63,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self._numbers)
         self._log = open_log(log_store) if log_store is not None and is_main else None
+        self._noted: dict[str, float] = {}
         self._trackers: Trackers | None = None
         if isinstance(config, TrackedMetricsConfig) and log_store is not None and is_main:
             self._trackers = Trackers(config, log_store, about or {})
@@ -86,6 +87,11 @@ class Metrics:
         """
         self._numbers.set(key, value, labels)
 
+    def note(self, key: str, value: float) -> None:
+        """Set one metric without labels, and write it with the next line of the log; call it where `log` is called."""
+        self.set(key, value)
+        self._noted[key] = value
+
     def add(self, key: str, amount: float, **labels: str) -> None:
         """Count further, see `set`."""
         self._numbers.add(key, amount, labels)
@@ -95,12 +101,13 @@ class Metrics:
         self._numbers.forget(key)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        """Set several metrics and write them as one line of the log: `{"step", "time", **values}`.
+        """Set several metrics and write them as one line of the log: `{"step", "time", **values}`, with those noted.
 
         Of a metric with labels, those that `values` lacks are not told any more, so that Prometheus has what the
         line has.
         """
         now = time.time()
+        values, self._noted = {**self._noted, **values}, {}
         for key, value in values.items():
             self._numbers.replace(key, value)
         if self._log is not None:

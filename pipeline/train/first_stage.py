@@ -146,7 +146,7 @@ def _save(training: Training, store: Store, metrics: Metrics) -> None:
     size = checkpoint.save(store, training.tensors(), training.facts(), training.config.checkpoint.keep)
     metrics.set("checkpoint_step", training.steps_done)
     metrics.set("checkpoint_bytes", size)
-    metrics.set("checkpoint_seconds", time.monotonic() - started)
+    metrics.note("checkpoint_seconds", time.monotonic() - started)
     metrics.set("checkpoint_timestamp_seconds", taken)
 
 
@@ -157,7 +157,7 @@ def _finish(training: Training, pictures: Pictures, store: Store, metrics: Metri
     held_out = len(pictures.holdout) > 0
     psnr = reconstruction_psnr(model, pictures.holdout if held_out else pictures.train[:256])
     if held_out:
-        metrics.set("holdout_psnr_db", psnr)
+        metrics.log(training.steps_done, {"holdout_psnr_db": psnr})
     autoencoder.save(model, store)
     facts = {
         "psnr_db": psnr,

@@ -174,7 +174,7 @@ class Saves:
             self._ranks.agree(self._lease.lost if self._lease is not None else None)
         for number, saver in enumerate(() if only_lease else self._savers):
             saver.hear(of_savers[3 * number : 3 * number + 3])
-        self._metrics.set("checkpoint_failures", sum(saver.failures for saver in self._savers))
+        self._metrics.note("checkpoint_failures", sum(saver.failures for saver in self._savers))
 
     def hear_or_finish(self, told: Sequence[int]) -> None:
         """`hear`; where it raises, what is on its way is finished first."""
@@ -200,7 +200,7 @@ class Saves:
         loss_scale = {"loss_scale": scale.scale, "loss_scale_good_steps": scale.good_steps} if scale else {}
         notes = {"skipped_blocks": [list(block) for block in skipped_blocks]}
         self._saver.begin(progress.step, counters={**progress.counters(), **loss_scale}, notes=notes, last=last)
-        self._metrics.set("checkpoint_stall_seconds", time.perf_counter() - started)
+        self._metrics.note("checkpoint_stall_seconds", time.perf_counter() - started)
 
     def save_before_failing(self, progress: Progress, skipped_blocks: Sequence[Sequence[int]]) -> None:
         """Before a failure is told: the steps since the last checkpoint are not at fault, if they can be saved."""
@@ -259,7 +259,7 @@ class Saves:
         self._check_output()
 
     def _report(self, save: Save) -> None:
-        self._metrics.set("checkpoint_seconds", save.seconds)
+        self._metrics.note("checkpoint_seconds", save.seconds)
         self._metrics.set("checkpoint_bytes", save.size)
         self._metrics.set("checkpoint_step", save.step)
         self._metrics.set("checkpoint_timestamp_seconds", save.taken)

@@ -104,6 +104,17 @@ def test_what_a_line_lacks_of_a_metric_is_not_told_any_more(tmp_path):
     assert told == {'lathe_train_noise_level_loss{noise_level="1_0.50-1.00"} 3.5', "lathe_train_loss 2.0"}
 
 
+def test_what_is_noted_stands_in_the_next_line(tmp_path):
+    metrics = Metrics(QUIET, "train", log_store=open_store(str(tmp_path)))
+    metrics.note("checkpoint_seconds", 2.0)
+    assert metrics.registry.get_sample_value("lathe_train_checkpoint_seconds") == 2.0
+    for step in (1, 2):
+        metrics.log(step, {"loss": 1.0})
+    metrics.close()
+    lines = read_log(open_store(str(tmp_path)))
+    assert [line.get("checkpoint_seconds") for line in lines] == [2.0, None]
+
+
 def test_labels_tell_the_series_of_one_metric_apart():
     metrics = Metrics(MetricsConfig(), "encode")
     try:

@@ -78,7 +78,12 @@ def killed_at(step: int) -> Any:
 
 
 def losses(output: str) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["gradient_norm"]) for line in read_log(open_store(output))]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in logged(output)]
+
+
+def logged(output: str) -> list[dict[str, Any]]:
+    """The lines of steps."""
+    return [line for line in read_log(open_store(output)) if "loss" in line]
 
 
 def test_it_learns_and_leaves_a_loadable_autoencoder(tree: dict[str, Any]) -> None:
@@ -90,6 +95,12 @@ def test_it_learns_and_leaves_a_loadable_autoencoder(tree: dict[str, Any]) -> No
     loaded = autoencoder.load(tree["output"])
     assert autoencoder.weights_hash(loaded) == facts["weights_hash"]
     assert not (Path(tree["output"]) / "checkpoints").exists() or restore(open_store(tree["output"])) is None
+    assert read_log(open_store(tree["output"]))[-1]["holdout_psnr_db"] == pytest.approx(facts["psnr_db"], rel=1e-8)
+
+
+def test_the_line_after_a_checkpoint_tells_what_it_took(tree: dict[str, Any]) -> None:
+    fit(tree)
+    assert [line["step"] for line in logged(tree["output"]) if "checkpoint_seconds" in line] == [4, 8]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

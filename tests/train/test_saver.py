@@ -195,7 +195,7 @@ def test_the_last_one_must_not_fail(tmp_path):
 
 def test_the_last_state_is_tried_although_the_save_before_was_one_too_many_to_fail(tmp_path, capfd):
     bed = Bed(tmp_path, limit=1)
-    ranks, told = bed.saver._ranks, SimpleNamespace(set=lambda *_: None)
+    ranks, told = bed.saver._ranks, SimpleNamespace(note=lambda *_: None)
     saves = Saves(bed.store, ranks, bed.engine, engine_config={}, config=None, datasets=None, metrics=told, lease=None)
     saves._saver, saves._savers = bed.saver, [bed.saver]
     bed.store.fails_at = ".done.json"
@@ -212,7 +212,7 @@ def test_the_last_state_is_tried_although_the_save_before_was_one_too_many_to_fa
 
 def saves_of(*savers) -> Saves:
     """Whose first saver is the checkpoints'."""
-    told = SimpleNamespace(set=lambda *_: None, flush=lambda: None)
+    told = SimpleNamespace(note=lambda *_: None, flush=lambda: None)
     first = savers[0]
     saves = Saves(
         first._store,

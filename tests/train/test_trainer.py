@@ -50,6 +50,9 @@ def test_log_and_checkpoints_of_a_run(undisturbed):
     assert undisturbed.steps() == list(range(STEPS, 0, -1))
     last = read_log(undisturbed.store)[-1]
     assert {"loss", "learning_rate", "gradient_norm", "images_per_second", "data_wait_seconds", "epoch"} <= last.keys()
+    logged = {key for line in read_log(undisturbed.store) for key in line}
+    assert {"checkpoint_seconds", "checkpoint_stall_seconds"} <= logged
+    assert last["checkpoint_failures"] == 0
     assert last["samples_seen"] == STEPS * 8
     assert last["epoch"] == pytest.approx(STEPS * 8 / 40)
     assert all(1.5 < loss < 3.5 for loss in undisturbed.losses())  # of noise that nothing can be learned from
