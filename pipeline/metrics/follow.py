@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from pipeline.metrics.log import LOG, PARTS, LogStore, can_append, parsed_line
 
 _CHUNK = 1 << 20
 _LONGEST_LINE = 16 << 20  # of ours a thousandth; what is longer is no log
+_READERS, _AHEAD = 16, 64  # parts
+Progress = Callable[[int, int], None]
 
 
 class LogFollower:
@@ -29,20 +32,31 @@ class LogFollower:
         self._rest = b""
         self._parts: dict[str, str] = {}  # name -> version, of S3's parts that were read
 
-    def changed(self) -> bool:
+    def changed(self, listed: Sequence[Any] | None = None) -> bool:
         """Whether what was given so far no longer holds. Call it before `lines`, which then begins anew.
+
+        Args:
+            listed: the store's entries, where they were listed a moment ago.
 
         Raises:
             StorageError, OSError: S3, or a folder, does not tell.
         """
-        gone = self._file_gone() if can_append(self._store) else self._parts_gone()
+        gone = self._file_gone() if can_append(self._store) else self._parts_gone(listed)
         if gone:
             self.damaged, self.bytes, self._file, self._rest, self._parts = 0, 0, None, b"", {}
         return gone
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """What has come since the last call. Raises StorageError, and OSError where a folder's log cannot be read."""
-        chunks = self._new_bytes() if can_append(self._store) else self._new_parts()
+    def lines(self, listed: Sequence[Any] | None = None, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+        """What has come since the last call.
+
+        Args:
+            listed: the store's entries, where they were listed a moment ago.
+            progress: called with (parts read, parts to read), on S3.
+
+        Raises:
+            StorageError, OSError: S3, or a folder, cannot be read.
+        """
+        chunks = self._new_bytes() if can_append(self._store) else self._new_parts(listed, progress)
         for chunk in chunks:
             *whole, self._rest = (self._rest + chunk).split(b"\n")
             for text in whole:
@@ -86,14 +100,23 @@ class LogFollower:
                 self.bytes += len(chunk)
                 yield chunk
 
-    def _parts_gone(self) -> bool:
-        there = {entry.name: entry.version for entry in self._store.list(PARTS)} if self._parts else {}
+    def _parts_gone(self, listed: Sequence[Any] | None) -> bool:
+        there = {entry.name: entry.version for entry in self._listed(listed)} if self._parts else {}
         return any(there.get(name) != version for name, version in self._parts.items())
 
-    def _new_parts(self) -> Iterator[bytes]:
-        for entry in sorted(self._store.list(PARTS), key=lambda entry: str(entry.name)):
-            if entry.name not in self._parts:
-                content = self._store.read(entry.name)
-                self._parts[entry.name] = entry.version
-                self.bytes += len(content)
-                yield content if content.endswith(b"\n") else content + b"\n"
+    def _new_parts(self, listed: Sequence[Any] | None, progress: Progress | None) -> Iterator[bytes]:
+        new = [entry for entry in self._listed(listed) if entry.name not in self._parts]
+        with ThreadPoolExecutor(_READERS, "log") as pool:
+            for start in range(0, len(new), _AHEAD):
+                some = new[start : start + _AHEAD]
+                contents = pool.map(self._store.read, [entry.name for entry in some])
+                for number, (entry, content) in enumerate(zip(some, contents, strict=True), start + 1):
+                    self._parts[entry.name] = entry.version
+                    self.bytes += len(content)
+                    if progress:
+                        progress(number, len(new))
+                    yield content if content.endswith(b"\n") else content + b"\n"
+
+    def _listed(self, listed: Sequence[Any] | None) -> list[Any]:
+        entries = self._store.list(PARTS) if listed is None else listed
+        return sorted((one for one in entries if one.name.startswith(PARTS)), key=lambda entry: str(entry.name))

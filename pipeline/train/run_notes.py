@@ -44,7 +44,10 @@ def note_start(store: Store, config: RunConfig, device: torch.device, *, step: i
         "hardware": hardware(),
     }
     try:
-        lines = ",\n".join(json.dumps(one) for one in [*read_starts(store)[1 - _KEPT :], start])
+        before = _parsed(store.read(STARTS)) if store.exists(STARTS) else []
+        if before is None:
+            tell(f"{store.url}/{STARTS} is damaged: the starts before this one are lost")
+        lines = ",\n".join(json.dumps(one) for one in [*(before or [])[1 - _KEPT :], start])
         store.write(STARTS, f"[\n{lines}\n]\n".encode())
         store.write(RUN_FILE, runfile.dump(config).encode())
     except StorageError as error:
@@ -53,10 +56,13 @@ def note_start(store: Store, config: RunConfig, device: torch.device, *, step: i
 
 def read_starts(store: Store) -> list[dict[str, Any]]:
     """The starts of a run, oldest first; none where they cannot be understood. Raises StorageError."""
-    if not store.exists(STARTS):
-        return []
+    return (_parsed(store.read(STARTS)) if store.exists(STARTS) else None) or []
+
+
+def _parsed(content: bytes) -> list[dict[str, Any]] | None:
+    """The starts that are noted; None where the notes are damaged."""
     try:
-        found = json.loads(store.read(STARTS))
+        found = json.loads(content)
     except (ValueError, RecursionError):
-        return []
-    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+        return None
+    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,8 @@ from pipeline.operate.runs.encoded import Encoded
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.numbers import Numbers, thinned
 from pipeline.operate.runs.run import Run, open_runs
-from pipeline.operate.runs.state import state_of
-from pipeline.storage import Lease, open_store
+from pipeline.operate.runs.state import State, look_at, states_of
+from pipeline.storage import Entry, Lease, open_store
 
 
 def opened(folder: Path) -> Run:
@@ -26,8 +29,23 @@ def opened(folder: Path) -> Run:
     return run
 
 
+def state(run: Run, now: float = NOW + 60) -> State:
+    return states_of([look_at(run, now)], lambda seconds: None)[0]
+
+
 def word(run: Run, now: float = NOW + 60) -> str:
-    return state_of(run, now=now, wait=lambda seconds: None).word
+    return state(run, now).word
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While a process that lives holds it."""
+    lease = Lease(open_store(str(folder)))
+    lease.take()
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 def numbers(*lines: dict[str, object]) -> Numbers:
@@ -67,6 +85,15 @@ def test_a_file_of_a_run_stands_for_it(tmp_path):
         (lambda folder: folder.write_text("x"), "is a file, and no run", DataError),
         (lambda folder: write_training(folder / "a"), "is no run, but holds some: a", DataError),
         (
+            lambda folder: (
+                folder.mkdir(),
+                (folder / "manifest.json").write_text(""),
+                (folder / "complete.json").touch(),
+            ),
+            "is a checkpoint of a run",
+            DataError,
+        ),
+        (
             lambda folder: write_log(folder / "x", []) or (folder / "x").rename(folder / "x y"),
             "holds some: x y",
             DataError,
@@ -83,6 +110,33 @@ def test_what_is_no_run_is_said_with_what_it_holds(tmp_path, make, said, kind):
     with pytest.raises(kind, match=said) as refused:
         find(str(tmp_path / "there"))
     assert refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "file"),
+    [
+        ("step-00000040", "run.json"),
+        ("checkpoints/step-00000003", "state.safetensors"),
+        ("ema/step-00000040", "run.json"),
+    ],
+)
+def test_a_checkpoint_is_none_but_its_run(tmp_path, checkpoint, file):
+    (tmp_path / "run" / checkpoint).mkdir(parents=True)
+    (tmp_path / "run" / checkpoint / file).touch()
+    with pytest.raises(DataError) as refused:
+        find(f"{tmp_path}/run/{checkpoint}/")
+    assert refused.value.remedy == f"give {tmp_path}/run"
+
+
+def test_a_run_has_its_name_from_wherever_it_is_looked_at(tmp_path, monkeypatch):
+    write_log(tmp_path / "run", log_lines(1))
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    assert [run.name for run in open_runs([find(".")])] == ["run"]
+    assert [run.name for run in open_runs([find("../latest/")])] == ["latest"]
+    for again in ("../run", str(tmp_path / "latest"), "metrics.jsonl"):
+        with pytest.raises(DataError, match="given twice"):
+            open_runs([find("."), find(again)])
 
 
 def test_names_are_as_short_as_tells_them_apart(tmp_path):
@@ -184,6 +238,37 @@ def test_lines_that_are_none_of_ours_are_passed_over(tmp_path, line):
     assert follower.damaged == 1
 
 
+@dataclass
+class Parts:
+    """A log on S3, as far as reading goes."""
+
+    contents: dict[str, bytes]
+    url: str = "s3://bucket/run"
+    listed: int = 0
+
+    def read(self, name: str) -> bytes:
+        return self.contents[name]
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        self.listed += 1
+        return [Entry(name, 0, "1") for name in sorted(self.contents)]
+
+
+def test_parts_are_read_at_once_and_listed_by_whoever_did(tmp_path):
+    store = Parts({f"metrics/{step:08d}.jsonl": b'{"step": %d}' % step for step in range(200)} | {"lease.json": b"{}"})
+    follower, told = LogFollower(store), []
+    entries = store.list()
+    assert not follower.changed(entries)
+    lines = follower.lines(entries, lambda *done: told.append(done))
+    assert [line["step"] for line in lines] == list(range(200))
+    assert (told[0], told[-1], len(told)) == ((1, 200), (200, 200), 200)
+    assert not follower.changed(entries)
+    assert list(follower.lines(entries)) == []
+    assert store.listed == 1
+    assert follower.changed(entries[1:5])
+    assert len(list(follower.lines())) == 200
+
+
 @pytest.mark.s3
 def test_a_log_on_s3_is_followed_by_its_parts(s3_url):
     store = open_store(s3_url)
@@ -244,22 +329,60 @@ def test_states(tmp_path):
     assert word(opened(write_training(tmp_path / "done", 60))) == "finished"
     folder = write_training(tmp_path / "run", 60, target=100)
     assert word(opened(folder)) == "stopped"
-    lease = Lease(open_store(str(folder)))
-    lease.take()
-    try:
+    with held(folder):
         assert word(opened(folder), NOW + 70) == "running"
         assert word(opened(folder), NOW + 2000) == "stalled"
-    finally:
-        lease.release()
-    held = {"host": "elsewhere", "pid": 7, "counter": 3}
-    (folder / "lease.json").write_text(json.dumps(held))
+    (folder / "lease.json").write_text('{"host": "elsewhere", "pid": 7, "counter": 3}')
     assert word(opened(folder), NOW + 70) == "running"
     write_log(tmp_path / "vae", [{"step": 1, "time": NOW, "loss": 1.0, "reconstruction_loss": 1.0}])
     assert word(opened(tmp_path / "vae"), NOW + 30) == "running"
-    assert "or it was stopped" in state_of(opened(tmp_path / "vae"), now=NOW + 9e6, wait=lambda s: None).said
+    assert "or it was stopped" in state(opened(tmp_path / "vae"), NOW + 9e6).said
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "run.yaml").write_text("job: train\nsteps: 3\n")
     assert word(opened(tmp_path / "new")) == "waiting"
+
+
+@pytest.mark.parametrize(("every", "count", "told"), [(20, 99, False), (60, 180, True)])
+def test_a_run_has_not_stalled_for_as_long_as_pauses_take(tmp_path, every, count, told):
+    """A line each ten seconds, and now and then 15 minutes without; they were among the last lines, or are told."""
+    folder = write_training(tmp_path / "run", 60, target=1000)
+    lines: list[dict[str, object]] = []
+    for step in range(1, count + 1):
+        now = NOW + 10 * step + (step - 1) // every * 900
+        lines.append({"step": step, "time": now, "loss": 1.0})
+        if told and step % every == 0 and step < count:
+            lines.append({"step": step, "time": now + 900, "validation_seconds": 900})
+    write_log(folder, lines)
+    with held(folder):
+        assert word(opened(folder), now + 1500) == "running"
+        assert word(opened(folder), now + 2000) == "stalled"
+
+
+def test_the_time_between_two_starts_is_no_pause(tmp_path):
+    folder = write_training(tmp_path / "run", 60, target=100)
+    lines = log_lines(60)
+    for line in lines:
+        line["time"] += 100_000 * (line["step"] > 40)
+    write_log(folder, lines)
+    with held(folder):
+        assert word(opened(folder), NOW + 200_060) == "running"
+        (folder / "starts.json").write_text('[{"step": 0}, {"step": 40}]')
+        assert word(opened(folder), NOW + 200_060) == "stalled"
+        assert opened(folder).pace == pytest.approx(1.0)
+
+
+def test_leases_elsewhere_are_watched_all_at_once(tmp_path):
+    runs = [opened(write_training(tmp_path / name, 60, target=100)) for name in "abc"]
+    for run, place in zip(runs, ("elsewhere", "elsewhere", None), strict=True):
+        if place:
+            (Path(run.found.store.url) / "lease.json").write_text(f'{{"host": "{place}", "pid": 7, "counter": 1}}')
+    waits = []
+    assert [one.word for one in states_of([look_at(run, NOW + 60) for run in runs], waits.append)] == [
+        "running",
+        "running",
+        "stopped",
+    ]
+    assert len(waits) == 1
 
 
 def test_a_killed_run_is_known_by_its_process(tmp_path):
@@ -282,7 +405,7 @@ def test_an_encode_job_is_counted_by_receipts_until_there_is_a_manifest(tmp_path
         2,
         ({"no_caption": 4}, {"min_side": 2}),
     )
-    assert word(run) == "running"
+    assert str(state(run)) == "unfinished: 2 shards stored, no manifest yet: it goes on, or was stopped"
     write_receipts(folder, [2])
     assert run.refresh()
     assert part.samples == 12
@@ -293,7 +416,7 @@ def test_an_encode_job_is_counted_by_receipts_until_there_is_a_manifest(tmp_path
     assert len(part.examples()) == 9
     write_receipts(folder, [7])  # more data since
     assert run.refresh()
-    assert (run.encoded[0].samples, word(run)) == (16, "running")
+    assert (run.encoded[0].samples, word(run)) == (16, "unfinished")
 
 
 def test_a_damaged_receipt_or_manifest_is_told(tmp_path):

@@ -9,8 +9,11 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -19,12 +22,15 @@ from run_folders import NOW, log_lines, write_encoded, write_log, write_receipts
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.numbers import Numbers
 from pipeline.operate.runs.run import open_runs
-from pipeline.operate.watch import job
-from pipeline.operate.watch.figures import ASCII, line, seconds_left, sparkline
+from pipeline.operate.watch import job, screen
+from pipeline.operate.watch.figures import ASCII, line, percent, seconds_left, sparkline
 from pipeline.operate.watch.job import watch
+from pipeline.operate.watch.keys import Keys
 from pipeline.operate.watch.screen import Screen
 from pipeline.operate.watch.watched import Watched
 from pipeline.storage import Lease, open_store
+
+HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"  # the cursor
 
 
 class Clock:
@@ -45,10 +51,14 @@ def watched(folder: Path, clock: Clock | None = None, every: float = 2.0) -> Wat
     return Watched(open_runs([find(str(folder))])[0], every, clock or Clock())
 
 
-def drawn(*ones: Watched, width: int = 100, height: int = 40, encoding: str = "utf-8") -> list[str]:
+def drawn(
+    *ones: Watched, width: int = 100, height: int = 40, encoding: str = "utf-8", news: Sequence[str] = ()
+) -> list[str]:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=stream, width=width, height=height, color_system=None, legacy_windows=False)
-    console.print(Screen(ones, keys=True))
+    shown = Screen(ones, keys=True)
+    shown.news += news
+    console.print(shown)
     stream.flush()
     return stream.buffer.getvalue().decode(encoding).splitlines()
 
@@ -75,6 +85,14 @@ def test_a_line_tells_the_figures(tmp_path):
     loss = one.run.numbers.last("loss")
     assert line(one) == f"step 60/120 (50%), loss {loss:.4f}, norm 0.0167, rate 1.00e-03, images/s 160, wait 10%"
     assert seconds_left(one.run) == pytest.approx(60.0)
+
+
+def test_the_time_left_has_validations_in_it(tmp_path):
+    folder = write_training(tmp_path / "run", 60, target=120)
+    write_log(folder, [{"step": s, "time": NOW + s + 100 * (s // 20), "loss": 1.0} for s in range(20, 61)])
+    one = watched(folder)
+    one.look()
+    assert seconds_left(one.run) == pytest.approx(60 * 240 / 40)
 
 
 def test_a_run_that_goes_on_stalls_and_is_started_again(tmp_path):
@@ -175,6 +193,49 @@ def test_a_small_terminal_has_a_row_for_each_run(tmp_path):
     assert len(shown) <= 10
 
 
+def test_news_and_runs_fit_a_small_terminal(tmp_path):
+    ones = [watched(write_training(tmp_path / f"run-{number}")) for number in range(6)]
+    for one in ones:
+        one.look()
+    shown = drawn(*ones, width=50, height=9, news=["earlier", "b: one", "b: two", "b: three"])
+    assert [row.split()[0] for row in shown[:3]] == ["run-0", "run-1", "run-2"]
+    assert shown[3:] == ["and 3 more", "b: one", "b: two", "b: three", "q or Ctrl-C leaves; the runs go on"]
+    block = len(drawn(ones[0])) - 1  # without the line on keys
+    assert len(drawn(ones[0], height=block + 2)) == block + 1
+    assert len(drawn(ones[0], height=block + 2, news=["a: one"])) == 3
+
+
+def test_what_has_not_changed_is_not_made_again(tmp_path, monkeypatch):
+    one = watched(write_training(tmp_path / "a"))
+    one.look()
+    made = []
+    monkeypatch.setattr(screen, "sparkline", lambda *about: made.append(about) or "")
+    console, shown = Console(file=io.StringIO(), width=100, height=40), Screen([one], keys=True)
+    console.print(shown)
+    count = len(made)
+    console.print(shown)
+    assert count == len(made) > 0
+
+
+def test_all_is_said_of_all_alone():
+    assert [percent(share) for share in (0.0, 0.29, 10_000 / 10_030, 1.0)] == ["0%", "29%", "99%", "100%"]
+
+
+def test_keys_are_those_of_a_pager_that_reads_along(monkeypatch):
+    main, other = pty.openpty()
+    before = termios.tcgetattr(other)
+    with os.fdopen(other) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        monkeypatch.setattr(os, "tcgetpgrp", lambda _: os.getpgrp())
+        for is_terminal in (True, False):
+            monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda answer=is_terminal: answer))
+            with Keys() as keys:
+                assert keys.there == is_terminal
+                assert (termios.tcgetattr(other) == before) != is_terminal
+            assert termios.tcgetattr(other) == before
+    os.close(main)
+
+
 def test_a_terminal_without_unicode_has_plain_sparklines(tmp_path):
     one = watched(write_training(tmp_path / "a"))
     one.look()
@@ -206,14 +267,14 @@ def test_in_a_log_it_tells_each_news_once_and_ends(tmp_path, capsys):
 def test_an_encode_job_is_followed(tmp_path):
     folder, clock = write_receipts(tmp_path / "latents", [0]), Clock()
     one = watched(folder, clock)
-    one.look()
-    assert one.state.word == "running"
+    assert one.look() == ["unfinished: 1 shard stored, no manifest yet: it goes on, or was stopped"]
     write_receipts(folder, [1, 2])
     clock.now += 60
-    one.look()
+    assert one.look() == []
+    assert one.state.word == "running"
     assert line(one) == "shards 3, samples 12, rejected 33.33%, size 0.00 GiB, pace 2.0 shards/min"
     clock.now += 700
-    assert one.look() == ["stalled: no new shard for 12 min: 3 shards are stored, no manifest yet; or it was stopped"]
+    assert one.look() == ["stalled: no new shard for 12 min: 3 shards stored, no manifest yet; or it was stopped"]
     write_encoded(folder)
     clock.now += 60
     assert one.look() == ["finished: 3 shards"]
@@ -228,8 +289,16 @@ def test_ctrl_c_leaves_quietly(tmp_path, monkeypatch):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(("key", "terminal"), [(b"q", "xterm-256color"), (b"\x03", "xterm-256color"), (b"q", "dumb")])
-def test_in_a_terminal(tmp_path, key, terminal):
+@pytest.mark.parametrize(
+    ("keys", "terminal", "code"),
+    [
+        ([b"\x1a", b"q"], "xterm-256color", 0),  # Ctrl-Z, which stops no process that has no shell
+        ([b"\x03"], "xterm-256color", 0),
+        ([b"\x1c"], "xterm-256color", 128 + signal.SIGQUIT),
+        ([b"q"], "dumb", 0),
+    ],
+)
+def test_in_a_terminal(tmp_path, keys, terminal, code):
     folder = write_training(tmp_path / "run", 60, target=120)
     main, other = pty.openpty()
     environment = {**os.environ, "TERM": terminal, "COLUMNS": "90", "LINES": "30"}
@@ -243,20 +312,25 @@ def test_in_a_terminal(tmp_path, key, terminal):
         start_new_session=True,
         preexec_fn=_own,  # noqa: PLW1509  there is one thread
     )
-    os.close(other)
+    before = termios.tcgetattr(other)
     shown = _read_until(main, b"stopped")
+    assert termios.tcgetattr(other) != before
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "time": 0, "loss": 0.125}\n')
     shown += _read_until(main, b"0.1250")
-    os.write(main, key)
-    assert child.wait(20) == 0
+    for key in keys:
+        os.write(main, key)
+        if key == b"\x1a" and HIDDEN not in _read_until(main, SHOWN).partition(SHOWN)[2]:
+            _read_until(main, HIDDEN)
+    assert child.wait(20) == code
+    assert termios.tcgetattr(other) == before
     assert (b"\x1b[" in shown) == (terminal != "dumb")
+    os.close(other)
     os.close(main)
 
 
 def _own() -> None:
     import fcntl
-    import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores in what it starts in the background

@@ -40,11 +40,12 @@ def test_only_the_last_are_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff", b"[" * 100_000])
-def test_notes_that_cannot_be_understood_are_begun_anew(tmp_path, content):
+def test_notes_that_cannot_be_understood_are_begun_anew_and_it_is_said(tmp_path, content, capsys):
     store = open_store(str(tmp_path))
     store.write(STARTS, content)
     note_start(store, CONFIG, CPU, step=7)
     assert [start["step"] for start in json.loads(store.read(STARTS))] == [7]
+    assert capsys.readouterr().err == f"{tmp_path}/starts.json is damaged: the starts before this one are lost\n"
 
 
 def test_a_store_that_refuses_stops_no_training(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from pipeline.operate.report.markup import tag
 from pipeline.operate.report.run_page import Seen, run_page
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.run import open_runs
-from pipeline.operate.runs.state import state_of
+from pipeline.operate.runs.state import look_at, states_of
 from pipeline.storage import open_store, split
 
 _LINE_OF_OURS = tag("meta", name="generator", content=GENERATOR).encode()
@@ -40,10 +40,11 @@ def report(addresses: Sequence[str], output: str, progress: Callable[[int, int],
     if store.exists(name) and _LINE_OF_OURS not in store.read(name, 0, _HEAD_BYTES):
         raise ConfigError(f"--output {output} is there, and no report", "give another name, or delete it")
     runs = open_runs([find(address) for address in addresses])
-    seen = []
+    looks = []
     for run in runs:
         run.refresh(progress, run.found.entries)
-        seen.append(Seen(run, state_of(run, now=time.time(), wait=time.sleep)))
+        looks.append(look_at(run, time.time()))
+    seen = [Seen(run, state) for run, state in zip(runs, states_of(looks, time.sleep), strict=True)]
     page = run_page(seen, time.time()).encode()
     store.write(name, page)
     states = ", ".join(f"{one.run.name} {one.state.word}" for one in seen)

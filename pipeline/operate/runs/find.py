@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,12 +15,16 @@ from pipeline.metrics import LOG, PARTS, LogFollower
 from pipeline.storage import Entry, Store, local_path, open_store, split
 
 Kind = Literal["train", "first_stage", "encode"]
+KINDS: dict[Kind, str] = {"train": "training", "first_stage": "first stage", "encode": "encode job"}
+"""As a person calls them."""
 RUN_FILE, STARTS, MARKER = "run.yaml", "starts.json", "first_stage.json"
 _WANTED = "give the output of lathe train, train-vae or encode: a folder or an s3:// prefix"
 _FOLDERS = re.compile(r"step-\d{8,}|checkpoints(/step-\d+)?|samples|metrics|\d+")
 _FILES = re.compile(rf"{LOG}|{RUN_FILE}|{STARTS}|{MARKER}|{MANIFEST}|{ENCODING}|lease\.json|.*{RECEIPT_SUFFIX}")
 _CHECKPOINT, _FIRST_STAGE = re.compile(r"step-\d{8,}/"), re.compile(r"checkpoints/step-\d+/")
 _ENCODED = re.compile(rf"(\d+/)?({re.escape(ENCODING)}|{re.escape(MANIFEST)})|[^/]*{re.escape(RECEIPT_SUFFIX)}")
+_OF_CHECKPOINTS = {"complete.json", "run.json", "state.safetensors"}
+_SUBFOLDERS = "checkpoints|ema"  # that hold some in a run
 _FEW = 6
 
 
@@ -49,7 +53,11 @@ def find(address: str) -> Found:
     url = _folder_of(address)
     store = open_store(url)
     entries = tuple(list_run(store))
-    kind = _kind(store, {entry.name for entry in entries})
+    names = {entry.name for entry in entries}
+    if names & _OF_CHECKPOINTS:
+        run = re.sub(f"/({_SUBFOLDERS})$", "", split(url)[0])
+        raise DataError(f"{address} is a checkpoint of a run", f"give {run}")
+    kind = _kind(store, entries)
     if kind is None:
         raise _no_run(address, url)
     return Found(address, kind, store, entries)
@@ -73,7 +81,8 @@ def _folder_of(address: str) -> str:
     return split(address)[0] if is_file else address
 
 
-def _kind(store: Store, names: set[str]) -> Kind | None:
+def _kind(store: Store, entries: Sequence[Entry]) -> Kind | None:
+    names = {entry.name for entry in entries}
     if any(_ENCODED.fullmatch(name) for name in names):
         return "encode"
     if MARKER in names or any(_FIRST_STAGE.match(name) for name in names):
@@ -82,8 +91,10 @@ def _kind(store: Store, names: set[str]) -> Kind | None:
         return "train"
     if RUN_FILE in names and (kind := _job(store)):
         return kind
-    has_log = LOG in names or any(name.startswith(PARTS) for name in names)
-    return _kind_of_log(store) if has_log else "train" if "lease.json" in names else None
+    parts = [entry for entry in entries if entry.name.startswith(PARTS)]
+    if LOG in names or parts:
+        return _kind_of_log(store, parts)
+    return "train" if "lease.json" in names else None
 
 
 def _job(store: Store) -> Kind | None:
@@ -95,9 +106,9 @@ def _job(store: Store) -> Kind | None:
     return jobs.get(tree.get("job")) if isinstance(tree, dict) else None
 
 
-def _kind_of_log(store: Store) -> Kind:
+def _kind_of_log(store: Store, parts: Sequence[Entry]) -> Kind:
     """By what only the first stage logs; a log without a line is of a training that was just begun."""
-    first = next(LogFollower(store).lines(), {})
+    first = next(LogFollower(store).lines(parts[:1]), {})
     return "first_stage" if "reconstruction_loss" in first else "train"
 
 
@@ -120,7 +131,7 @@ def _no_run(address: str, url: str) -> Exception:
 
 def _is_run(url: str) -> bool:
     store = open_store(url)
-    return _kind(store, {entry.name for entry in list_run(store)}) is not None
+    return _kind(store, list_run(store)) is not None
 
 
 def _few(names: Iterable[str]) -> str:

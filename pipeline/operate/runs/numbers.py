@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ Key = tuple[str, ...]
 
 _DEEPEST = 4
 _MOST_SERIES = 2000
-_LARGEST_STEP = 1 << 53
+LARGEST_STEP = 1 << 53
 _LARGEST_INTEGER = 1 << 1000  # that a float has
 
 
@@ -67,7 +68,7 @@ class Numbers:
     def add(self, line: Mapping[str, Any]) -> None:
         """One line of the log."""
         step = line["step"]
-        if not -1 <= step < _LARGEST_STEP:
+        if not -1 <= step < LARGEST_STEP:
             self.ignored += 1
             return
         if self._steps and step < self._steps[-1]:
@@ -75,7 +76,7 @@ class Numbers:
         number = len(self._steps)
         self._steps.append(step)
         moment = line.get("time")
-        self._times.append(moment if isinstance(moment, float | int) and abs(moment) < _LARGEST_STEP else math.nan)
+        self._times.append(moment if isinstance(moment, float | int) and abs(moment) < LARGEST_STEP else math.nan)
         for key, value in self._flat(line, ()):
             if key not in self._lines:
                 if len(self._lines) >= _MOST_SERIES:
@@ -103,6 +104,22 @@ class Numbers:
         """Steps of all lines."""
         return np.array(self._steps, np.int64)
 
+    def tail(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Steps and times of the last lines."""
+        return np.array(self._steps[-count:], np.int64), np.array(self._times[-count:])
+
+    def pace(self, after: int) -> float | None:
+        """Seconds that a step took in the lines after a step, whatever came between them; None = not known."""
+        first, last = bisect_right(self._steps, after), len(self._steps) - 1
+        while first < last and math.isnan(self._times[first]):
+            first += 1
+        while first < last and math.isnan(self._times[last]):
+            last -= 1
+        if first >= last:
+            return None
+        steps, seconds = self._steps[last] - self._steps[first], self._times[last] - self._times[first]
+        return seconds / steps if steps > 0 and seconds > 0 else None
+
     def named(self, metric: str = "") -> list[Key]:
         """The keys that there are, of one metric or of all, in order of appearance."""
         return [key for key, values in self._values.items() if values and (not metric or key[0] == metric)]
@@ -112,7 +129,8 @@ class Numbers:
         if not self._values.get(key):
             return None
         lines = np.array(self._lines[key])
-        return Series(key, self.steps[lines], self.times[lines], np.array(self._values[key]))
+        steps, times = np.frombuffer(self._steps, np.int64)[lines], np.frombuffer(self._times)[lines]
+        return Series(key, steps, times, np.array(self._values[key]))
 
     def last(self, *key: str) -> float | None:
         """The last value; None where there is none, or none that is finite."""
@@ -134,11 +152,11 @@ class Numbers:
                 self.ignored += 1
 
     def _drop_from(self, step: int) -> None:
-        keep = int(np.searchsorted(np.array(self._steps), step))
+        keep = bisect_left(self._steps, step)
         self.superseded += len(self._steps) - keep
         del self._steps[keep:], self._times[keep:]
         for key, lines in self._lines.items():
-            kept = int(np.searchsorted(np.array(lines), keep))
+            kept = bisect_left(lines, keep)
             del lines[kept:], self._values[key][kept:]
 
 

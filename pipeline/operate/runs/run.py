@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +17,8 @@ from pipeline.metrics import LogFollower
 from pipeline.operate.runs.credentials import without_credentials
 from pipeline.operate.runs.encoded import Encoded
 from pipeline.operate.runs.find import MARKER, RUN_FILE, STARTS, Found, list_run
-from pipeline.operate.runs.numbers import Numbers
-from pipeline.storage import Entry
+from pipeline.operate.runs.numbers import LARGEST_STEP, Numbers
+from pipeline.storage import Entry, local_path
 
 _CHECKPOINT = re.compile(r"(?:checkpoints/)?step-(\d{8,})/(complete\.json|state\.json)")
 _SHEET = re.compile(r"samples/step-(\d{8,})\.png")
@@ -57,9 +59,9 @@ class Run:
         self.entries = list_run(self.found.store, known=True) if entries is None else entries
         if self.found.kind == "encode":
             return self._refresh_encoded(progress)
-        changed = self._refresh_log()
-        self._refresh_records()
-        return changed
+        self.problems = []
+        self._refresh_records()  # before the log, which may be long: a checkpoint does not stay for ever
+        return self._refresh_log(progress)
 
     @property
     def target(self) -> int | None:
@@ -67,6 +69,17 @@ class Run:
         steps = self.config.get("steps", self.marker.get("steps"))
         logged = self.numbers.last("target_steps")
         return steps if isinstance(steps, int) and steps > 0 else int(logged) if logged else None
+
+    @property
+    def start_steps(self) -> list[int]:
+        """Steps that its starts went on from, where they were noted, in order of the starts."""
+        found = [start.get("step") for start in self.starts]
+        return [step for step in found if isinstance(step, int) and 0 <= step < LARGEST_STEP]
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds that a step takes since the last start, validations and saves included; None = not known."""
+        return self.numbers.pace(self.start_steps[-1] if self.start_steps else -1)
 
     @property
     def checkpoints(self) -> dict[int, int]:
@@ -93,30 +106,31 @@ class Run:
             return bool(self.marker)
         return self.target is not None and any(step >= self.target for step in self.checkpoints)
 
-    def _refresh_log(self) -> bool:
+    def _refresh_log(self, progress: Progress | None) -> bool:
         follower = self._follower = self._follower or LogFollower(self.found.store)
         before = len(self.numbers)
         try:
-            begun_anew = follower.changed()
+            begun_anew = follower.changed(self.entries)
             if begun_anew:
                 self.numbers = Numbers()
-            for line in follower.lines():
+            for line in follower.lines(self.entries, progress):
                 self.numbers.add(line)
         except OSError as error:
             raise StorageError(
                 f"{self.found.store.url}: its log cannot be read: {error.strerror}", "mend its rights"
             ) from error
-        damaged = f"damaged lines of its log, left out: {follower.damaged:,}" if follower.damaged else ""
-        self.problems = [damaged] if damaged else []
+        if follower.damaged:
+            self.problems.append(f"damaged lines of its log, left out: {follower.damaged:,}")
         return begun_anew or len(self.numbers) > before
 
     def _refresh_records(self) -> None:
         """The run file and what else changes rarely: read again where it has changed."""
         versions = {entry.name: entry.version for entry in self.entries}
-        newest = max(self.checkpoints, default=None)
-        config = RUN_FILE if RUN_FILE in versions else f"step-{newest:08d}/config.yaml" if newest is not None else ""
-        if config in versions:
-            self.config = self._record(config, versions[config], self.config, dict)
+        if RUN_FILE in versions:
+            self.config = self._record(RUN_FILE, versions[RUN_FILE], self.config, dict)
+        elif self.checkpoints and (config := f"step-{max(self.checkpoints):08d}/config.yaml") in versions:
+            with suppress(StorageError):  # deleted since it was listed, for newer ones
+                self.config = self._record(config, versions[config], self.config, dict)
         if STARTS in versions:
             found = self._record(STARTS, versions[STARTS], self.starts, list)
             self.starts = [start for start in found if isinstance(start, dict)]
@@ -150,11 +164,17 @@ class Run:
 
 def open_runs(found: Sequence[Found]) -> list[Run]:
     """Runs under names that are short and tell them apart. Raises DataError where one is given twice."""
-    urls = [one.store.url.rstrip("/") for one in found]
-    twice = next((url for url in urls if urls.count(url) > 1), None)
+    places = [_place(one.store.url, os.path.realpath) for one in found]
+    twice = next((one for one, place in zip(found, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
-        raise DataError(f"{twice} is given twice", "give each run once")
-    return [Run(one, name) for one, name in zip(found, _names(urls), strict=True)]
+        raise DataError(f"{twice.address} is given twice", "give each run once")
+    names = _names([_place(one.store.url, os.path.abspath) for one in found])
+    return [Run(one, name) for one, name in zip(found, names, strict=True)]
+
+
+def _place(url: str, whole: Callable[[str], str]) -> str:
+    """An address that does not hang on where this process stands; `whole` makes such a path."""
+    return url.rstrip("/") if "://" in url else whole(str(local_path(url)))
 
 
 def _names(urls: Sequence[str]) -> list[str]:

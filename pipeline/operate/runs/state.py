@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.console import duration
 from pipeline.operate.runs.run import Run
-from pipeline.storage import RENEWED_SECONDS, Holder, Store, holder
+from pipeline.storage import RENEWED_SECONDS, Holder, holder
 
-Word = Literal["finished", "running", "stalled", "stopped", "killed", "waiting"]
-LEAST_SILENCE_SECONDS, LEAST_SILENCE_OF_SHARDS = 60.0, 600.0
-_TIMES_USUAL = 5.0
-_TIMES_A_SAVE = 3.0
-_LOOKED_AT = 50  # lines
+Word = Literal["finished", "running", "unfinished", "stalled", "stopped", "killed", "waiting"]
+LEAST_SILENCE_SECONDS, LEAST_SILENCE_WITHOUT_LINES, LEAST_SILENCE_OF_SHARDS = 60.0, 600.0, 600.0
+_TIMES_USUAL, _TIMES_THE_LONGEST, _TIMES_A_SAVE = 5.0, 2.0, 3.0
+_LOOKED_AT = 50  # gaps between lines
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run as it was read: at which Unix time, and who held its output's lease."""
+
+    run: Run
+    at: float
+    holds: Holder | None
 
 
 @dataclass(frozen=True)
@@ -31,17 +40,28 @@ class State:
 
 
 def patience(run: Run) -> float:
-    """Seconds without a new line that are still usual: a few times the longest of the last gaps between lines.
+    """Seconds without a new line that are still usual: a few times the usual gap, and the longest pause of late.
 
-    On S3 lines arrive with checkpoints alone.
+    Such pauses are validations, of which the log tells how long they took without their pictures, and saves. On S3
+    lines arrive with checkpoints alone.
     """
     numbers, every = run.numbers, run.config.get("checkpoint")
     if is_remote(run) and isinstance(every, dict) and isinstance(every.get("every"), int):
         steps: int = every["every"]
-        return LEAST_SILENCE_SECONDS + _TIMES_A_SAVE * steps * (numbers.last("step_seconds") or 60.0)
-    gaps = np.diff(numbers.times[-_LOOKED_AT:])
-    gaps = gaps[np.isfinite(gaps) & (gaps >= 0)]
-    return max(LEAST_SILENCE_SECONDS, _TIMES_USUAL * float(np.quantile(gaps, 0.9))) if len(gaps) else 600.0
+        return LEAST_SILENCE_SECONDS + _TIMES_A_SAVE * steps * (run.pace or numbers.last("step_seconds") or 60.0)
+    gaps = _gaps(run)
+    usual = _TIMES_USUAL * float(np.quantile(gaps, 0.9)) if len(gaps) else LEAST_SILENCE_WITHOUT_LINES
+    longest = max(gaps.max(initial=0.0), numbers.last("validation_seconds") or 0.0)
+    return max(LEAST_SILENCE_SECONDS, usual) + _TIMES_THE_LONGEST * float(longest)
+
+
+def _gaps(run: Run) -> NDArray[np.float64]:
+    """Seconds between the last lines, but for those between which the run was started again."""
+    steps, times = run.numbers.tail(_LOOKED_AT + 1)
+    starts = np.searchsorted(np.sort(run.start_steps), steps)
+    gaps = np.diff(times)
+    kept: NDArray[np.float64] = gaps[(np.diff(starts) == 0) & np.isfinite(gaps) & (gaps >= 0)]
+    return kept
 
 
 def judge(run: Run, holds: Holder | None, silent: float | None) -> State:
@@ -69,36 +89,40 @@ def judge(run: Run, holds: Holder | None, silent: float | None) -> State:
     return State("stalled", quiet if leased else f"{quiet}; or it was stopped")
 
 
-def holder_now(store: Store, wait: Callable[[float], object]) -> Holder | None:
-    """The lease's holder; of one on another machine, whether it lives is found out by watching it for a moment."""
-    first = holder(store)
-    if first is None or first.lives is not None:
-        return first
-    wait(RENEWED_SECONDS + 1)
-    now = holder(store)
-    return now and Holder(now.host, now.pid, True if now.counter != first.counter else now.lives, now.counter)
+def look_at(run: Run, now: float) -> Look:
+    """A run that was brought up to date a moment ago; `now`: Unix time. Raises StorageError."""
+    leased = run.found.kind == "train" and not run.complete
+    return Look(run, now, holder(run.found.store) if leased else None)
 
 
-def state_of(run: Run, *, now: float, wait: Callable[[float], object]) -> State:
-    """The state of a run that is looked at once.
+def states_of(looks: Sequence[Look], wait: Callable[[float], object]) -> list[State]:
+    """The states of runs that are looked at once.
 
     Args:
-        run: brought up to date a moment ago.
-        now: Unix time.
-        wait: sleeps; a lease that is held elsewhere is watched for some seconds.
+        looks: at each of them.
+        wait: sleeps; leases that are held elsewhere are watched for some seconds, all at once.
 
     Raises:
-        StorageError: the output cannot be read.
+        StorageError: an output cannot be read.
     """
+    if any(look.holds is not None and look.holds.lives is None for look in looks):
+        wait(RENEWED_SECONDS + 1)
+    return [_state(look) for look in looks]
+
+
+def _state(look: Look) -> State:
+    run, holds = look.run, look.holds
     if run.found.kind == "encode":
         return state_of_encode(run)
-    leased = run.found.kind == "train" and not run.complete
-    return judge(run, holder_now(run.found.store, wait) if leased else None, silence(run, now))
+    if holds is not None and holds.lives is None:
+        now = holder(run.found.store)
+        holds = now and Holder(now.host, now.pid, True if now.counter != holds.counter else now.lives, now.counter)
+    return judge(run, holds, silence(run, look.at))
 
 
 def silence(run: Run, now: float) -> float | None:
     """Seconds since its last line, by that line's own time; None where there is none, or it does not tell."""
-    times = run.numbers.times[-1:]
+    _, times = run.numbers.tail(1)
     return max(0.0, now - float(times[0])) if len(times) and np.isfinite(times[0]) else None
 
 
@@ -107,18 +131,22 @@ def is_remote(run: Run) -> bool:
     return "://" in run.found.store.url
 
 
-def state_of_encode(run: Run, silent: float = 0.0, usual: float = 0.0) -> State:
+def state_of_encode(run: Run, *, came: bool = False, silent: float = 0.0, usual: float = 0.0) -> State:
     """Of an encode job, which leaves receipts alone.
 
     Args:
         run: as it is now.
-        silent: seconds since a shard was seen to come.
+        came: whether shards were seen to come.
+        silent: seconds since the last one did, or since the job is looked at.
         usual: the longest that it took one to come, so far.
     """
     done = sum(part.tally.shards for part in run.encoded)
+    shards = f"{done:,} shard{'s' * (done != 1)}"
     if run.complete:
-        return State("finished", f"{done:,} shards")
-    said = f"{done:,} shards are stored, no manifest yet"
+        return State("finished", shards)
+    said = f"{shards} stored, no manifest yet"
     if silent > max(LEAST_SILENCE_OF_SHARDS, _TIMES_USUAL * usual):
         return State("stalled", f"no new shard for {duration(silent)}: {said}; or it was stopped")
-    return State("running" if done else "waiting", f"{said}: it goes on, or was stopped")
+    if came:
+        return State("running", said)
+    return State("unfinished" if done else "waiting", f"{said}: it goes on, or was stopped")

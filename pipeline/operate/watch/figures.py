@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,6 @@ from pipeline.operate.watch.watched import Watched
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 ASCII = "_.-=+*#@"
 _GAP = " "
-_PACE_OF = 50  # lines
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,16 @@ def share_done(run: Run) -> float | None:
 
 
 def seconds_left(run: Run) -> float | None:
-    """By the pace of the last lines; None where that is not known."""
-    step, target = run.numbers.last_step, run.target
-    if step is None or not target or step >= target:
+    """By its pace since the last start; None where that is not known."""
+    step, target, pace = run.numbers.last_step, run.target, run.pace
+    if step is None or not target or step >= target or pace is None:
         return None
-    steps, times = run.numbers.steps[-_PACE_OF:], run.numbers.times[-_PACE_OF:]
-    moved = np.diff(steps)
-    paces = np.diff(times)[moved > 0] / moved[moved > 0]
-    paces = paces[np.isfinite(paces) & (paces > 0)]
-    return float(np.median(paces)) * (target - step) if len(paces) else None
+    return pace * (target - step)
+
+
+def percent(share: float) -> str:
+    """Rounded down: 100% is all of it."""
+    return f"{math.floor(100 * share + 1e-9)}%"
 
 
 def sparkline(course: Series, width: int, levels: str = BLOCKS) -> str:
@@ -71,7 +72,7 @@ def line(watched: Watched) -> str:
     run = watched.run
     parts = []
     if run.found.kind != "encode" and run.numbers.last_step is not None:
-        of = f"/{run.target:,} ({share_done(run) or 0:.0%})" if run.target else ""
+        of = f"/{run.target:,} ({percent(share_done(run) or 0.0)})" if run.target else ""
         parts.append(f"step {run.numbers.last_step:,}{of}")
     parts += [f"{figure.name} {figure.value}" for figure in figures(watched) if figure.short]
     left = seconds_left(run) if watched.state.word == "running" else None

@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -40,18 +41,17 @@ def watch(addresses: Sequence[str], every: float | None = None) -> None:
     runs = open_runs([find(address) for address in addresses])
     live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
     watched = [Watched(run, every or (None if live or is_remote(run) else PLAIN_SECONDS)) for run in runs]
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGQUIT)}
     try:
-        if live:
-            _watch_live(watched)
-        else:
-            _watch_plainly(watched)
+        with Suspension() as suspension:
+            (_watch_live if live else _watch_plainly)(watched, suspension)
     except KeyboardInterrupt:
         return  # how one leaves
     except BrokenPipeError:  # whoever read has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
@@ -59,28 +59,59 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _watch_live(watched: Sequence[Watched]) -> None:
-    console = Console()
-    with Keys() as keys:
-        screen = Screen(watched, keys=keys.there)
-        with Live(screen, console=console, auto_refresh=False) as drawn:
-            while True:
-                for one in watched:
-                    screen.news += [f"{time.strftime('%H:%M:%S')} {one.run.name}: {said}" for said in one.look()]
-                drawn.refresh()
-                if _finished(watched) or keys.wait(_pause(watched)).lower().startswith("q"):
-                    return
+class Suspension:
+    """Ctrl-Z, which may come at any time, and is followed once the terminal is as it was found."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGTSTP, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTSTP, self._before)
+
+    def follow(self) -> None:
+        """Stop, as any program does; this returns when it is told to go on."""
+        self.asked = False
+        with_us = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, with_us)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
 
 
-def _watch_plainly(watched: Sequence[Watched]) -> None:
+def _watch_live(watched: Sequence[Watched], suspension: Suspension) -> None:
+    console, screen = Console(), Screen(watched, keys=False)
+    while True:
+        with Keys() as keys:
+            screen.keys = keys.there
+            with Live(screen, console=console, auto_refresh=False) as drawn:
+                while not suspension.asked:
+                    for one in watched:
+                        screen.news += [f"{time.strftime('%H:%M:%S')} {one.run.name}: {said}" for said in one.look()]
+                    drawn.refresh()
+                    if _is_over(watched, keys):
+                        return
+        suspension.follow()
+
+
+def _watch_plainly(watched: Sequence[Watched], suspension: Suspension) -> None:
     told: dict[str, str] = {}
-    with Keys() as keys:
-        while True:
-            for one in watched:
-                news = one.look()
-                told[one.run.name] = _tell(one, news, told.get(one.run.name))
-            if _finished(watched) or keys.wait(_pause(watched)).lower().startswith("q"):
-                return
+    while True:
+        with Keys() as keys:
+            while not suspension.asked:
+                for one in watched:
+                    news = one.look()
+                    told[one.run.name] = _tell(one, news, told.get(one.run.name))
+                if _is_over(watched, keys):
+                    return
+        suspension.follow()
 
 
 def _tell(one: Watched, news: Sequence[str], before: str | None) -> str:
@@ -91,9 +122,9 @@ def _tell(one: Watched, news: Sequence[str], before: str | None) -> str:
     return now
 
 
-def _finished(watched: Sequence[Watched]) -> bool:
-    return all(one.state.word == "finished" for one in watched)
-
-
-def _pause(watched: Sequence[Watched]) -> float:
-    return max(_SHORTEST_SECONDS, min(_REDRAWN_SECONDS, *(one.seconds_left for one in watched)))
+def _is_over(watched: Sequence[Watched], keys: Keys) -> bool:
+    """After a pause: whether all have finished, or a person leaves."""
+    if all(one.state.word == "finished" for one in watched):
+        return True
+    pause = min(_REDRAWN_SECONDS, *(one.seconds_left for one in watched))
+    return keys.wait(max(_SHORTEST_SECONDS, pause)).lower().startswith("q")

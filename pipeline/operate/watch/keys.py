@@ -14,7 +14,10 @@ from typing import Any, Self
 
 
 class Keys:
-    """The keyboard, where standard input is one; elsewhere nothing is ever pressed."""
+    """The keyboard, where input and output are a terminal; elsewhere nothing is ever pressed.
+
+    Where the output goes to another program, as a pager, keys are for that one.
+    """
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
@@ -22,7 +25,7 @@ class Keys:
 
     def __enter__(self) -> Self:
         with suppress(OSError, ValueError, AttributeError, termios.error):  # closed, or no terminal at all
-            if sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
+            if sys.stdin.isatty() and sys.stdout.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
                 self._before = termios.tcgetattr(sys.stdin)
                 tty.setcbreak(sys.stdin)
                 self._descriptor = sys.stdin.fileno()

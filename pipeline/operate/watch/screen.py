@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
@@ -10,12 +11,38 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import duration, printable
-from pipeline.operate.watch.figures import ASCII, BLOCKS, Figure, figures, line, seconds_left, share_done, sparkline
+from pipeline.operate.watch.figures import (
+    ASCII,
+    BLOCKS,
+    Figure,
+    figures,
+    line,
+    percent,
+    seconds_left,
+    share_done,
+    sparkline,
+)
 from pipeline.operate.watch.watched import Watched
 
-_STYLES = {"finished": "green", "running": "cyan", "stalled": "bold yellow", "stopped": "yellow", "killed": "bold red"}
+_STYLES = {
+    "finished": "green",
+    "running": "cyan",
+    "unfinished": "yellow",
+    "stalled": "bold yellow",
+    "stopped": "yellow",
+    "killed": "bold red",
+}
 _NAME, _VALUE = 10, 12
 _LEAST_COURSE = 8
+_MOST_NEWS = 3
+
+
+class _Known(NamedTuple):
+    """What was made of a run; a long log takes a while."""
+
+    stand: object
+    figures: list[Figure]
+    courses: dict[tuple[str, int], str]  # by figure and width
 
 
 class Screen:
@@ -27,23 +54,27 @@ class Screen:
     """
 
     def __init__(self, watched: Sequence[Watched], *, keys: bool) -> None:
-        self._watched, self._keys = watched, keys
+        self._watched, self.keys = watched, keys
         self.news: list[str] = []
-        self._known: dict[str, tuple[object, list[Figure]]] = {}
+        self._known: dict[str, _Known] = {}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         blocks = [list(self._block(one, console)) for one in self._watched]
-        room = console.height - 2
+        news = self.news[-_MOST_NEWS:]
+        room = console.height - 2 - len(news)
         if sum(len(block) + 1 for block in blocks) <= room:
             for block in blocks:
                 yield from block
                 yield Text("")
         else:
-            for one in self._watched:
+            shown = self._watched if len(self._watched) <= room else self._watched[: max(0, room - 1)]
+            for one in shown:
                 yield self._row(one)
-        for said in self.news[-3:]:
+            if len(shown) < len(self._watched):
+                yield Text(f"and {len(self._watched) - len(shown):,} more", style="dim")
+        for said in news:
             yield Text(printable(said, one_line=True), style="dim", no_wrap=True, overflow="ellipsis")
-        yield Text("q or Ctrl-C leaves; the runs go on" if self._keys else "Ctrl-C leaves; the runs go on", style="dim")
+        yield Text("q or Ctrl-C leaves; the runs go on" if self.keys else "Ctrl-C leaves; the runs go on", style="dim")
 
     def _block(self, one: Watched, console: Console) -> list[Text | Table]:
         run, levels = one.run, BLOCKS if console.encoding.lower().startswith("utf") else ASCII
@@ -54,27 +85,31 @@ class Screen:
         lines: list[Text | Table] = [head]
         if (done := share_done(run)) is not None:
             lines.append(self._bar(one, done, console.width))
-        for figure in self._figures(one):
+        known = self._made(one)
+        for figure in known.figures:
             room = console.width - _NAME - max(_VALUE, len(figure.value)) - 5
             text = Text(f"  {figure.name:<{_NAME}}", style="dim", no_wrap=True, overflow="ellipsis")
             text.append(f"{printable(figure.value, one_line=True):<{_VALUE}}", style="not dim")
             if figure.course is not None and room >= _LEAST_COURSE and len(figure.course.values) > 1:
-                text.append(f"  {sparkline(figure.course, min(room, 60), levels)}", style="not dim blue")
+                place = (figure.name, min(room, 60))
+                if place not in known.courses:
+                    known.courses[place] = sparkline(figure.course, place[1], levels)
+                text.append(f"  {known.courses[place]}", style="not dim blue")
             lines.append(text)
         lines.append(Text(f"  {_footnote(one)}", style="dim", no_wrap=True, overflow="ellipsis"))
         return lines
 
-    def _figures(self, one: Watched) -> list[Figure]:
-        """Made anew where something has come: a long log takes a while."""
+    def _made(self, one: Watched) -> _Known:
+        """Anew where something has come."""
         stand = (len(one.run.numbers), one.run.numbers.last_step, tuple(one.shards[-1:]))
         known = self._known.get(one.run.name)
-        if known is None or known[0] != stand:
-            known = self._known[one.run.name] = (stand, figures(one))
-        return known[1]
+        if known is None or known.stand != stand:
+            known = self._known[one.run.name] = _Known(stand, figures(one), {})
+        return known
 
     def _bar(self, one: Watched, done: float, width: int) -> Table:
         left = seconds_left(one.run) if one.state.word == "running" else None
-        said = f"{done:.0%}" + (f", {duration(left)} left" if left else "")
+        said = percent(done) + (f", {duration(left)} left" if left else "")
         table = Table.grid(padding=(0, 1))
         table.add_row(" ", ProgressBar(total=1.0, completed=done, width=max(8, min(50, width - len(said) - 6))), said)
         return table

@@ -76,7 +76,7 @@ class Watched:
             if not self.shards or self.shards[-1][1] != done:
                 self.shards = [*self.shards[-100:], (now, done)]
             gaps = [later - earlier for (earlier, _), (later, _) in pairwise(self.shards)]
-            self.state = state_of_encode(run, self.silent or 0.0, max(gaps, default=0.0))
+            self.state = state_of_encode(run, came=bool(gaps), silent=self.silent or 0.0, usual=max(gaps, default=0.0))
         else:
             holds = self._holder(now) if run.found.kind == "train" and not run.complete else None
             self.state = judge(run, holds, self.silent)
