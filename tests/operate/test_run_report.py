@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from page_reader import Reader
@@ -14,9 +16,12 @@ from run_folders import NOW, log_lines, write_encoded, write_log, write_receipts
 from pipeline import train
 from pipeline.data import images
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.operate.report import pictures
+from pipeline.operate.report import pictures, records
 from pipeline.operate.report.job import report
 from pipeline.operate.report.plans import PLANNED
+from pipeline.operate.report.records import _cut_apart
+from pipeline.operate.runs.find import find, list_run
+from pipeline.operate.runs.run import open_runs
 from pipeline.storage import open_store
 
 HOSTILE = "</figcaption><script>alert(1)</script> & \"quoted\" 'too'"
@@ -82,6 +87,89 @@ def test_kinds_are_drawn_apart(tmp_path):
     losses = [json.loads(a["data-chart"]) for a in reader.all("figure") if '"Loss"' in a.get("data-chart", "")]
     assert [{curve["run"] for curve in one["curves"]} for one in losses] == [{0}, {1}]
     assert "differences" not in [a["id"] for a in reader.all("section")]
+
+
+def test_the_same_weights_are_compared(tmp_path):
+    write_log(tmp_path / "ema", log_lines(20))
+    raw = log_lines(20)
+    for line in raw:
+        for metric in ("validation_loss", "validation_level_loss"):
+            if metric in line:
+                line[metric].pop("main")
+    write_log(tmp_path / "raw", raw)
+    reader = page_of(tmp_path, tmp_path / "ema", tmp_path / "raw")
+    profiles = chart(reader, "Loss over the noise level, held out")["curves"]
+    assert [curve["name"] for curve in profiles] == ["ema, step 20", "raw, step 20"]
+    assert profiles[0]["mean"] == profiles[1]["mean"]
+    assert "Held-out loss, raw" in reader.text
+    assert "Held-out loss, main" not in reader.text
+
+
+def test_weights_that_runs_do_not_share_are_named(tmp_path):
+    for name in ("main", "other"):
+        levels = {name: {"0_0.10-0.50": 1.0, "1_0.50-0.90": 2.0}}
+        lines = [{"step": 1, "time": NOW, "validation_loss": {name: 1.5}, "validation_level_loss": levels}]
+        write_log(tmp_path / name, lines)
+    reader = page_of(tmp_path, tmp_path / "main", tmp_path / "other")
+    profiles = chart(reader, "Loss over the noise level, held out")["curves"]
+    assert [curve["name"] for curve in profiles] == ["main, main, step 1", "other, other, step 1"]
+    assert "Held-out loss, main" in reader.text
+    assert "Held-out loss, other" in reader.text
+
+
+def test_runs_are_compared_with_those_of_their_kind(tmp_path):
+    runs = [write_training(tmp_path / name, global_batch=batch) for name, batch in (("a", 8), ("b", 16))]
+    reader = page_of(tmp_path, *runs, write_encoded(tmp_path / "latents"), write_encoded(tmp_path / "others"))
+    told = reader.text[reader.text.index("Settings that are not the same") :].partition("Configuration")[0]
+    assert "global_batch" in told
+    assert "The settings of all runs are the same." in told
+
+
+def test_long_values_are_cut_around_what_differs(tmp_path):
+    long, same = "x" * 600, "y" * 600
+    runs = [write_training(tmp_path / name, note=f"{long}{name}{same}", same=same) for name in ("one", "two")]
+    told = page_of(tmp_path, *runs).text.partition("Settings that are not the same")[2].partition("Configuration")[0]
+    assert "xone" in told
+    assert "xtwo" in told
+    assert len(told) < 1000
+    assert _cut_apart([long, long + "one", long + "two"])[1:] == [f"...{'x' * 100}one", f"...{'x' * 100}two"]
+    hidden = _cut_apart(["short", long + "one", long + "two"])
+    assert hidden[0] == "short (some differ further on)"
+
+
+def test_a_loss_that_is_none_at_the_end_is_not_hidden(tmp_path):
+    lines = [{"step": s, "time": NOW + s, "loss": 0.5 if s <= 50 else None} for s in range(1, 101)]
+    write_log(tmp_path / "run", lines)
+    text = page_of(tmp_path, tmp_path / "run").text
+    assert "Loss\u2013Mean of the last twentieth of the log; 5 of its 5 are not finite." in text
+    write_log(tmp_path / "run", lines[:51])
+    assert (
+        "Loss0.5Mean of the last twentieth of the log; 1 of its 2 are not finite."
+        in page_of(tmp_path, tmp_path / "run").text
+    )
+
+
+def test_headings_leave_no_level_out(tmp_path):
+    latents, run = write_encoded(tmp_path / "latents"), write_training(tmp_path / "run")
+    write_log(tmp_path / "vae", [{"step": s, "time": NOW, "loss": 5.0, "reconstruction_loss": 5.0} for s in (1, 2)])
+    write_encoded(tmp_path / "sizes" / "256")
+    for runs in ([latents], [run], [run, latents], [run, tmp_path / "vae"], [tmp_path / "sizes", latents]):
+        levels = [int(name[1]) for name, _ in page_of(tmp_path, *runs).elements if name in ("h1", "h2", "h3", "h4")]
+        assert all(below - above <= 1 for above, below in pairwise(levels))
+    mixed = page_of(tmp_path, run, tmp_path / "vae")
+    assert len(mixed.all("h4")) == len([a for a in mixed.all("figure") if "data-chart" in a])
+
+
+def test_a_checkpoint_that_was_deleted_meanwhile_ends_no_report(tmp_path, monkeypatch):
+    folder = write_training(tmp_path / "run")
+    (folder / "run.yaml").unlink()
+    (folder / "step-00000060" / "config.yaml").write_text("steps: 60")
+    entries = list_run(open_store(str(folder)))
+    rmtree(folder / "step-00000060")
+    run = open_runs([find(str(folder))])[0]
+    run.refresh(entries=entries)
+    assert (run.config, run.numbers.last_step) == ({}, 60)
+    assert records.data_sets([run]) is None
 
 
 def test_an_encode_job_tells_what_was_left_out(tmp_path):
@@ -188,6 +276,16 @@ def test_large_and_many_sheets_are_made_small_and_few(tmp_path, monkeypatch):
     assert shown[-1]["src"].startswith("data:image/jpeg;base64,")
     assert shown[-1]["width"] == "1600"
     assert "scaled down and stored as JPEG" in reader.text
+
+
+@pytest.mark.parametrize(("height", "width", "shown"), [(70_000, 8, "2"), (4, 3200, "1600"), (900, 1600, "1600")])
+def test_sheets_are_scaled_down_in_both_directions(tmp_path, height, width, shown):
+    folder = write_training(tmp_path / "run", 10)
+    white = images.np.full((height, width, 3), 255, dtype="uint8")
+    (folder / "samples" / "step-00000010.png").write_bytes(images.png(white))
+    (sheet,) = page_of(tmp_path, folder).all("img")
+    assert int(sheet["width"]) == int(shown) * (2 if width < 1000 else 1)
+    assert sheet["src"].startswith(f"data:image/{'png' if height == 900 else 'jpeg'};")
 
 
 def test_a_page_takes_the_place_of_a_page_alone(tmp_path):

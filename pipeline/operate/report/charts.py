@@ -54,8 +54,8 @@ class Chart:
     group: str = ""  # charts that are zoomed together
 
 
-def figure(chart: Chart, number: int) -> Html | None:
-    """A chart; None when there is nothing at all to draw."""
+def figure(chart: Chart, number: int, level: int = 3) -> Html | None:
+    """A chart with a heading of a level; None when there is nothing at all to draw."""
     curves = [curve for curve in chart.curves if len(curve.values)]
     if not curves:
         return None
@@ -77,7 +77,7 @@ def figure(chart: Chart, number: int) -> Html | None:
     heading = f"chart-{number}"
     return tag(
         "figure",
-        tag("div", tag("h3", chart.title, id=heading), class_="chart-head"),
+        tag("div", tag(f"h{level}", chart.title, id=heading), class_="chart-head"),
         tag("figcaption", *notes, _ends(curves)),
         class_="chart",
         aria_labelledby=heading,
@@ -85,9 +85,9 @@ def figure(chart: Chart, number: int) -> Html | None:
     )
 
 
-def charts(drawn: Sequence[Chart], number_from: int = 0) -> Html | None:
-    """Charts side by side; None where all are empty."""
-    figures = [one for i, chart in enumerate(drawn) if (one := figure(chart, number_from + i))]
+def charts(drawn: Sequence[Chart], number_from: int = 0, level: int = 3) -> Html | None:
+    """Charts side by side, with headings of a level; None where all are empty."""
+    figures = [one for i, chart in enumerate(drawn) if (one := figure(chart, number_from + i, level))]
     return tag("div", *figures, class_="charts") if figures else None
 
 

@@ -18,20 +18,24 @@ def encode_section(runs: Sequence[Run]) -> Html | None:
     shown = []
     for run, part in parts:
         title = " ".join(filter(None, [run.name if len(runs) > 1 else "", part.folder and f"{part.folder} px"]))
-        shown.append(join(tag("h3", title) if title else None, *_about(part)))
+        shown.append(join(tag("h3", title) if title else None, *_about(part, "h4" if title else "h3")))
     return join(*shown) if shown else None
 
 
-def _about(part: Encoded) -> Iterator[Html]:
+def _about(part: Encoded, heading: str) -> Iterator[Html]:
     rejected, filtered = part.reasons
     seen = part.samples + sum(rejected.values()) + sum(filtered.values())
     if part.manifest is None:
         yield tag("p", "There is no manifest of all shards yet: this is what the receipts of stored shards tell.")
     counts = f"Of {seen:,} samples {part.samples:,} were encoded, {part.holdout:,} of them to be held out."
     yield tag("p", counts)
-    yield _reasons("Rejected: could not be used", rejected, seen) if rejected else tag("p", "No sample was rejected.")
+    yield (
+        _reasons(heading, "Rejected: could not be used", rejected, seen)
+        if rejected
+        else tag("p", "No sample was rejected.")
+    )
     if filtered:
-        yield _reasons("Left out: filtered, or taken down", filtered, seen)
+        yield _reasons(heading, "Left out: filtered, or taken down", filtered, seen)
     if examples := part.examples():
         rows = [(one["key"], [one["reason"], one["shard"]]) for one in examples]
         listed = table(("key", "reason", "shard"), rows)
@@ -41,18 +45,18 @@ def _about(part: Encoded) -> Iterator[Html]:
             tag("div", listed, class_="inside"),
         )
     if part.manifest is not None:
-        yield from _of_manifest(part)
+        yield from _of_manifest(part, heading)
 
 
-def _reasons(title: str, reasons: Mapping[str, int], seen: int) -> Html:
+def _reasons(heading: str, title: str, reasons: Mapping[str, int], seen: int) -> Html:
     most = max(reasons.values())
     rows = [
         (name.replace("_", " "), f"{count:,} ({count / seen:.2%})", count / most) for name, count in reasons.items()
     ]
-    return join(tag("h4", title), bars(("reason", "samples"), rows))
+    return join(tag(heading, title), bars(("reason", "samples"), rows))
 
 
-def _of_manifest(part: Encoded) -> Iterator[Html]:
+def _of_manifest(part: Encoded, heading: str) -> Iterator[Html]:
     assert part.manifest is not None  # noqa: S101  asked by the caller
     manifest = part.manifest
     described = describe_manifest("", manifest)
@@ -62,9 +66,9 @@ def _of_manifest(part: Encoded) -> Iterator[Html]:
             rows = [
                 (str(row[0]), [f"{v:,}" if isinstance(v, int) else str(v) for v in row[1:]]) for row in section.rows
             ]
-            yield join(tag("h4", section.title.capitalize()), table(head, rows, numbers=True))
+            yield join(tag(heading, section.title.capitalize()), table(head, rows, numbers=True))
     channels = zip(manifest.mean, manifest.std, strict=True)
     rows = [(str(i), [number(mean), number(std)]) for i, (mean, std) in enumerate(channels)]
-    yield join(tag("h4", "Latents by channel"), table(("channel", "mean", "standard deviation"), rows, numbers=True))
+    yield join(tag(heading, "Latents by channel"), table(("channel", "mean", "standard deviation"), rows, numbers=True))
     if manifest.attribution:
         yield tag("p", f"Attribution: {manifest.attribution}")

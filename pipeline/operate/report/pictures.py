@@ -13,7 +13,8 @@ from pipeline.operate.runs.run import Run
 from pipeline.storage import Entry
 
 _MOST_SHEETS = 40  # of a run
-_AS_IT_IS, _WIDEST, _QUALITY = 200 << 10, 1600, 85  # bytes of a PNG that is kept; pixels and quality of the others
+_WIDEST, _TALLEST = 1600, 16_000  # pixels; a JPEG has at most 65,500
+_AS_IT_IS, _QUALITY = 200 << 10, 85  # bytes of a PNG that is kept; quality of the others
 _BUDGET = 32 << 20  # bytes of a page
 _MAGNIFIED_BELOW = 1000  # pixels of width
 _READ_AT_MOST = 256 << 20
@@ -113,11 +114,12 @@ def _file(run: Run, entry: Entry) -> tuple[bytes, str] | None:
         pixels = images.decode(data)
     except (StorageError, images.ImageError, SetupError):
         return None
-    if len(data) <= _AS_IT_IS and data.startswith(b"\x89PNG"):
-        return data, "png"
     height, width = pixels.shape[:2]
-    if width > _WIDEST:
-        pixels = images.cover(pixels, (max(1, round(height * _WIDEST / width)), _WIDEST))
+    scale = min(1.0, _WIDEST / width, _TALLEST / height)
+    if scale == 1.0 and len(data) <= _AS_IT_IS and data.startswith(b"\x89PNG"):
+        return data, "png"
+    if scale < 1.0:
+        pixels = images.cover(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
     return images.jpeg(pixels, _QUALITY), "jpeg"
 
 

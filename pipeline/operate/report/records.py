@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from pipeline import runfile
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.operate.model_contents import data_sets_of
 from pipeline.operate.report.document import listing, table
 from pipeline.operate.report.markup import Html, join, tag
+from pipeline.operate.runs.find import KINDS
 from pipeline.operate.runs.run import Run
 
 _LONGEST = 200  # characters of a value in a table
@@ -30,17 +31,25 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> Html | None:
-    """Settings that are not the same in all runs; None for a single run."""
-    kinds = {run.found.kind for run in runs}
-    if len(runs) < 2 or len(kinds) > 1:
-        return None
+    """Settings that are not the same in all runs of a kind; None where there are no two of one."""
+    groups = {kind: [run for run in runs if run.found.kind == kind] for kind in KINDS}
+    is_mixed = len({run.found.kind for run in runs}) > 1
+    parts = [
+        join(tag("h3", KINDS[kind].capitalize()) if is_mixed else None, _differences(group))
+        for kind, group in groups.items()
+        if len(group) > 1
+    ]
+    return join(*parts) if parts else None
+
+
+def _differences(runs: Sequence[Run]) -> Html:
     flat = [dict(_flat(settings_of(run))) for run in runs]
     if not all(flat):
         missing = ", ".join(run.name for run, found in zip(runs, flat, strict=True) if not found)
         return tag("p", f"Nothing can be compared: there is no run file of {missing}.")
     fields = dict.fromkeys(name for found in flat for name in found)
     rows = [
-        (name, [_cut(found.get(name, "\u2013")) for found in flat])
+        (name, _cut_apart([found.get(name, "\u2013") for found in flat]))
         for name in fields
         if len({found.get(name) for found in flat}) > 1
     ]
@@ -65,7 +74,8 @@ def data_sets(runs: Sequence[Run]) -> Html | None:
     for run in runs:
         steps = run.checkpoints if run.found.kind == "train" else {}
         if steps:
-            with suppress(DataError):  # a damaged manifest is for `lathe inspect` to tell
+            # a damaged manifest is for `lathe inspect` to tell; a checkpoint may be deleted meanwhile
+            with suppress(DataError, StorageError):
                 section = data_sets_of(run.found.store, f"step-{max(steps):08d}")
                 for row in section.rows:
                     facts = zip(section.columns, row, strict=True)
@@ -151,6 +161,17 @@ def _flat(tree: Mapping[str, Any], above: str = "", *, prefix: bool = True) -> I
 
 def _said(value: Any) -> str:
     return value if isinstance(value, str) else runfile.in_line(value)
+
+
+def _cut_apart(texts: Sequence[str]) -> list[str]:
+    """Texts that are not all the same, cut so that this is seen: around the place where they part, if it is far in."""
+    alike = next(
+        (i for i, all_of in enumerate(zip(*texts, strict=False)) if len(set(all_of)) > 1), min(map(len, texts))
+    )
+    start = max(0, alike - _LONGEST // 2)
+    shown = [_cut("..." * (start > 0) + text[start:]) if len(text) > _LONGEST else text for text in texts]
+    hidden = len(set(shown)) < len(set(texts))
+    return [f"{text} (some differ further on)" for text in shown] if hidden else shown
 
 
 def _cut(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -59,9 +59,12 @@ def level_charts(runs: Sequence[Run], places: Sequence[int]) -> list[Chart]:
     for metric in LEVELS:
         profiles: list[Curve] = []
         held_out = metric == "validation_level_loss"
-        for run, place in zip(runs, places, strict=True):
-            groups = _level_groups(run.numbers, metric)
-            for number, (weights, levels) in enumerate(list(groups.items())[: 1 if compares else None]):
+        found = [_level_groups(run.numbers, metric) for run in runs]
+        shared = first_shared(found)
+        for run, place, groups in zip(runs, places, found, strict=True):
+            one = [name for name in groups if shared in (name, None)][:1]  # a comparison of all would be too full
+            for number, weights in enumerate(one if compares else groups):
+                levels = groups[weights]
                 called = " ".join(filter(None, ["held out," if held_out else "training", weights]))
                 over = Chart(
                     f"Loss by noise level, {called}{f': {run.name}' if compares else ''}",
@@ -73,12 +76,19 @@ def level_charts(runs: Sequence[Run], places: Sequence[int]) -> list[Chart]:
                 )
                 drawn.append(over)
                 most = 1 if compares or number else _MOST_PROFILES
-                name, hue = (run.name, place) if compares else (called.split(", ")[-1], None)
+                own = f"{run.name}, {weights}" if shared is None else run.name
+                name, hue = (own, place) if compares else (called.split(", ")[-1], None)
                 profiles += _profiles(levels, name, most, run=place, hue=hue, dash=number)
         if profiles:
             title = f"Loss over the noise level, {'held out' if held_out else 'training'}"
             drawn.append(Chart(title, "squared error", profiles, _LEVELS_NOTE, smooth=False, across="noise level"))
     return drawn
+
+
+def first_shared(names: Sequence[Collection[str]]) -> str | None:
+    """The first of the names that is in all of those that have any; None where there is none."""
+    having = [one for one in names if one]
+    return next((name for name in having[0] if all(name in one for one in having)), None) if having else None
 
 
 def _curves(plan: Plan, runs: Sequence[Run], places: Sequence[int]) -> Iterator[Curve]:

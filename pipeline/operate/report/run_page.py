@@ -18,15 +18,16 @@ from pipeline.operate.report.markup import Html, join, tag
 from pipeline.operate.report.pictures import album
 from pipeline.operate.report.plans import LOSSES, OPTIMISATION, THROUGHPUT
 from pipeline.operate.report.records import configuration, data_sets, differences, environment
-from pipeline.operate.report.run_charts import level_charts, others, planned
+from pipeline.operate.report.run_charts import first_shared, level_charts, others, planned
 from pipeline.operate.report.toolbar import Axis, toolbar
+from pipeline.operate.runs.find import KINDS
+from pipeline.operate.runs.numbers import Key, Series
 from pipeline.operate.runs.run import Run
 from pipeline.operate.runs.state import State
 
-_KINDS = {"train": "training", "first_stage": "first stage", "encode": "encode job"}
 _FIRST = ("losses", "levels")  # before the pictures
 _DASH = "\u2013"
-_MOST_STARTS, _LARGEST_STEP = 200, 1 << 53
+_MOST_STARTS = 200
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Seen:
 def run_page(seen: Sequence[Seen], now: float) -> str:
     """The whole document. `now`: Unix time at which the runs were looked at."""
     names = ", ".join(one.run.name for one in seen)
-    kinds = ", ".join(dict.fromkeys(_KINDS[one.run.found.kind] for one in seen))
+    kinds = ", ".join(dict.fromkeys(KINDS[one.run.found.kind] for one in seen))
     title = f"{names if len(seen) <= 4 else f'{len(seen)} runs'}: {kinds}"
     states = (
         join("; " if place else None, f"{one.run.name} " if len(seen) > 1 else None, _state(one.state))
@@ -79,18 +80,18 @@ def _drawn_sections(logged: Sequence[Run], runs: Sequence[Run]) -> Iterator[Sect
         "others": ("Other numbers", others),
     }
     having = [run for run in logged if len(run.numbers)]
+    is_mixed = len({run.found.kind for run in having}) > 1
     controls: Html | None = toolbar([_axis(run) for run in runs] if having else ())
     count = 0
     for anchor, (title, make) in groups.items():
         shown: list[Html] = []
-        for kind, said in _KINDS.items():
+        for kind, said in KINDS.items():
             group = [run for run in having if run.found.kind == kind]
             made: list[Chart] = make(group, [runs.index(run) for run in group]) if group else []
-            drawn = charts([replace(chart, group=kind) for chart in made], count)
+            drawn = charts([replace(chart, group=kind) for chart in made], count, level=4 if is_mixed else 3)
             count += len(made)
             if drawn:
-                mixed = len({run.found.kind for run in having}) > 1
-                shown += [tag("h3", said.capitalize()), drawn] if mixed else [drawn]
+                shown += [tag("h3", said.capitalize()), drawn] if is_mixed else [drawn]
         if shown:
             yield Section(anchor, title, join(controls, *shown))
             controls = None
@@ -105,13 +106,12 @@ def _axis(run: Run) -> Axis:
     seen = run.numbers.get("samples_seen")
     per_step = float(seen.last / seen.steps[-1]) if seen is not None and seen.steps[-1] > 0 and seen.last > 0 else None
     hours = (times[places] - times[:1]) / 3600
-    starts = [at for start in run.starts if isinstance(at := start.get("step"), int) and 0 < at < _LARGEST_STEP]
     return Axis(
         run.name,
         per_step,
         [int(s) for s in steps[places]],
         [float(h) for h in hours],
-        sorted(set(starts))[-_MOST_STARTS:],
+        sorted(set(run.start_steps) - {0})[-_MOST_STARTS:],
     )
 
 
@@ -146,13 +146,17 @@ def _missing(run: Run) -> Iterator[str]:
 
 
 def _cards(one: Seen) -> Html:
-    cards = [card("State", one.state.word, "", one.state.said or _KINDS[one.run.found.kind])]
+    cards = [card("State", one.state.word, "", one.state.said or KINDS[one.run.found.kind])]
     cards += [card(title, value, unit, meaning) for title, value, unit, meaning in _figures(one.run)]
     return tag("dl", *cards, class_="numbers")
 
 
 def _table(seen: Sequence[Seen]) -> Html:
-    figures = [{title: f"{value} {unit}".strip() for title, value, unit, _ in _figures(one.run)} for one in seen]
+    weights = first_shared([_weights(one.run) for one in seen])
+    figures = [
+        {title: f"{value} {unit}".strip() for title, value, unit, _ in _figures(one.run, weights, named=True)}
+        for one in seen
+    ]
     columns = list(dict.fromkeys(title for found in figures for title in found))
     rows = [
         (
@@ -164,8 +168,14 @@ def _table(seen: Sequence[Seen]) -> Html:
     return table(("run", "state", *columns), rows, kind="summary")
 
 
-def _figures(run: Run) -> Iterator[tuple[str, str, str, str]]:
-    """Title, value, unit and meaning of the numbers that sum a run up."""
+def _figures(run: Run, weights: str | None = None, *, named: bool = False) -> Iterator[tuple[str, str, str, str]]:
+    """Title, value, unit and meaning of the numbers that sum a run up.
+
+    Args:
+        run: as it is now.
+        weights: whose held-out loss is told; None, or those that it does not have = its first.
+        named: whether the title says which these are.
+    """
     if run.found.kind == "encode":
         yield from _encode_figures(run)
         return
@@ -174,17 +184,8 @@ def _figures(run: Run) -> Iterator[tuple[str, str, str, str]]:
         of = f"of {target:,}" if target else ""
         yield "Steps", f"{numbers.last_step:,}", of, _spent(run)
     if loss := numbers.get("loss"):
-        kept = loss.finite
-        tail = kept[-max(1, len(kept) // 20) :]
-        if len(kept):
-            yield "Loss", number(float(tail.mean())), "", "Mean of the last twentieth of the log."
-    for key in numbers.named("validation_loss")[:1]:
-        held_out = numbers.get(*key)
-        if held_out is not None and len(held_out.finite):
-            best = held_out.steps[np.nanargmin(held_out.values)]
-            least = f"{number(float(held_out.finite.min()))} at step {best:,}"
-            meaning = f"By {' '.join(key[1:])}, after the last validation; the lowest was {least}."
-            yield "Held-out loss", number(held_out.last), "", meaning
+        yield _loss(loss)
+    yield from _held_out(run, weights, named=named)
     if (psnr := run.marker.get("psnr_db")) and isinstance(psnr, float | int):
         yield "Reconstruction", number(float(psnr)), "dB", f"PSNR on {run.marker.get('psnr_on', 'pictures')}."
     if rate := numbers.get("images_per_second"):
@@ -198,6 +199,35 @@ def _figures(run: Run) -> Iterator[tuple[str, str, str, str]]:
         yield "Epochs", number(epoch), "", f"{seen:,.0f} samples." if seen else ""
     if skipped := numbers.last("skipped_steps"):
         yield "Skipped steps", f"{skipped:,.0f}", "", "Their loss or gradient was not finite."
+
+
+def _loss(loss: Series) -> tuple[str, str, str, str]:
+    tail = loss.values[-max(1, len(loss.values) // 20) :]
+    kept = tail[np.isfinite(tail)]
+    bad = len(tail) - len(kept)
+    said = f"; {bad:,} of its {len(tail):,} are not finite" if bad else ""
+    return (
+        "Loss",
+        number(float(kept.mean()) if len(kept) else np.nan),
+        "",
+        f"Mean of the last twentieth of the log{said}.",
+    )
+
+
+def _weights(run: Run) -> dict[str, Key]:
+    """Keys of held-out losses by the weights that they are of."""
+    return {" ".join(key[1:]): key for key in run.numbers.named("validation_loss")}
+
+
+def _held_out(run: Run, weights: str | None, *, named: bool) -> Iterator[tuple[str, str, str, str]]:
+    there = _weights(run)
+    chosen = weights if weights in there else next(iter(there), "")
+    held_out = run.numbers.get(*there[chosen]) if there else None
+    if held_out is not None and len(held_out.finite):
+        best = held_out.steps[np.nanargmin(held_out.values)]
+        least = f"{number(float(held_out.finite.min()))} at step {best:,}"
+        meaning = f"By {chosen}, after the last validation; the lowest was {least}."
+        yield f"Held-out loss, {chosen}" if named else "Held-out loss", number(held_out.last), "", meaning
 
 
 def _encode_figures(run: Run) -> Iterator[tuple[str, str, str, str]]:
