@@ -8,6 +8,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import pytest
 from page_reader import Reader
@@ -22,6 +23,7 @@ from pipeline.operate.report.plans import PLANNED
 from pipeline.operate.report.records import _cut_apart
 from pipeline.operate.runs.find import find, list_run
 from pipeline.operate.runs.run import open_runs
+from pipeline.operate.report.toolbar import Axis, toolbar
 from pipeline.storage import open_store
 
 HOSTILE = "</figcaption><script>alert(1)</script> & \"quoted\" 'too'"
@@ -302,6 +304,73 @@ def test_a_page_takes_the_place_of_a_page_alone(tmp_path):
         report([str(folder)], str(folder / "run.yaml" / "page.html"))
     with pytest.raises(DataError, match="holds some"):
         report([str(tmp_path)], str(tmp_path / "other.html"))
+
+
+def strictly(text: str) -> Any:
+    """JSON as browsers read it."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_infinite_ends_no_curve(tmp_path):
+    lines = log_lines(20)
+    for line in lines:
+        line["noise_level_loss"] = {f"0_{'9' * 400}-1.0": 1.0, "1_0.5-1.0": 1.0}
+    lines[-2]["samples_seen"] = math.inf
+    write_log(tmp_path / "run", lines)
+    reader = page_of(tmp_path, tmp_path / "run")
+    data = [strictly(a[name]) for _, a in reader.elements for name in ("data-chart", "data-runs") if name in a]
+    assert len(data) > 5
+    assert data[0][0]["samples"] is None
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        toolbar([Axis("a", True, math.inf, [1], [0.0])])
+
+
+def test_hours_never_go_back(tmp_path):
+    lines = log_lines(40)
+    for line in lines[20:]:
+        line["time"] -= 3600 * 5  # as of another machine, on which it went on
+    write_log(tmp_path / "run", lines)
+    hours = next(strictly(a["data-runs"]) for a in page_of(tmp_path, tmp_path / "run").all("div") if "data-runs" in a)
+    assert hours[0]["hours"] == sorted(hours[0]["hours"])
+    assert hours[0]["hours"][-1] == pytest.approx(38 / 3600, abs=1e-4)
+
+
+def test_runs_without_a_curve_have_no_button(tmp_path):
+    write_log(tmp_path / "empty", [])
+    write_log(tmp_path / "untimed", [{"step": 1, "loss": 1.0}])
+    folders = [
+        write_encoded(tmp_path / "latents"),
+        write_training(tmp_path / "a"),
+        tmp_path / "untimed",
+        tmp_path / "empty",
+    ]
+    reader = page_of(tmp_path, *folders)
+    assert [a["data-run"] for a in reader.all("button") if "data-run" in a] == ["1", "2"]
+    assert "select" not in [name for name, _ in reader.elements]  # hours of one of them are not known
+
+
+def test_curves_of_many_runs_can_be_told_apart(tmp_path):
+    lines = [line | {"noise_level_loss": {"0_0.5-1.0": 1.0}} for line in log_lines(10)]
+    for number in range(10):
+        write_log(tmp_path / f"run-{number}", lines)
+    reader = page_of(tmp_path, *(tmp_path / f"run-{number}" for number in range(10)))
+    for title in ("Loss", "Gradient norm", "Parts of a step", "Loss over the noise level, training"):
+        curves = chart(reader, title)["curves"]
+        assert len({(curve["hue"] % 8, curve["dash"]) for curve in curves}) == len(curves) >= 10
+    assert {a["class"] for a in reader.all("span") if "swatch" in a.get("class", "")} >= {
+        "swatch c0",
+        "swatch c0 again",
+    }
+
+
+def test_charts_of_a_measure_by_level_have_one_scale(tmp_path):
+    reader = page_of(tmp_path, write_training(tmp_path / "run"))
+    scales = [chart(reader, f"Loss by noise level, held out, {weights}")["scale"] for weights in ("main", "raw")]
+    assert scales == ["validation_level_loss"] * 2
 
 
 @pytest.mark.s3

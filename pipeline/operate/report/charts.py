@@ -15,6 +15,7 @@ from pipeline.operate.numerals import number
 from pipeline.operate.report.markup import Html, tag
 from pipeline.operate.runs.numbers import Series, thinned
 
+HUES = 8  # that the style has; later runs have them again, with other dashes
 MOST_POINTS = 1000  # of a curve; each stands for a run of lines where there are more
 _DIGITS = 6
 
@@ -31,7 +32,7 @@ class Curve:
     values: Values
     run: int | None = None  # of the page's runs, which may be hidden together
     hue: int | None = None  # which colour; None = by its place among the curves of the chart
-    dash: int = 0  # which pattern, where the colour tells something else
+    dash: int | None = None  # which pattern; None = by its place, too: colours alone do not tell all readers enough
     tone: float | None = None  # 0 to 1, of curves that have an order
     unsmoothed: bool = False  # few points that mean something each
 
@@ -52,6 +53,7 @@ class Chart:
     log_scale: bool = True  # offer a logarithmic value axis, where all values are positive
     across: str = ""  # what lies along the other axis; empty = steps
     group: str = ""  # charts that are zoomed together
+    scale: str = ""  # charts of a group that have one range of values, so that they can be compared
 
 
 def figure(chart: Chart, number: int, level: int = 3) -> Html | None:
@@ -66,6 +68,7 @@ def figure(chart: Chart, number: int, level: int = 3) -> Html | None:
         "unit": chart.unit,
         "across": chart.across,
         "group": chart.group,
+        **({"scale": chart.scale} if chart.scale else {}),
         "log": log,
         "smooth": chart.smooth,
         "curves": points,
@@ -81,8 +84,14 @@ def figure(chart: Chart, number: int, level: int = 3) -> Html | None:
         tag("figcaption", *notes, _ends(curves)),
         class_="chart",
         aria_labelledby=heading,
-        data_chart=json.dumps(data, separators=(",", ":"), ensure_ascii=False),
+        data_chart=json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False),
     )
+
+
+def swatch(run: int) -> Html:
+    """What the curves of a run look like, beside its name."""
+    again = " again" if run >= HUES else ""
+    return tag("span", class_=f"swatch c{run % HUES}{again}", aria_hidden="true")
 
 
 def charts(drawn: Sequence[Chart], number_from: int = 0, level: int = 3) -> Html | None:
@@ -102,7 +111,7 @@ def _points(curve: Curve) -> dict[str, Any]:
         "lines": thin.lines_per_point,
         **({"run": curve.run} if curve.run is not None else {}),
         **({"hue": curve.hue} if curve.hue is not None else {}),
-        **({"dash": curve.dash} if curve.dash else {}),
+        **({"dash": curve.dash} if curve.dash is not None else {}),
         **({"tone": round(curve.tone, 3)} if curve.tone is not None else {}),
         **({"plain": True} if curve.unsmoothed else {}),
     }

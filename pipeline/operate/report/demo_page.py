@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from pipeline.operate.report.charts import Chart, charts
+from pipeline.operate.report.charts import charts
 from pipeline.operate.report.document import Section, bars, card, document, listing, table
 from pipeline.operate.report.facts import GeneratedPicture, Reconstruction, ReportFacts, UnseenPicture
 from pipeline.operate.report.markup import Html, image, join, tag
@@ -29,13 +29,17 @@ def _sections(facts: ReportFacts) -> Iterator[Section]:
             _reconstructions(facts.reconstructions) if facts.reconstructions else None,
         ),
         ("data", "Data", _samples(facts) if facts.samples else None),
-        ("losses", "Losses", _losses(facts.loss_charts)),
+        ("losses", "Losses", charts(facts.loss_charts)),
         ("throughput", "Throughput", _throughput(facts)),
         ("time", "Wall time", _times(facts.wall_seconds) if facts.wall_seconds else None),
         ("settings", "Settings", _settings(facts.settings) if facts.settings else None),
         ("versions", "Versions and hardware", _versions(facts)),
     )
-    yield from (Section(anchor, title, content) for anchor, title, content in found if content)
+    yield from (
+        Section(anchor, title, content, toolbar() if anchor == "losses" else None)
+        for anchor, title, content in found
+        if content
+    )
 
 
 def _numbers(facts: ReportFacts) -> Html | None:
@@ -148,10 +152,6 @@ def _reconstructed(picture: Reconstruction) -> Html:
 def _samples(facts: ReportFacts) -> Html:
     shown = (tag("figure", image(s.pixels, ""), tag("figcaption", s.caption)) for s in facts.samples)
     return join(tag("p", "Some of the training pictures with their captions."), _pictures(shown))
-
-
-def _losses(shown: Sequence[Chart]) -> Html | None:
-    return join(toolbar(), drawn) if (drawn := charts(shown)) else None
 
 
 def _throughput(facts: ReportFacts) -> Html | None:

@@ -22,6 +22,7 @@ class Section(NamedTuple):
     anchor: str
     title: str
     content: Html
+    above: Html | None = None  # stands before it, and for all below it
 
 
 def document(title: str, summary: Html | str, sections: Sequence[Section], footer: str = "") -> str:
@@ -53,7 +54,7 @@ def document(title: str, summary: Html | str, sections: Sequence[Section], foote
         tag("p", summary) if summary else None,
         tag("nav", tag("ul", *links), aria_label="Sections") if links else None,
     )
-    main = tag("main", *map(_section, sections), id="main")
+    main = tag("main", *(part for section in sections for part in (section.above, _section(section))), id="main")
     below = tag("footer", tag("p", _linked(footer)) if footer else None)
     skip = tag("a", "Skip to the numbers", href="#main", class_="skip")
     body = tag("body", skip, header, main, below, tag("script", script))

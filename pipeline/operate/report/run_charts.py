@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import numpy as np
 
 from pipeline.metrics import DEFINITIONS
-from pipeline.operate.report.charts import Chart, Curve
+from pipeline.operate.report.charts import HUES, Chart, Curve
 from pipeline.operate.report.plans import LEVELS, PLANNED, Plan
 from pipeline.operate.runs.numbers import Key, Numbers, Series
 from pipeline.operate.runs.run import Run
 
-_LEVEL = re.compile(r"\d+_(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
+_LEVEL = re.compile(r"\d+_(\d{1,9}(?:\.\d+)?)-(\d{1,9}(?:\.\d+)?)")
 _MOST_PROFILES = 6
 _LEVELS_NOTE = (
     "Squared error without weighting, by equal parts of the distribution of times that is trained. The level is"
@@ -73,12 +73,13 @@ def level_charts(runs: Sequence[Run], places: Sequence[int]) -> list[Chart]:
                         Curve(_level_name(s), s.steps, s.values, tone=_tone(i, len(levels)))
                         for i, s in enumerate(levels)
                     ],
+                    scale=metric,
                 )
                 drawn.append(over)
                 most = 1 if compares or number else _MOST_PROFILES
                 own = f"{run.name}, {weights}" if shared is None else run.name
                 name, hue = (own, place) if compares else (called.split(", ")[-1], None)
-                profiles += _profiles(levels, name, most, run=place, hue=hue, dash=number)
+                profiles += _profiles(levels, name, most, run=place, hue=hue)
         if profiles:
             title = f"Loss over the noise level, {'held out' if held_out else 'training'}"
             drawn.append(Chart(title, "squared error", profiles, _LEVELS_NOTE, smooth=False, across="noise level"))
@@ -101,7 +102,7 @@ def _curves(plan: Plan, runs: Sequence[Run], places: Sequence[int]) -> Iterator[
             values = series.values / plan.scale
             if plan.share_of and (whole := run.numbers.get(plan.share_of)):
                 values = values / np.interp(series.steps, whole.steps, whole.values)
-            hue, dash = (place, names.index(name)) if compares else (None, 0)
+            hue, dash = (place, names.index(name) + place // HUES * len(names)) if compares else (None, None)
             yield Curve(called, series.steps, values, run=place, hue=hue, dash=dash, unsmoothed=few)
 
 
@@ -127,9 +128,7 @@ def _level_groups(numbers: Numbers, metric: str) -> dict[str, list[Series]]:
     return {weights: sorted(levels, key=lambda s: _order(s.key)) for weights, levels in groups.items()}
 
 
-def _profiles(
-    levels: Sequence[Series], name: str, most: int, *, run: int, hue: int | None, dash: int
-) -> Iterator[Curve]:
+def _profiles(levels: Sequence[Series], name: str, most: int, *, run: int, hue: int | None) -> Iterator[Curve]:
     """The levels at a few steps, from the first to the last; at the last alone where one is wanted."""
     steps = np.unique(np.concatenate([s.steps for s in levels]))
     most = min(most, len(steps))
@@ -139,6 +138,7 @@ def _profiles(
         points = [(middle, float(value[0])) for middle, value in at if len(value)]
         places, values = [middle for middle, _ in points], [value for _, value in points]
         tone = None if hue is not None else _tone(number + (most == 1), most + (most == 1))
+        dash = None if hue is None else hue // HUES
         yield Curve(f"{name}, step {step:,}", places, values, run=run, hue=hue, tone=tone, dash=dash, unsmoothed=True)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import __version__
 from pipeline.console import duration
 from pipeline.operate.numerals import number
-from pipeline.operate.report.charts import MOST_POINTS, Chart, charts
+from pipeline.operate.report.charts import MOST_POINTS, Chart, charts, swatch
 from pipeline.operate.report.document import Section, card, document, table
 from pipeline.operate.report.encode_section import encode_section
 from pipeline.operate.report.markup import Html, join, tag
@@ -93,7 +93,7 @@ def _drawn_sections(logged: Sequence[Run], runs: Sequence[Run]) -> Iterator[Sect
             if drawn:
                 shown += [tag("h3", said.capitalize()), drawn] if is_mixed else [drawn]
         if shown:
-            yield Section(anchor, title, join(controls, *shown))
+            yield Section(anchor, title, join(*shown), controls)
             controls = None
 
 
@@ -104,13 +104,14 @@ def _axis(run: Run) -> Axis:
     steps, times = steps[kept], times[kept]
     places = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), MOST_POINTS)).astype(int))
     seen = run.numbers.get("samples_seen")
-    per_step = float(seen.last / seen.steps[-1]) if seen is not None and seen.steps[-1] > 0 and seen.last > 0 else None
-    hours = (times[places] - times[:1]) / 3600
+    per_step = float(seen.last / seen.steps[-1]) if seen is not None and seen.steps[-1] > 0 else np.nan
+    passed = np.maximum(np.diff(times, prepend=times[:1]), 0).cumsum()  # a clock that was set back turns no curve back
     return Axis(
         run.name,
-        per_step,
+        len(run.numbers) > 0,
+        per_step if 0 < per_step < np.inf else None,
         [int(s) for s in steps[places]],
-        [float(h) for h in hours],
+        [float(h) for h in passed[places] / 3600],
         sorted(set(run.start_steps) - {0})[-_MOST_STARTS:],
     )
 
@@ -160,7 +161,7 @@ def _table(seen: Sequence[Seen]) -> Html:
     columns = list(dict.fromkeys(title for found in figures for title in found))
     rows = [
         (
-            join(tag("span", class_=f"swatch c{place % 8}", aria_hidden="true"), one.run.name),
+            join(swatch(place), one.run.name),
             [_state(one.state), *(found.get(title, _DASH) for title in columns)],
         )
         for place, (one, found) in enumerate(zip(seen, figures, strict=True))

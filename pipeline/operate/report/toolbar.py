@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.operate.report.charts import swatch
 from pipeline.operate.report.markup import Html, tag
 
 _HELP = (
     "Drag across a curve to zoom in, double-click to see all of it; click a name to hide its curve. With the keyboard:"
     " arrow keys read the values, + and \u2212 zoom, 0 shows all. Pale: as logged. Strong: moving average."
 )
-_STARTS = " Dotted: where a run was started again."
+_STARTS = " Dotted upright lines: where a run was started again."
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Axis:
     """Of one run: what else than steps its curves may be laid along."""
 
     name: str
+    has_curves: bool
     samples_per_step: float | None  # None = not known
     steps: Sequence[int]  # some, ascending, and the hours since the first line at each of them
     hours: Sequence[float]
@@ -54,12 +56,12 @@ def toolbar(runs: Sequence[Axis] = ()) -> Html:
         ),
         tag("noscript", tag("p", "The curves are drawn by a script, which does not run here: see the tables.")),
         id="curves",
-        data_runs=json.dumps(data, separators=(",", ":"), ensure_ascii=False),
+        data_runs=json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False),
     )
 
 
 def _across(runs: Sequence[Axis]) -> Html | None:
-    drawn = [run for run in runs if run.steps]
+    drawn = [run for run in runs if run.has_curves]
     choices = ["steps"] if drawn else []
     choices += ["samples"] if drawn and all(run.samples_per_step for run in drawn) else []
     choices += ["hours"] if drawn and all(len(run.hours) > 1 for run in drawn) else []
@@ -70,18 +72,19 @@ def _across(runs: Sequence[Axis]) -> Html | None:
 
 
 def _toggles(runs: Sequence[Axis]) -> Html | None:
-    if len(runs) < 2:
+    drawn = [number for number, run in enumerate(runs) if run.has_curves]
+    if len(drawn) < 2:
         return None
     buttons = (
         tag(
             "button",
-            tag("span", class_=f"swatch c{number % 8}", aria_hidden="true"),
-            run.name,
+            swatch(number),
+            runs[number].name,
             type="button",
             class_="run-toggle",
             aria_pressed="true",
             data_run=number,
         )
-        for number, run in enumerate(runs)
+        for number in drawn
     )
     return tag("span", *buttons, class_="control", role="group", aria_label="Runs")
