@@ -29,8 +29,8 @@ STARTS = [
 ]
 
 
-def log_lines(steps: int, *, every: int = 1, scale: float = 1.0) -> list[dict[str, Any]]:
-    """Lines of a training that learns, with a validation every tenth."""
+def log_lines(steps: int, *, every: int = 1, scale: float = 1.0, validated: int = 10) -> list[dict[str, Any]]:
+    """Lines of a training that learns, each `every` steps, with a validation each `validated` lines."""
     lines: list[dict[str, Any]] = []
     for number, step in enumerate(range(every, steps + 1, every), 1):
         loss = scale * (0.3 + math.exp(-step / 30)) * (1 + 0.1 * math.sin(step))
@@ -49,7 +49,7 @@ def log_lines(steps: int, *, every: int = 1, scale: float = 1.0) -> list[dict[st
                 "skipped_steps": 0,
             }
         )
-        if number % 10 == 0:
+        if number % validated == 0:
             by_level = {level: loss * (1 + place) for place, level in enumerate(LEVELS)}
             lines.append(
                 {

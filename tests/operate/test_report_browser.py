@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Browser
-from run_folders import NOW, log_lines, write_encoded, write_log, write_training
+from run_folders import LEVELS, NOW, log_lines, write_encoded, write_log, write_training
 
 from pipeline.operate.report.job import report
 
@@ -24,7 +25,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run, and several: with values that are not finite, a long log, another kind, an encode job."""
+    """One run, and several: with values that are not finite, long logs, unlike lengths, another kind, an encode job."""
     folder = tmp_path_factory.mktemp("pages")
     first, second = write_training(folder / "a"), write_training(folder / "b", scale=2.0)
     lines = log_lines(4000)
@@ -35,10 +36,29 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_log(folder / "one", log_lines(1))
     write_log(folder / "empty", [])
     pages = {"one": [first], "several": [first, second, folder / "long"]}
+    write_log(folder / "short", log_lines(1000, every=10, validated=50))
+    write_log(folder / "longer", longer_lines())
+    pages["uneven"] = [folder / "short", folder / "longer"]
+    pages["longer"] = [folder / "longer"]
     pages["odd"] = [folder / "vae", folder / "one", folder / "empty", write_encoded(folder / "latents")]
     for name, runs in pages.items():
         report([str(run) for run in runs], str(folder / f"{name}.html"))
     return {name: folder / f"{name}.html" for name in pages}
+
+
+def longer_lines() -> list[dict[str, Any]]:
+    """A log with few validations, a spike, a count that is infinite, and factors of all sizes."""
+    lines = log_lines(10_000, every=10, validated=250)
+    for line in lines:
+        if "loss" in line:
+            line["loss"] = 0.5 + 1e-5 * (line["step"] % 50)
+            line["gradient_norm"] = 1e18 if line["step"] == 3000 else 2.0
+            line["loss_scale"] = 1.7e308 if line["step"] == 5000 else 1e-300
+            line["samples_seen"] = math.inf
+        else:
+            line["validation_seconds"] = 500 + line["step"] / 100
+            line["validation_level_loss"]["raw"] = dict.fromkeys(LEVELS, 3.0)
+    return lines
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +84,34 @@ def ticks(browser: Browser, chart: str = LOSS) -> list[str]:
     return texts(browser, f"{chart} .plot text")
 
 
-@pytest.mark.parametrize(("name", "width", "dark"), [("one", 1280, False), ("several", 390, True), ("odd", 1280, True)])
+def said(browser: Browser, chart: str = LOSS) -> str:
+    """What a screen reader is told of a chart."""
+    browser.settle()
+    return str(browser.run(f"document.querySelector({chart!r} + ' .plot svg').getAttribute('aria-valuetext')"))
+
+
+def called(title: str) -> str:
+    """A selector of the chart with that title."""
+    return f"""[data-chart*='"title":"{title}"']"""
+
+
+def across(browser: Browser, start: float, end: float, chart: str = LOSS) -> None:
+    """Drag from one share of a chart's width to another."""
+    left, top, width, _ = browser.box(f"{chart} .plot .grid")
+    browser.drag((left + start * width, top + 40), (left + end * width, top + 40))
+
+
+def over(browser: Browser, share: float, chart: str = LOSS) -> None:
+    """Point at a share of a chart's width."""
+    left, top, width, _ = browser.box(f"{chart} .plot .grid")
+    browser.point((left + share * width, top + 40))
+    browser.settle()
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "dark"),
+    [("one", 1280, False), ("several", 390, True), ("odd", 1280, True), ("uneven", 400, False), ("longer", 1280, True)],
+)
 def test_everything_is_drawn(browser, pages, name, width, dark):
     browser.open(pages[name], width=width, dark=dark)
     charts = browser.run("document.querySelectorAll('.chart').length")
@@ -100,12 +147,11 @@ def test_keys_read_and_zoom(browser, pages):
     whole = drawn(browser)
     browser.run(f"document.querySelector('{LOSS} .plot svg').focus()")
     browser.press("Home")
-    said = f"document.querySelector('{LOSS} .plot svg').getAttribute('aria-valuetext')"
-    assert browser.run(said).startswith("step 1: training ")
+    assert said(browser).startswith("step 1: training ")
     browser.press("ArrowRight")
-    assert browser.run(said).startswith("step 2: training ")
+    assert said(browser).startswith("step 2: training ")
     browser.press("End")
-    assert browser.run(said).startswith("step 60: training ")
+    assert said(browser).startswith("step 60: training ")
     browser.press("+")
     assert drawn(browser) != whole
     browser.press("0")
@@ -118,6 +164,122 @@ def test_the_pointer_reads_values(browser, pages):
     browser.point((left + width / 2, top + height / 2))
     assert texts(browser, f"{LOSS} .where")[0].startswith("step ")
     assert browser.run(f"document.querySelector('{LOSS} .cursor').classList.contains('shown')")
+
+
+def test_the_longer_of_two_runs_is_read_to_its_end(browser, pages):
+    browser.open(pages["uneven"])
+    assert "average 0.307 (at step 1,000), short held out, main 0.325 (at step 1,000)" in said(browser)  # its last ones
+    over(browser, 0.6)
+    number = int(said(browser).removeprefix("step ").partition(":")[0].replace(",", ""))
+    assert 5900 < number < 6100
+    assert "short training nothing, short held out, main nothing" in said(browser)
+    assert "longer training 0.5, average 0.5, " in said(browser)
+    assert "longer held out, main 0.27 (at step 5,000)" in said(browser)
+    assert texts(browser, f"{LOSS} .legend .value")[0] == "\u2013"
+    browser.run(f"document.querySelector('{LOSS} .plot svg').focus()")
+    browser.press("End")
+    assert said(browser).startswith("step 10,000: ")
+    browser.press("Home")
+    assert said(browser).startswith("step 10: ")
+    assert "held out, main nothing" in said(browser)  # none was before
+
+
+def test_nothing_is_read_beside_the_window(browser, pages):
+    browser.open(pages["uneven"])
+    across(browser, 0.54, 0.69)
+    browser.run(f"document.querySelector('{LOSS} .plot svg').focus()")
+    for key in ("Home", "ArrowLeft", "End", "ArrowRight"):
+        browser.press(key)
+        number = int(said(browser).removeprefix("step ").partition(":")[0].replace(",", ""))
+        assert 5300 < number < 7000
+        inside = browser.run(
+            f"""[...document.querySelectorAll('{LOSS} .plot .cursor, {LOSS} .plot circle[r="3.5"]')].every((mark) => {{
+              const box = document.querySelector('{LOSS} .plot .grid').getBBox(), place = mark.getBBox();
+              return place.x > box.x - 5 && place.x + place.width < box.x + box.width + 5;
+            }})"""
+        )
+        assert inside
+
+
+def test_a_zoom_between_two_points_shows_the_line_between_them(browser, pages):
+    browser.open(pages["uneven"])
+    beside = called("Beside the steps")
+    across(browser, 0.54, 0.69)
+    labels = [float(text) for text in ticks(browser, beside) if text.isdecimal() or "." in text]
+    assert len(labels) > 2
+    assert all(550 <= label <= 575 for label in labels)
+    assert said(browser, beside).endswith("short nothing, longer 575 (at step 7,500)")
+    browser.click("#reset")
+    across(browser, 0.15, 0.5)
+    browser.click(".run-toggle", 1)
+    assert "no value in this part" in texts(browser, f"{beside} .plot text")
+    assert "0" not in texts(browser, f"{beside} .plot text")
+
+
+def test_both_the_logged_value_and_the_average_are_told(browser, pages):
+    browser.open(pages["one"])
+    over(browser, 0.5)
+    first = browser.run("JSON.parse(document.querySelector('#losses .chart').dataset.chart).curves[0]")
+    place = first["x"].index(int(said(browser).removeprefix("step ").partition(":")[0]))
+    logged, average = texts(browser, f"{LOSS} .legend .value")[0].split(", average ")
+    assert float(logged) == pytest.approx(first["mean"][place], abs=6e-3)
+    near = first["mean"][place - 2 : place + 3]
+    assert float(average) == pytest.approx(sum(near) / len(near), abs=6e-3)
+    assert logged != average
+
+
+def test_one_large_value_does_not_end_the_moving_average(browser, pages):
+    browser.open(pages["longer"])
+    assert said(browser, called("Gradient norm")).endswith("gradient norm 2, average 2")
+    assert browser.run("smoothed([1.7e308, 1.7e308, null, 1.7e308], 1)") == [1.7e308, 1.7e308, None, 1.7e308]
+
+
+def test_the_largest_numbers_have_axes(browser, pages):
+    browser.open(pages["longer"])
+    chart = called("Loss scale")
+    linear = ticks(browser, chart)
+    browser.click(f"{chart} .chart-head button")
+    assert ticks(browser, chart) != linear
+    for low, high in ((5e-324, 1.7976931348623157e308), (1.7e308, 1.7e308), (-1.7e308, 1.7e308), (0, 0)):
+        for log in ("true", "false")[low <= 0 :]:
+            ends = browser.run(f"axisEnds({low}, {high}, {log})")
+            assert ends[0] < ends[1]
+            made = browser.run(f"({'logTicks' if log == 'true' else 'linearTicks'})(...{ends}, 7).ticks")
+            assert 1 < len(made) < 20
+            assert None not in made
+
+
+def test_charts_of_one_measure_have_one_scale(browser, pages):
+    browser.open(pages["longer"])
+    main = called("Loss by noise level, held out, main")
+    raw = called("Loss by noise level, held out, raw")
+    assert {"0", "3"} <= set(ticks(browser, main)) & set(ticks(browser, raw))
+    for number in range(3):
+        browser.click(f"{raw} .legend button", number)
+    assert "3" not in ticks(browser, main)
+    assert "all curves are hidden" in ticks(browser, raw)
+
+
+@pytest.mark.parametrize("name", ["one", "several", "uneven", "longer"])
+def test_curves_of_a_chart_differ_in_more_than_their_colour(browser, pages, name):
+    browser.open(pages[name])
+    found = browser.run(
+        """[...document.querySelectorAll('.chart')].map((chart) => [...chart.querySelectorAll('.legend line')].map(
+          (line) => [line.style.stroke, line.getAttribute('stroke-dasharray')]))"""
+    )
+    for curves in found:
+        assert len({tuple(curve) for curve in curves}) == len(curves)
+        assert name not in ("one", "longer") or len({dashes for _, dashes in curves}) == len(curves)
+
+
+def test_the_toolbar_stays_in_sight(browser, pages):
+    browser.open(pages["several"])
+    browser.click("nav a[href='#throughput']")
+    bottom = browser.run("document.querySelector('.toolbar').getBoundingClientRect().bottom")
+    assert browser.run("document.querySelector('.toolbar').getBoundingClientRect().top") == 0
+    assert 0 < bottom <= browser.run("document.querySelector('#throughput h2').getBoundingClientRect().top") < 300
+    browser.click(".run-toggle", 1)
+    assert browser.run("getComputedStyle(document.querySelectorAll('.run-toggle')[1]).opacity") == "1"
 
 
 def test_scale_smoothing_and_axis_are_set(browser, pages):

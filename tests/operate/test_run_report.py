@@ -21,9 +21,9 @@ from pipeline.operate.report import pictures, records
 from pipeline.operate.report.job import report
 from pipeline.operate.report.plans import PLANNED
 from pipeline.operate.report.records import _cut_apart
+from pipeline.operate.report.toolbar import Axis, toolbar
 from pipeline.operate.runs.find import find, list_run
 from pipeline.operate.runs.run import open_runs
-from pipeline.operate.report.toolbar import Axis, toolbar
 from pipeline.storage import open_store
 
 HOSTILE = "</figcaption><script>alert(1)</script> & \"quoted\" 'too'"

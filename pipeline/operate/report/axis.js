@@ -10,7 +10,7 @@ const numberText = (value) => {
   return value.toLocaleString("en", { maximumFractionDigits: Math.min(digits, 8) });
 };
 
-const placeText = (value) => value.toLocaleString("en", { maximumFractionDigits: Math.abs(value) < 10 ? 3 : 1 });
+const placeText = (value) => value.toLocaleString("en", { maximumFractionDigits: Math.abs(value) < 1000 ? 3 : 1 });
 
 // As many digits as tell neighbours apart.
 const tickText = (value, step) => {
@@ -27,6 +27,15 @@ const tickText = (value, step) => {
 
 const withDigits = (value, step) =>
   value.toLocaleString("en", { maximumFractionDigits: Math.max(0, Math.min(10, Math.ceil(-Math.log10(step) - 1e-9))) });
+
+// The ends of an axis for values between two: with some air, from 0 where that is near, never beyond what a number can be.
+const axisEnds = (low, high, log) => {
+  const most = Number.MAX_VALUE;
+  if (log) return [Math.max(low / 1.1, Number.MIN_VALUE), Math.min(high * 1.1, most)];
+  const air = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
+  const ends = [Math.max(low >= 0 && low <= high * 0.6 ? 0 : low - air, -most), Math.min(high + air, most)];
+  return Number.isFinite(ends[1] - ends[0]) ? ends : [-most / 2, most / 2];
+};
 
 const linearTicks = (low, high, most) => {
   if (!(high > low)) return { ticks: [low], step: Math.abs(low) || 1 };
@@ -63,17 +72,14 @@ const nearest = (places, value) => {
   return low > 0 && value - places[low - 1] < places[low] - value ? low - 1 : low;
 };
 
-// Mean over a share of the values to each side, so that it does not lag; gaps take no part.
+// Mean over a share of the values to each side, so that it does not lag; gaps take no part. Each window is summed by
+// itself: of the difference of two running sums one large value would leave nothing.
 const smoothed = (values, share) => {
   const count = values.length, reach = Math.max(1, Math.round(count * share / 2));
-  const sums = new Float64Array(count + 1), counts = new Int32Array(count + 1);
-  for (let i = 0; i < count; i++) {
-    sums[i + 1] = sums[i] + (values[i] ?? 0);
-    counts[i + 1] = counts[i] + (values[i] === null ? 0 : 1);
-  }
   return values.map((value, i) => {
-    const start = Math.max(0, i - reach), end = Math.min(count, i + reach + 1);
-    return value === null ? null : (sums[end] - sums[start]) / (counts[end] - counts[start]);
+    if (value === null) return null;
+    const near = values.slice(Math.max(0, i - reach), i + reach + 1).filter((v) => v !== null);
+    return near.reduce((mean, v) => mean + v / near.length, 0);
   });
 };
 
@@ -83,4 +89,20 @@ const between = (places, values, at) => {
   if (places[i] < at && i < places.length - 1) i++;
   const share = (at - places[i - 1]) / (places[i] - places[i - 1] || 1);
   return values[i - 1] + share * (values[i] - values[i - 1]);
+};
+
+// Of a line through points its values between two places: of the points there, and of where it enters and leaves.
+const within = (places, values, from, to, log) => {
+  const has = (i) => values[i] !== null && values[i] !== undefined && (!log || values[i] > 0);
+  const mixed = (a, b, share) => log ? a ** (1 - share) * b ** share : a * (1 - share) + b * share;
+  const found = [];
+  for (let i = 0; i < places.length; i++) {
+    if (!has(i)) continue;
+    if (places[i] >= from && places[i] <= to) found.push(values[i]);
+    for (const edge of has(i + 1) ? [from, to] : []) {
+      const share = (edge - places[i]) / (places[i + 1] - places[i]);
+      if (share > 0 && share < 1) found.push(mixed(values[i], values[i + 1], share));
+    }
+  }
+  return found;
 };

@@ -1,9 +1,9 @@
 // A chart: curves as SVG in real pixels, read by pointer or keys, zoomed together with the others.
 
 const SVG = "http://www.w3.org/2000/svg";
-const FEWEST_SMOOTHED = 20;
 const MOST_BANDS = 3; // more hide each other
-const DASHES = ["", "6 3", "2 3", "8 3 2 3"];
+const FARTHEST = 1e4; // heights of the box: what is farther away than a picture can tell
+const DASHES = ["", "7 4", "2 3", "9 3 2 3", "14 4", "9 3 2 3 2 3", "14 3 5 3"];
 
 const make = (name, attributes = {}, ...children) => {
   const element = name.startsWith("svg:") ? document.createElementNS(SVG, name.slice(4)) : document.createElement(name);
@@ -28,7 +28,7 @@ class Chart {
     this.curves = this.data.curves.map((curve, i) => ({
       ...curve,
       colour: colourOf(curve, i),
-      dashes: DASHES[(curve.dash ?? 0) % DASHES.length],
+      dashes: DASHES[(curve.dash ?? i) % DASHES.length],
       shown: true,
     }));
     this.build();
@@ -38,6 +38,12 @@ class Chart {
   get along() { return this.isOverSteps ? this.view.along : "steps"; }
   get unit() { return this.isOverSteps ? { steps: "step", samples: "sample", hours: "hour" }[this.along] : this.data.across; }
   get banded() { return this.visible.filter((c) => c.low).length <= MOST_BANDS; }
+  get alike() {
+    const { scale, group } = this.data;
+    return scale ? this.view.charts.filter((chart) => chart.data.scale === scale && chart.data.group === group) : [this];
+  }
+
+  get window() { return (this.isOverSteps && this.view.zooms.get(this.data.group)) || this.extent(); }
   get visible() { return this.curves.filter((c) => c.shown && !this.view.hidden.has(c.run)); }
 
   build() {
@@ -46,9 +52,9 @@ class Chart {
     const log = this.button("log", "logarithmic", () => { this.log = !this.log; this.draw(); });
     const wide = this.button("wide", "wide", () => { this.figure.classList.toggle("wide"); });
     wide.classList.add("widens");
-    head.append(this.where, ...(this.data.log ? [log] : []), wide);
+    head.append(...(this.data.log ? [log] : []), wide);
     this.svg = make("svg:svg", { tabindex: "0", role: "slider", "aria-orientation": "horizontal" });
-    this.frame = make("div", { class: "plot" }, this.svg);
+    this.frame = make("div", { class: "plot" }, this.svg, this.where);
     head.after(this.frame);
     this.legend = make("ul", { class: "legend" });
     this.frame.after(this.legend);
@@ -67,8 +73,8 @@ class Chart {
   }
 
   entry(curve) {
-    const swatch = make("svg:svg", { class: "swatch", "aria-hidden": "true", viewBox: "0 0 18 4" });
-    const line = make("svg:line", { x1: 0, x2: 18, y1: 2, y2: 2, "stroke-dasharray": curve.dashes });
+    const swatch = make("svg:svg", { class: "swatch", "aria-hidden": "true", viewBox: "0 0 30 4" });
+    const line = make("svg:line", { x1: 0, x2: 30, y1: 2, y2: 2, "stroke-dasharray": curve.dashes });
     line.style.stroke = curve.colour;
     swatch.append(line);
     curve.told = make("span", { class: "value" });
@@ -76,7 +82,7 @@ class Chart {
     curve.button.addEventListener("click", () => {
       curve.shown = !curve.shown;
       curve.button.setAttribute("aria-pressed", curve.shown);
-      this.draw();
+      for (const chart of this.alike) chart.draw();
     });
     return make("li", {}, curve.button);
   }
@@ -102,51 +108,55 @@ class Chart {
     return low === high ? [low - 0.5, high + 0.5] : [low, high];
   }
 
-  // The values of the points between two places, and of one more on each side.
-  range(from, to) {
+  // The least and the greatest of what is seen of the curves.
+  seen(log) {
+    const [from, to] = this.window;
     let low = Infinity, high = -Infinity;
     for (const curve of this.visible) {
-      const places = this.places(curve), band = this.banded && curve.low;
-      const lows = band ? curve.low : curve.mean, highs = band ? curve.high : curve.mean;
-      for (let i = 0; i < places.length; i++) {
-        if (places[i] < from || places[i] > to || lows[i] === null) continue;
-        if (this.log && lows[i] <= 0) continue;
-        low = Math.min(low, lows[i]);
-        high = Math.max(high, highs[i]);
+      for (const values of this.banded && curve.low ? [curve.low, curve.high] : [curve.mean]) {
+        for (const value of within(this.places(curve), values, from, to, log)) {
+          low = Math.min(low, value);
+          high = Math.max(high, value);
+        }
       }
     }
-    if (low > high) return this.log ? [0.1, 1] : [0, 1];
-    if (this.log) return [low / 1.1, high * 1.1];
-    const air = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
-    return [low >= 0 && low <= high * 0.6 ? 0 : low - air, high + air];
+    return low <= high ? [low, high] : null;
+  }
+
+  // The ends of the axis of values; of charts on one scale they are the same.
+  range() {
+    const seen = this.seen(this.log) && this.alike.flatMap((chart) => chart.seen(this.log) ?? []);
+    return seen && axisEnds(Math.min(...seen), Math.max(...seen), this.log);
   }
 
   draw() {
     const width = Math.floor(this.frame.clientWidth);
     if (!width) return;
     const height = Math.round(Math.min(Math.max(width * 0.55, 210), 400));
-    const full = this.extent();
-    const [from, to] = (this.isOverSteps && this.view.zooms.get(this.data.group)) || full;
-    const [low, high] = this.range(from, to);
-    const y = this.log ? logTicks(low, high, 7) : linearTicks(low, high, 6);
+    const [from, to] = this.window, range = this.range();
+    const [low, high] = range ?? [1, 10];
+    const y = !range ? { ticks: [], step: 1 } : this.log ? logTicks(low, high, 7) : linearTicks(low, high, 6);
     const labels = y.ticks.map((tick) => tickText(tick, y.step));
     const box = { left: 14 + 7 * Math.max(2, ...labels.map((l) => l.length)), right: width - 12, top: 22, bottom: height - 40 };
     const scale = this.log ? Math.log10 : (v) => v;
-    Object.assign(this, { box, from, to });
+    Object.assign(this, { box, from, to, stops: null });
     this.toX = (place) => box.left + (place - from) / (to - from || 1) * (box.right - box.left);
-    this.toY = (value) => box.bottom - (scale(value) - scale(low)) / (scale(high) - scale(low) || 1) * (box.bottom - box.top);
+    this.toY = (value) => {
+      const share = (scale(value) - scale(low)) / (scale(high) - scale(low) || 1);
+      return box.bottom - Math.max(-FARTHEST, Math.min(share, FARTHEST)) * (box.bottom - box.top);
+    };
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.setAttribute("height", height);
     const clip = `clip-${this.figure.getAttribute("aria-labelledby")}`;
     const inside = make("svg:g", { "clip-path": `url(#${clip})` });
-    for (const curve of this.visible) inside.append(...this.line(curve));
+    for (const curve of this.visible) inside.append(...lineOf(this, curve));
     this.cursor = make("svg:line", { class: "cursor", y1: box.top, y2: box.bottom });
     this.dots = make("svg:g", {});
     this.selection = make("svg:rect", { class: "selection", y: box.top, height: box.bottom - box.top, width: 0, x: 0 });
     const cut = make("svg:rect", { x: box.left - 2, width: box.right - box.left + 4, y: box.top - 2, height: box.bottom - box.top + 4 });
     this.svg.replaceChildren(
-      make("svg:clipPath", { id: clip }, cut), ...this.axes(y, labels, height), this.selection, inside, ...this.marks(), this.cursor, this.dots);
-    this.tell();
+      make("svg:clipPath", { id: clip }, cut), ...this.axes(y, labels, height), ...(range ? [] : [this.excuse()]), this.selection, inside, ...this.marks(), this.cursor, this.dots);
+    tell(this);
   }
 
   axes(y, labels, height) {
@@ -166,31 +176,10 @@ class Chart {
     parts.push(make("svg:line", { class: "tick", x1: left, x2: right, y1: bottom, y2: bottom }));
     parts.push(make("svg:text", { class: "axis", x: right, y: height - 5, "text-anchor": "end" }, this.unit));
     parts.push(make("svg:text", { class: "axis", x: 0, y: 12 }, this.data.unit));
-    if (!this.visible.some((c) => c.mean.some((v) => v !== null))) {
-      const said = this.visible.length ? "no finite value" : "all curves are hidden";
-      parts.push(make("svg:text", { x: (left + right) / 2, y: (top + bottom) / 2, "text-anchor": "middle" }, said));
-    }
     return parts;
   }
 
-  line(curve) {
-    const { smoothing } = this.view, places = this.places(curve), parts = [];
-    const smooth = this.data.smooth && !curve.plain && smoothing > 0 && places.length >= FEWEST_SMOOTHED;
-    curve.drawn = curve.mean;
-    if (smooth) {
-      if (curve.smoothing !== smoothing) [curve.smooth, curve.smoothing] = [smoothed(curve.mean, smoothing), smoothing];
-      curve.drawn = curve.smooth;
-    }
-    const [first, last] = this.inWindow(places);
-    if (curve.low && this.banded) parts.push(this.path(this.band(curve, places, first, last), "band", curve, "fill"));
-    if (smooth) parts.push(this.path(this.outline(places, curve.mean, first, last), "raw", curve));
-    parts.push(this.path(this.outline(places, curve.drawn, first, last), smooth ? "strong" : "", curve));
-    if (last - first < 40) {
-      for (let i = first; i <= last; i++) if (this.has(curve.drawn[i])) parts.push(this.dot(curve, places[i], curve.drawn[i], 2.2));
-    }
-    return parts;
-  }
-
+  // The first and the last point that a line through the window needs: those in it, and one more on each side.
   inWindow(places) {
     let first = 0, last = places.length - 1;
     while (first < last && places[first + 1] < this.from) first++;
@@ -200,39 +189,11 @@ class Chart {
 
   has(value) { return value !== null && value !== undefined && (!this.log || value > 0); }
 
-  outline(places, values, first, last) {
-    let path = "", pen = "M";
-    for (let i = first; i <= last; i++) {
-      if (!this.has(values[i])) { pen = "M"; continue; }
-      path += `${pen}${this.toX(places[i]).toFixed(1)} ${this.toY(values[i]).toFixed(1)}`;
-      pen = "L";
-    }
-    return path;
-  }
-
-  band(curve, places, first, last) {
-    let path = "", run = [];
-    const close = () => {
-      const back = run.slice().reverse().map((i) => `L${this.toX(places[i]).toFixed(1)} ${this.toY(curve.low[i]).toFixed(1)}`);
-      const forth = run.map((i, n) => `${n ? "L" : "M"}${this.toX(places[i]).toFixed(1)} ${this.toY(curve.high[i]).toFixed(1)}`);
-      if (run.length) path += forth.join("") + back.join("") + "Z";
-      run = [];
-    };
-    for (let i = first; i <= last; i++) if (this.has(curve.low[i])) run.push(i); else close();
-    close();
-    return path;
-  }
-
-  path(d, kind, curve, paint = "stroke") {
-    const path = make("svg:path", { d, class: kind, ...(paint === "stroke" ? { "stroke-dasharray": kind === "raw" ? "" : curve.dashes } : {}) });
-    path.style[paint] = curve.colour;
-    return path;
-  }
-
-  dot(curve, place, value, radius) {
-    const dot = make("svg:circle", { cx: this.toX(place), cy: this.toY(value), r: radius });
-    dot.style.fill = curve.colour;
-    return dot;
+  // Why there is nothing to see.
+  excuse() {
+    const { left, right, top, bottom } = this.box, finite = this.visible.some((curve) => curve.mean.some((v) => v !== null));
+    const said = !this.visible.length ? "all curves are hidden" : finite ? "no value in this part" : "no finite value";
+    return make("svg:text", { x: (left + right) / 2, y: (top + bottom) / 2, "text-anchor": "middle" }, said);
   }
 
   // Lines where runs were started again, and crosses on the axis where values were not finite.
@@ -257,36 +218,5 @@ class Chart {
       }
     }
     return parts;
-  }
-
-  // Say the values: at the cursor, or the last ones.
-  tell() {
-    const leader = this.visible[0];
-    const reads = this.at !== null && leader && this.at >= this.from && this.at <= this.to;
-    this.cursor.classList.toggle("shown", Boolean(reads));
-    this.dots.replaceChildren();
-    let place = this.to;
-    if (reads) {
-      const places = this.places(leader);
-      place = places[nearest(places, this.at)];
-      this.cursor.setAttribute("x1", this.toX(place));
-      this.cursor.setAttribute("x2", this.toX(place));
-    }
-    const words = [];
-    for (const curve of this.visible) {
-      const places = this.places(curve), i = reads ? nearest(places, place) : this.inWindow(places)[1];
-      const value = curve.drawn?.[i];
-      curve.told.textContent = numberText(value) + (curve.low && reads ? ` (${numberText(curve.low[i])} to ${numberText(curve.high[i])})` : "");
-      words.push(`${curve.name} ${curve.told.textContent}`);
-      if (reads && this.has(value)) this.dots.append(this.dot(curve, places[i], value, 3.5));
-    }
-    for (const curve of this.curves) if (!this.visible.includes(curve)) curve.told.textContent = "";
-    this.where.textContent = reads ? `${this.unit} ${placeText(place)}` : "";
-    const svg = this.svg;
-    svg.setAttribute("aria-label", `${this.data.title}, curves; arrow keys read them`);
-    svg.setAttribute("aria-valuemin", this.from);
-    svg.setAttribute("aria-valuemax", this.to);
-    svg.setAttribute("aria-valuenow", place);
-    svg.setAttribute("aria-valuetext", `${this.unit} ${placeText(place)}: ${words.join(", ")}`);
   }
 }

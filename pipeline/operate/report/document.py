@@ -13,7 +13,7 @@ from pipeline.operate.report.markup import Html, join, tag
 
 GENERATOR = "lathe"
 _STYLES = ("page.css", "chart.css")
-_SCRIPTS = ("axis.js", "reading.js", "chart.js", "page.js")
+_SCRIPTS = ("axis.js", "lines.js", "reading.js", "chart.js", "page.js")
 
 
 class Section(NamedTuple):

@@ -4,6 +4,7 @@
   const runs = panel ? JSON.parse(panel.dataset.runs) : [];
   const view = { along: "steps", smoothing: 0.05, zooms: new Map(), hidden: new Set() };
   const charts = [...document.querySelectorAll(".chart")].map((figure) => new Chart(figure, view, runs));
+  view.charts = charts;
   let due = false; // once for each frame, however fast a slider moves
   const redraw = () => {
     if (!due) requestAnimationFrame(() => {
