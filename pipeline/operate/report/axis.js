@@ -12,9 +12,10 @@ const numberText = (value) => {
 
 const placeText = (value) => value.toLocaleString("en", { maximumFractionDigits: Math.abs(value) < 1000 ? 3 : 1 });
 
-// As many digits as tell neighbours apart.
+// As many digits as tell neighbours apart; without a step between them, by its own first digit.
 const tickText = (value, step) => {
   const size = Math.abs(value);
+  step ||= 10 ** Math.max(-323, Math.floor(Math.log10(size)));
   if (size < step / 1e6) return "0";
   if (size >= 1e15 || step < 1e-5) {
     return value.toExponential(Math.min(10, Math.max(0, Math.ceil(Math.log10(size) - Math.log10(step) - 1e-9))));
@@ -56,7 +57,7 @@ const logTicks = (low, high, most) => {
     }
     if (ticks.length >= 3) {
       const every = Math.ceil(ticks.length / most);
-      return { ticks: ticks.filter((_, i) => i % every === 0), step: 10 ** first };
+      return { ticks: ticks.filter((_, i) => i % every === 0), step: 0 };
     }
   }
   return linearTicks(low, high, most);

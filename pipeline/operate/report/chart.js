@@ -137,7 +137,7 @@ class Chart {
     const [low, high] = range ?? [1, 10];
     const y = !range ? { ticks: [], step: 1 } : this.log ? logTicks(low, high, 7) : linearTicks(low, high, 6);
     const labels = y.ticks.map((tick) => tickText(tick, y.step));
-    const box = { left: 14 + 7 * Math.max(2, ...labels.map((l) => l.length)), right: width - 12, top: 22, bottom: height - 40 };
+    const box = { left: 14 + 7 * Math.max(2, ...labels.map((l) => l.length)), right: width - 12, top: 26, bottom: height - 40 };
     const scale = this.log ? Math.log10 : (v) => v;
     Object.assign(this, { box, from, to, stops: null });
     this.toX = (place) => box.left + (place - from) / (to - from || 1) * (box.right - box.left);
