@@ -23,7 +23,7 @@ DEVICE_SECONDS = 0.05
 class Feed:
     """So many batches."""
 
-    failed, stopped_by, waited_seconds, told = False, 0, 0.0, ()
+    failed, stopped_by, waited_seconds, ranks_wait_seconds, told = False, 0, 0.0, 0.0, ()
 
     def __init__(self, steps: int) -> None:
         self._left = steps
