@@ -13,24 +13,34 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainConfig, TrainMetricsConfig
+from pipeline.data.loader import LatentLoader
 from pipeline.operate.bench.train.loops import WholeTrainer
 from pipeline.operate.bench.train.rank import main, timed
 from pipeline.runtime.process import Process
-from pipeline.train.reporting import Figures
+from pipeline.train.examples import Example
+from pipeline.train.interval import Interval
+from pipeline.train.progress import Progress
+from pipeline.train.reporting import Figures, Reporter
 
 _SCRAPES = 50
 
 
-class _Silence:
-    """In place of a trainer's `Reporter`: nothing is reduced over the ranks, logged, or told."""
+class _Silence(Reporter):
+    """Nothing is reduced over the ranks, logged, or told."""
 
-    def start(self, step: int) -> None:
+    def __init__(self) -> None:
+        pass
+
+    def start(self, progress: Progress) -> None:
         """Nothing."""
 
-    def begin(self, step: int, example: object) -> None:
+    def begin(self, step: int) -> None:
         """Nothing."""
 
-    def report(self, *_: object) -> Figures:
+    def end(self, example: Example) -> None:
+        """Nothing."""
+
+    def report(self, progress: Progress, interval: Interval, loader: LatentLoader) -> Figures:
         """Nothing."""
         return Figures({}, 0.0)
 
@@ -48,7 +58,7 @@ def measure(config: TrainConfig, ranks: Process, job: Mapping[str, Any]) -> dict
         update={"metrics": TrainMetricsConfig(prometheus=False), "output": f"{config.output}-off"}
     )
     on, off = WholeTrainer(served, ranks), WholeTrainer(unserved, ranks)
-    off.trainer.levels, off.trainer.reporter = None, _Silence()  # type: ignore[assignment]
+    off.trainer.levels, off.trainer.reporter = None, _Silence()
     address = on.trainer.metrics.address
     if not address:
         raise AssertionError("the metrics are not served")

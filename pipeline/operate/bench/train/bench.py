@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.console import tell
 from pipeline.cores import available_cores
 from pipeline.errors import SetupError
 from pipeline.operate.bench.loader.samples import QUARTER, write_latents, write_samples
@@ -121,7 +122,8 @@ def launch(ranks: int, job: Path, result: Path, module: str = RANK) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise SetupError(f"the ranks of the benchmark failed: {done.stderr[-800:]}", "see what they say")
+        tell(done.stderr)
+        raise SetupError("the ranks of the benchmark failed", "what they said stands above")
 
 
 def judged(measured: dict[str, Any], precision: str) -> dict[str, Any]:
