@@ -22,8 +22,8 @@ _ROWS_BELOW_A_HEADER = 20
 # Control characters, line ends that are not ours, reversed writing, and halves of characters, which cannot be printed.
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# `//user:pass@`, whatever is in the password; without a colon in front only where no path has begun
-_LOGIN = re.compile(r"""(?<=://)(?:[^\s'"<>/]*:[^\s'"<>]*@|[^\s'"<>/]*@)""")
+# `//user:pass@`, whatever is in the password, but `//host:port/`; without a colon only where no path has begun
+_LOGIN = re.compile(r"""(?<=://)(?!\[)(?:[^\s"<>/]*:(?!\d{1,5}/)[^\s"<>]*@|[^\s"<>/]*@)""")
 _QUERY = re.compile(r"""(https?://[^\s?'"<>]*)\?[^\s'"<>]*""")
 
 

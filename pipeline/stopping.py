@@ -95,7 +95,8 @@ class PromptStop:
     def _watch(self, signals: int) -> None:
         while number := os.read(signals, 1):
             if number[0] in _SIGNALS:
-                threading.Thread(target=_do_all, name="stopped", daemon=True).start()
+                with suppress(RuntimeError):  # no thread is to be had
+                    threading.Thread(target=_do_all, name="stopped", daemon=True).start()
                 time.sleep(self._grace_seconds)
                 self._tell()
                 os._exit(128 + number[0])

@@ -227,6 +227,9 @@ def test_nobody_to_tell_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, st
         ("s3://key:sec/ret@b/0?.tar, s3://b/a@b.tar", "s3://***@b/0?.tar, s3://b/a@b.tar"),
         ("http://token@h/x?sig=1 is away", "http://***@h/x is away"),
         ("http://h:9000/a", "http://h:9000/a"),
+        ('"http://127.0.0.1:9000/bucket/a@b.tar"', '"http://127.0.0.1:9000/bucket/a@b.tar"'),
+        ("http://minio:9000/data@v2/x, http://[::1]:90/a@b", "http://minio:9000/data@v2/x, http://[::1]:90/a@b"),
+        ("https://u:p'w@h/x", "https://***@h/x"),
     ],
 )
 def test_addresses_are_shown_without_logins(text: str, shown: str) -> None:

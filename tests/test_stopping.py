@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work:
     assert time.monotonic() - began < 2
     assert (process.returncode, said) == (128 + number, f"{SAID}\n")
     assert done == "told\n" or work == IN_PYTHON  # which may end before
+
+
+def test_it_ends_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    monkeypatch.setattr(os, "_exit", end)
+    given, told = os.pipe()
+    os.write(told, bytes([signal.SIGTERM]))
+    with pytest.raises(SystemExit, match="143"):
+        PromptStop(0)._watch(given)
+    os.close(given)
+    os.close(told)
 
 
 def test_what_was_before_comes_back(capsys: pytest.CaptureFixture[str]) -> None:

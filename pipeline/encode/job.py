@@ -124,7 +124,11 @@ def encode(
                 tallies[number].add(receipt)
                 _warn_of_damage(receipt)
                 check_rejects_so_far(tallies[number], config.max_reject_rate)
-        waiting, manifests = _fold(config, targets, alone=count == 1)
+        try:
+            waiting, manifests = _fold(config, targets, alone=count == 1)
+        except Exception:
+            metrics.set("finished", 0)  # else nobody is told of numbers that stay at a Pushgateway
+            raise
     return EncodeSummary(config.images.resolutions, len(mine), len(work), tallies, waiting, manifests)
 
 

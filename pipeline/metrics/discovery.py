@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +29,15 @@ class Announcement:
         job: what the process does.
         place: which one it is.
         labels: of its target.
-        target: HOST:PORT.
+        targets: HOST:PORT of each address that the process answers at; Prometheus is told the first.
     """
 
-    def __init__(self, folder: str, *, job: Job, place: Place, labels: Mapping[str, str], target: str) -> None:
+    def __init__(
+        self, folder: str, *, job: Job, place: Place, labels: Mapping[str, str], targets: Sequence[str]
+    ) -> None:
         self._folder, self._owner = Path(folder), place.owner
         told = {**labels, _OWNER: place.owner}
-        self._content = json.dumps([{"targets": [target], "labels": told}], indent=1) + "\n"
+        self._content = json.dumps([{"targets": [targets[0]], "labels": told}], indent=1) + "\n"
         stem = f"lathe-{job}-{_NOT_IN_NAMES.sub('_', labels['run'])}"
         self._path = self._folder / f"{stem}-{place.number}.json"
         try:
@@ -49,7 +51,7 @@ class Announcement:
             self._write()
             if place.number == 0:
                 self._clear(stem, place.count)
-            self._clear_target(target, labels["host"])
+            self._clear_targets(targets, labels["host"])
         except OSError as error:
             tell(f"metrics: {folder}: {error.strerror}: Prometheus is not told of this process there")
 
@@ -79,11 +81,11 @@ class Announcement:
             if number.isdecimal() and int(number) >= count and known is not None and known.owner == self._owner:
                 path.unlink(missing_ok=True)
 
-    def _clear_target(self, target: str, host: str) -> None:
-        """Drop what killed processes of this machine left at our address: our numbers would pass for theirs."""
+    def _clear_targets(self, targets: Sequence[str], host: str) -> None:
+        """Drop what killed processes of this machine left at our addresses: our numbers would pass for theirs."""
         for path in self._folder.glob("lathe-*.json"):
             known = _known(path)
-            if path != self._path and known is not None and (known.host, known.target) == (host, target):
+            if path != self._path and known is not None and known.host == host and known.target in targets:
                 path.unlink(missing_ok=True)
 
 

@@ -159,7 +159,7 @@ class Metrics:
         finally:
             if failed:
                 self._forget_stop()
-            self._take_back(failed=failed, stopped=stopped)
+            self._take_back(failed=failed, stopped=stopped and not failed)
             self._forget_stop()
             if self._server is not None:
                 self._server.close()
@@ -195,7 +195,7 @@ class Metrics:
         labels = self._place.labels(self._job, config.run)
         if config.discovery is not None and self._server is not None:
             self._announcement = Announcement(
-                config.discovery, job=self._job, place=self._place, labels=labels, target=self._server.target
+                config.discovery, job=self._job, place=self._place, labels=labels, targets=self._server.targets
             )
             if self._server.is_loopback and self._place.local == 0 < self._place.number:  # there may be other machines
                 tell(f"metrics: only a Prometheus on this machine finds {config.host}: set metrics.host=0.0.0.0")

@@ -55,6 +55,12 @@ class Server:
         return f"{_bracketed(host)}:{self.port}"
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """`target`, and by what else a Prometheus on this machine may come here."""
+        is_every = self._host in _ANYWHERE
+        return (self.target, *(f"{name}:{self.port}" for name in ("127.0.0.1", "localhost") if is_every))
+
+    @property
     def is_loopback(self) -> bool:
         """Whether other machines cannot come here."""
         return ip_address(str(self._server.server_address[0])).is_loopback

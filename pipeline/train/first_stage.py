@@ -68,32 +68,34 @@ def fit_first_stage(config: FirstStageConfig, progress: Progress | None = None) 
                 "choose another output, or delete the checkpoints there to start over",
             )
         training.restore(saved.tensors, saved.facts)
-    metrics = Metrics(
+    with Metrics(
         config.metrics,
         "first_stage",
         Place(config.output),
         log_store=store,
         about=config.model_dump(mode="json"),
         traffic=counters,
-    )
-    tell(
-        table(
-            {
-                "parameters": f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.2f} M",
-                "pictures": f"{len(pictures.train):,} to train on, {len(pictures.holdout):,} held out",
-                "steps": f"{training.steps_done} to {config.steps} of {config.batch_size} pictures, {config.precision}",
-                "metrics": metrics.address or "not served",
-                "output": config.output,
-            }
-        )
-    )
-    with metrics:
+    ) as metrics:
+        tell(_introduction(training, pictures, metrics))
         metrics.resume(training.steps_done)
         metrics.set("checkpoint_step", training.steps_done)
         note_start(store, config, training.device, step=training.steps_done)
         _train(training, store, metrics, progress)
         facts = _finish(training, pictures, store, metrics)
     return _describe(facts, config.output)
+
+
+def _introduction(training: Training, pictures: Pictures, metrics: Metrics) -> str:
+    config = training.config
+    return table(
+        {
+            "parameters": f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.2f} M",
+            "pictures": f"{len(pictures.train):,} to train on, {len(pictures.holdout):,} held out",
+            "steps": f"{training.steps_done} to {config.steps} of {config.batch_size} pictures, {config.precision}",
+            "metrics": metrics.address or "not served",
+            "output": config.output,
+        }
+    )
 
 
 def _train(training: Training, store: Store, metrics: Metrics, progress: Progress | None) -> None:
@@ -156,8 +158,6 @@ def _finish(training: Training, pictures: Pictures, store: Store, metrics: Metri
     model.load_state_dict(training.ema)
     held_out = len(pictures.holdout) > 0
     psnr = reconstruction_psnr(model, pictures.holdout if held_out else pictures.train[:256])
-    if held_out:
-        metrics.log(training.steps_done, {"holdout_psnr_db": psnr})
     autoencoder.save(model, store)
     facts = {
         "psnr_db": psnr,
@@ -171,6 +171,8 @@ def _finish(training: Training, pictures: Pictures, store: Store, metrics: Metri
         "settings": settings(training.config),
     }
     store.write(MARKER, (json.dumps(facts, indent=1) + "\n").encode())
+    if held_out:  # once the marker stands nothing is done, or logged, again
+        metrics.log(training.steps_done, {"holdout_psnr_db": psnr})
     checkpoint.clear(store)
     return facts
 

@@ -108,7 +108,7 @@ class Reporter:
         self._metrics.set("rank_last_step_timestamp_seconds", time.time())
 
     def end(self, example: Example) -> None:
-        """A step is done, of this example: the first one's operations are counted, when nothing is timed."""
+        """A step is done, of this example: the first one's operations are counted, outside the step's parts."""
         self._metrics.set("last_step_timestamp_seconds", time.time())
         if self._peak_flops is not None and self._step_flops is None:
             manifest = self._datasets.manifests[0]

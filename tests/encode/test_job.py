@@ -17,12 +17,14 @@ from pipeline.data import images
 from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.samples import is_holdout
 from pipeline.data.tar import TarBuilder, read_npy
+from pipeline.encode import job
 from pipeline.encode.claim import claim
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.job import encode, finalize
 from pipeline.encode.meter import Snapshot
 from pipeline.encode.output import commit
 from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.metrics import Metrics
 from pipeline.models.text import Tokenizer
 from pipeline.storage import open_store
 
@@ -126,6 +128,18 @@ def test_prometheus_is_told_what_the_progress_tells(place):
     assert told["lathe_encode_busy_ratio{stage=encode}"] > 0
     assert told["lathe_storage_requests_total{operation=write}"] > 0
     assert list(targets.iterdir()) == []
+
+
+def test_a_worker_whose_fold_fails_has_not_finished(place, monkeypatch):
+    def fold(*_):
+        raise DataError("damaged")
+
+    told = []
+    monkeypatch.setattr(job, "fold_output", fold)
+    monkeypatch.setattr(Metrics, "set", lambda _, key, value, **labels: told.append((key, value)))
+    with pytest.raises(DataError, match="damaged"):
+        encode(settings(place, "undisturbed"))
+    assert [value for key, value in told if key == "finished"][-2:] == [1, 0]
 
 
 def test_plain_webdataset_reads_the_latents_of_diffusers(place):

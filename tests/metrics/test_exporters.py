@@ -188,7 +188,8 @@ class TestDiscovery:
             run.close()
         assert list(tmp_path.iterdir()) == []
 
-    def test_nobody_answers_for_a_killed_process_whose_port_he_has(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+    def test_nobody_answers_for_a_killed_process_whose_port_he_has(self, tmp_path: Path, host: str) -> None:
         def left(name: str, target: str, host: str = socket.gethostname()) -> str:
             labels = {"run": name, "host": host, "__lathe_output": f"/runs/{name}"}
             (tmp_path / f"lathe-train-{name}-0.json").write_text(json.dumps([{"targets": [target], "labels": labels}]))
@@ -203,7 +204,8 @@ class TestDiscovery:
             left("beside", "127.0.0.1:1"),
         }
         (tmp_path / "lathe-train-mine-0.json").write_text("none of Lathe's")
-        with Metrics(MetricsConfig(discovery=str(tmp_path), port=port), "encode", Place("/data/latents", 3, 4)) as ours:
+        config = MetricsConfig(discovery=str(tmp_path), host=host, port=port)
+        with Metrics(config, "encode", Place("/data/latents", 3, 4)) as ours:
             assert ours.address.endswith(f":{port}/metrics")
             there = {file.name for file in tmp_path.iterdir()}
         assert there == others | {"lathe-encode-latents-3.json", "lathe-train-mine-0.json"}
@@ -367,6 +369,14 @@ class TestPushing:
         assert files == [False]  # a gateway that is silent keeps no file there
         metrics.close(stopped=True)
         assert len(stopping._to_do) == before
+
+    def test_one_that_was_stopped_and_could_not_end_well_has_failed(self, gateway: Gateway, tmp_path: Path) -> None:
+        (tmp_path / "run").write_bytes(b"")
+        metrics = Metrics(pushed(gateway.url), "train", log_store=open_store(str(tmp_path / "run")))
+        metrics.log(1, {"loss": 1.0})
+        with pytest.raises(StorageError):
+            metrics.close(stopped=True)
+        assert gateway.groups
 
     def test_names_that_no_path_could_hold(self, gateway: Gateway) -> None:
         with Metrics(pushed(gateway.url, run="big/run"), "train"):

@@ -172,6 +172,7 @@ def test_killed_before_the_marker_only_finishes(tree: dict[str, Any], monkeypatc
             fit(tree)
     assert not (Path(tree["output"]) / "first_stage.json").exists()
     assert fit(tree)["steps"] == 8
+    assert sum("holdout_psnr_db" in line for line in read_log(open_store(tree["output"]))) == 1
 
 
 def test_finished_output_is_not_redone(tree: dict[str, Any]) -> None:
