@@ -139,6 +139,15 @@ def test_long_values_are_cut_around_what_differs(tmp_path):
     assert hidden[0] == "short (some differ further on)"
 
 
+def test_what_is_left_out_of_addresses_is_compared(tmp_path):
+    addresses = [f"https://me:{secret}@host/model?version={secret}" for secret in ("one", "two")]
+    runs = [write_training(tmp_path / name, model=url) for name, url in zip("ab", addresses, strict=True)]
+    whole = page_of(tmp_path, *runs)
+    told = whole.text.partition("Settings that are not the same")[2].partition("Configuration")[0]
+    assert told.count("https://***@host/model (some differ in what is left out)") == 2
+    assert "version" not in (tmp_path / "page.html").read_text().partition("</style>")[2].partition("Versions")[0]
+
+
 def test_a_loss_that_is_none_at_the_end_is_not_hidden(tmp_path):
     lines = [{"step": s, "time": NOW + s, "loss": 0.5 if s <= 50 else None} for s in range(1, 101)]
     write_log(tmp_path / "run", lines)
@@ -261,8 +270,7 @@ def test_a_sheet_that_is_no_picture_is_passed_over(tmp_path):
     folder = write_training(tmp_path / "run")
     (folder / "samples" / "step-00000060.png").write_bytes(b"no picture")
     reader = page_of(tmp_path, folder)
-    assert "5 of 6 sheets are shown" in reader.text
-    assert "1 cannot be read" in reader.text
+    assert "5 of 6 sheets are shown. 1 cannot be read." in reader.text
 
 
 def test_large_and_many_sheets_are_made_small_and_few(tmp_path, monkeypatch):
@@ -273,6 +281,7 @@ def test_large_and_many_sheets_are_made_small_and_few(tmp_path, monkeypatch):
     for step in range(20, 70, 10):
         (folder / "samples" / f"step-{step:08d}.png").write_bytes(images.png(noise))
     reader = page_of(tmp_path, folder)
+    assert "3 of 6 sheets are shown, evenly chosen." in reader.text
     shown = reader.all("img")
     assert [shown[0]["data-step"], shown[-1]["data-step"], len(shown)] == ["10", "60", 3]
     assert shown[-1]["src"].startswith("data:image/jpeg;base64,")
@@ -334,7 +343,9 @@ def test_hours_never_go_back(tmp_path):
     for line in lines[20:]:
         line["time"] -= 3600 * 5  # as of another machine, on which it went on
     write_log(tmp_path / "run", lines)
-    hours = next(strictly(a["data-runs"]) for a in page_of(tmp_path, tmp_path / "run").all("div") if "data-runs" in a)
+    reader = page_of(tmp_path, tmp_path / "run")
+    assert "38 s from the first line of the log to the last." in reader.text
+    hours = next(strictly(a["data-runs"]) for a in reader.all("div") if "data-runs" in a)
     assert hours[0]["hours"] == sorted(hours[0]["hours"])
     assert hours[0]["hours"][-1] == pytest.approx(38 / 3600, abs=1e-4)
 
@@ -360,11 +371,26 @@ def test_curves_of_many_runs_can_be_told_apart(tmp_path):
     reader = page_of(tmp_path, *(tmp_path / f"run-{number}" for number in range(10)))
     for title in ("Loss", "Gradient norm", "Parts of a step", "Loss over the noise level, training"):
         curves = chart(reader, title)["curves"]
-        assert len({(curve["hue"] % 8, curve["dash"]) for curve in curves}) == len(curves) >= 10
+        assert len({(curve["hue"] % 8, curve["dash"] % 7) for curve in curves}) == len(curves) >= 10
     assert {a["class"] for a in reader.all("span") if "swatch" in a.get("class", "")} >= {
         "swatch c0",
         "swatch c0 again",
     }
+
+
+def test_levels_of_several_runs_stand_by_their_runs(tmp_path):
+    reader = page_of(tmp_path, write_encoded(tmp_path / "l"), *(write_training(tmp_path / name) for name in "ab"))
+    found = [json.loads(a["data-chart"]) for a in reader.all("figure") if "data-chart" in a]
+    levels = [one for one in found if one["title"].startswith("Loss by noise level")]
+    assert [{curve["run"] for curve in one["curves"]} for one in levels] == [{1}, {2}]
+
+
+def test_bands_are_told_of_by_the_curves_that_have_one(tmp_path):
+    write_log(tmp_path / "a", log_lines(3000, validated=1000))
+    write_training(tmp_path / "b")
+    reader = page_of(tmp_path, *(tmp_path / name for name in "ab"))
+    assert len(chart(reader, "Loss")["curves"]) > 3
+    assert "no more than three" not in reader.text
 
 
 def test_charts_of_a_measure_by_level_have_one_scale(tmp_path):

@@ -371,6 +371,15 @@ def test_the_time_between_two_starts_is_no_pause(tmp_path):
         assert opened(folder).pace == pytest.approx(1.0)
 
 
+def test_a_run_that_was_just_started_again_has_not_stalled(tmp_path):
+    folder, later = write_training(tmp_path / "run", 60, target=100), NOW + 90_000
+    with held(folder):
+        assert word(opened(folder), later) == "stalled"
+        (folder / "starts.json").write_text(json.dumps([{"step": 0, "time": NOW}, {"step": 60, "time": later - 9}]))
+        assert word(opened(folder), later) == "running"
+        assert word(opened(folder), later + 2000) == "stalled"
+
+
 def test_leases_elsewhere_are_watched_all_at_once(tmp_path):
     runs = [opened(write_training(tmp_path / name, 60, target=100)) for name in "abc"]
     for run, place in zip(runs, ("elsewhere", "elsewhere", None), strict=True):

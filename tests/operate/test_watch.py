@@ -22,12 +22,13 @@ from run_folders import NOW, log_lines, write_encoded, write_log, write_receipts
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.numbers import Numbers
 from pipeline.operate.runs.run import open_runs
-from pipeline.operate.watch import job, screen
-from pipeline.operate.watch.figures import ASCII, line, percent, seconds_left, sparkline
+from pipeline.operate.watch import figures, job
+from pipeline.operate.watch import watched as watching
+from pipeline.operate.watch.figures import ASCII, percent, seconds_left, sparkline
 from pipeline.operate.watch.job import watch
 from pipeline.operate.watch.keys import Keys
 from pipeline.operate.watch.screen import Screen
-from pipeline.operate.watch.watched import Watched
+from pipeline.operate.watch.watched import Watched, line
 from pipeline.storage import Lease, open_store
 
 HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"  # the cursor
@@ -109,8 +110,11 @@ def test_a_run_that_goes_on_stalls_and_is_started_again(tmp_path):
         assert one.look() == []
         clock.now += 600
         assert one.look() == ["stalled: no new line for 10 min, at step 60 of 120"]
-        write_log(folder, log_lines(40))
         (folder / "starts.json").write_text(f'[{{"step": 0}}, {{"step": 40, "time": {NOW}}}]')
+        clock.now += 3
+        assert one.look() == ["started again, from step 40"]
+        assert one.state.word == "running"  # though no line has come yet
+        write_log(folder, log_lines(40))
         clock.now += 3
         assert one.look() == ["started again, from step 40"]
         assert (one.run.numbers.last_step, one.state.word) == (40, "running")
@@ -208,13 +212,19 @@ def test_news_and_runs_fit_a_small_terminal(tmp_path):
 def test_what_has_not_changed_is_not_made_again(tmp_path, monkeypatch):
     one = watched(write_training(tmp_path / "a"))
     one.look()
-    made = []
-    monkeypatch.setattr(screen, "sparkline", lambda *about: made.append(about) or "")
+    made, counted = [], []
+    monkeypatch.setattr(figures, "sparkline", lambda *about: made.append(about) or "")
+    monkeypatch.setattr(watching, "figures", lambda *about: counted.append(about) or figures.figures(*about))
     console, shown = Console(file=io.StringIO(), width=100, height=40), Screen([one], keys=True)
     console.print(shown)
     count = len(made)
     console.print(shown)
     assert count == len(made) > 0
+    small = Console(file=io.StringIO(), width=100, height=4)
+    for _ in range(2):
+        small.print(shown)
+        line(one)
+    assert len(counted) == 1
 
 
 def test_all_is_said_of_all_alone():

@@ -74,7 +74,7 @@ def figure(chart: Chart, number: int, level: int = 3) -> Html | None:
         "curves": points,
     }
     coarse = max(point["lines"] for point in points)
-    bands = ", where no more than three curves are shown" if len(points) > 3 else ""
+    bands = ", where no more than three curves that have one are shown" if sum("low" in p for p in points) > 3 else ""
     said = f"Each point stands for {coarse:,.0f} lines of the log: the mean, and as a band least and greatest{bands}."
     notes = [tag("p", note) for note in (chart.note, said if coarse > 1 else "", _not_finite(curves)) if note]
     heading = f"chart-{number}"

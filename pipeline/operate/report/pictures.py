@@ -83,9 +83,11 @@ def _sheets(run: Run, budget: int, *, alone: bool) -> _Sheets:
         )
         for place, (step, data, kind) in enumerate(files)
     ]
-    note = f"{len(files)} of {len(run.sheets)} sheets are shown, evenly chosen." if len(files) < len(run.sheets) else ""
+    count = len(run.sheets)
+    chosen = ", evenly chosen" if len(files) + unreadable < count else ""
+    note = f"{len(files)} of {count} sheets are shown{chosen}." if len(files) < count else ""
     if unreadable:
-        note = f"{note} {unreadable} cannot be read.".strip()
+        note = f"{note} {unreadable} cannot be read."
     if any(kind == "jpeg" for _, _, kind in files):
         note = f"{note} Large ones are scaled down and stored as JPEG.".strip()
     return _Sheets(run, shown, [step for step, _, _ in files], note)

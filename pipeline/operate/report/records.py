@@ -17,6 +17,7 @@ from pipeline.operate.report.markup import Html, join, tag
 from pipeline.operate.runs.find import KINDS
 from pipeline.operate.runs.run import Run
 
+_NOTHING = "\u2013"
 _LONGEST = 200  # characters of a value in a table
 _MOST_STARTS = 50
 _OF_HARDWARE = ("device", "threads", "batch_size", "slicing", "compile")  # of what encode workers note
@@ -26,8 +27,17 @@ def settings_of(run: Run) -> dict[str, Any]:
     """What makes a run what it is: its run file, or what its latents mean."""
     if run.found.kind != "encode":
         return run.config
-    parts = {part.folder: part.settings() for part in run.encoded}
-    return parts.get("", parts) if set(parts) == {""} else parts
+    return _of_parts({part.folder: part.settings() for part in run.encoded})
+
+
+def _with_credentials(run: Run) -> dict[str, Any]:
+    if run.found.kind != "encode":
+        return run.with_credentials
+    return _of_parts({part.folder: part.with_credentials() for part in run.encoded})
+
+
+def _of_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    return parts[""] if set(parts) == {""} else parts
 
 
 def differences(runs: Sequence[Run]) -> Html | None:
@@ -47,16 +57,23 @@ def _differences(runs: Sequence[Run]) -> Html:
     if not all(flat):
         missing = ", ".join(run.name for run, found in zip(runs, flat, strict=True) if not found)
         return tag("p", f"Nothing can be compared: there is no run file of {missing}.")
+    whole = [dict(_flat(_with_credentials(run))) for run in runs]
     fields = dict.fromkeys(name for found in flat for name in found)
     rows = [
-        (name, _cut_apart([found.get(name, "\u2013") for found in flat]))
+        (name, _beside([found.get(name, _NOTHING) for found in flat], [found.get(name, _NOTHING) for found in whole]))
         for name in fields
-        if len({found.get(name) for found in flat}) > 1
+        if len({found.get(name) for found in whole}) > 1
     ]
     if not rows:
         return tag("p", "The settings of all runs are the same.")
     said = f"Settings that are not the same in all runs; the other {len(fields) - len(rows)} are."
     return join(tag("p", said), table(("field", *(run.name for run in runs)), rows))
+
+
+def _beside(shown: Sequence[str], whole: Sequence[str]) -> list[str]:
+    """Values as they may be shown, and whether what was left out of them, as a password, is not the same."""
+    hidden = len(set(shown)) < len(set(whole))
+    return [f"{text} (some differ in what is left out)" if hidden else text for text in _cut_apart(shown)]
 
 
 def configuration(runs: Sequence[Run]) -> Html | None:
@@ -101,7 +118,7 @@ def environment(runs: Sequence[Run]) -> Html | None:
 def _beside_each_other(columns: Sequence[tuple[str, Mapping[str, str]]]) -> Html:
     """A column for each run, a row for each of their facts."""
     fields = dict.fromkeys(field for _, facts in columns for field in facts)
-    rows = [(field.replace("_", " "), [_cut(facts.get(field, "\u2013")) for _, facts in columns]) for field in fields]
+    rows = [(field.replace("_", " "), [_cut(facts.get(field, _NOTHING)) for _, facts in columns]) for field in fields]
     return table(("", *(name for name, _ in columns)), rows)
 
 

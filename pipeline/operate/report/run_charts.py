@@ -53,9 +53,9 @@ def others(runs: Sequence[Run], places: Sequence[int]) -> list[Chart]:
 
 
 def level_charts(runs: Sequence[Run], places: Sequence[int]) -> list[Chart]:
-    """Loss by noise level: over the steps of each run, and over the levels."""
+    """Loss by noise level: over the steps of each run, then over the levels."""
     compares = len(runs) > 1
-    drawn = []
+    over_steps, over_levels = [], []
     for metric in LEVELS:
         profiles: list[Curve] = []
         held_out = metric == "validation_level_loss"
@@ -70,20 +70,20 @@ def level_charts(runs: Sequence[Run], places: Sequence[int]) -> list[Chart]:
                     f"Loss by noise level, {called}{f': {run.name}' if compares else ''}",
                     "squared error",
                     [
-                        Curve(_level_name(s), s.steps, s.values, tone=_tone(i, len(levels)))
+                        Curve(_level_name(s), s.steps, s.values, run=place, tone=_tone(i, len(levels)))
                         for i, s in enumerate(levels)
                     ],
                     scale=metric,
                 )
-                drawn.append(over)
+                over_steps.append(over)
                 most = 1 if compares or number else _MOST_PROFILES
                 own = f"{run.name}, {weights}" if shared is None else run.name
                 name, hue = (own, place) if compares else (called.split(", ")[-1], None)
                 profiles += _profiles(levels, name, most, run=place, hue=hue)
         if profiles:
             title = f"Loss over the noise level, {'held out' if held_out else 'training'}"
-            drawn.append(Chart(title, "squared error", profiles, _LEVELS_NOTE, smooth=False, across="noise level"))
-    return drawn
+            over_levels.append(Chart(title, "squared error", profiles, _LEVELS_NOTE, smooth=False, across="noise level"))
+    return over_steps + over_levels
 
 
 def first_shared(names: Sequence[Collection[str]]) -> str | None:

@@ -21,13 +21,13 @@ from pipeline.operate.report.records import configuration, data_sets, difference
 from pipeline.operate.report.run_charts import first_shared, level_charts, others, planned
 from pipeline.operate.report.toolbar import Axis, toolbar
 from pipeline.operate.runs.find import KINDS
-from pipeline.operate.runs.numbers import Key, Series
+from pipeline.operate.runs.numbers import Key, Series, passed
 from pipeline.operate.runs.run import Run
 from pipeline.operate.runs.state import State
 
 _FIRST = ("losses", "levels")  # before the pictures
 _DASH = "\u2013"
-_MOST_STARTS = 200
+_MOST_LINES = 200  # of starts, in the curves of a run
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,13 @@ def _axis(run: Run) -> Axis:
     places = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), MOST_POINTS)).astype(int))
     seen = run.numbers.get("samples_seen")
     per_step = float(seen.last / seen.steps[-1]) if seen is not None and seen.steps[-1] > 0 else np.nan
-    passed = np.maximum(np.diff(times, prepend=times[:1]), 0).cumsum()  # a clock that was set back turns no curve back
     return Axis(
         run.name,
         len(run.numbers) > 0,
         per_step if 0 < per_step < np.inf else None,
         [int(s) for s in steps[places]],
-        [float(h) for h in passed[places] / 3600],
-        sorted(set(run.start_steps) - {0})[-_MOST_STARTS:],
+        [float(h) for h in passed(times)[places] / 3600],
+        sorted(set(run.start_steps) - {0})[-_MOST_LINES:],
     )
 
 
@@ -256,7 +255,7 @@ def _spent(run: Run) -> str:
     times = times[np.isfinite(times)]
     checkpoints = run.checkpoints
     parts = (
-        [f"{duration(float(times[-1] - times[0]))} from the first line of the log to the last."]
+        [f"{duration(float(passed(times)[-1]))} from the first line of the log to the last."]
         if len(times) > 1
         else []
     )

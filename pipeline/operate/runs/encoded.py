@@ -93,9 +93,13 @@ class Encoded:
 
     def settings(self) -> dict[str, Any]:
         """What its latents mean: the fields of the fingerprint, and the autoencoder."""
+        return dict(without_credentials(self.with_credentials()))
+
+    def with_credentials(self) -> dict[str, Any]:
+        """The same; to be compared, and never shown."""
         if self.manifest:
             meaning = self.manifest.fingerprint.model_dump(mode="json")
-            return dict(without_credentials({"autoencoder": self.manifest.autoencoder, **meaning}))
+            return {"autoencoder": self.manifest.autoencoder, **meaning}
         name = f"{self.folder}/{ENCODING}" if self.folder else ENCODING
         try:
             tree = json.loads(self.store.read(name)) if self.store.exists(name) else {}
@@ -103,8 +107,7 @@ class Encoded:
             tree = {}
         found = tree if isinstance(tree, dict) else {}
         made = found.get("fingerprint")
-        told = {"autoencoder": found.get("autoencoder"), **made} if isinstance(made, dict) else {}
-        return dict(without_credentials(told))
+        return {"autoencoder": found.get("autoencoder"), **made} if isinstance(made, dict) else {}
 
     def examples(self) -> list[dict[str, str]]:
         """The first of the rejected samples: shard, key, reason; none where the job has not finished."""

@@ -160,6 +160,12 @@ class Numbers:
             del lines[kept:], self._values[key][kept:]
 
 
+def passed(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Seconds since the first of some times, pauses included; a clock that was set back takes nothing away."""
+    since: NDArray[np.float64] = np.maximum(np.diff(times, prepend=times[:1]), 0).cumsum()
+    return since
+
+
 def thinned(series: Series, most: int) -> Points:
     """A series in at most `most` points: each line one where they are few, else runs of lines of equal length."""
     count = len(series.values)

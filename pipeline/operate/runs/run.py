@@ -38,13 +38,14 @@ class Run:
     name: str
     numbers: Numbers = field(default_factory=Numbers)
     config: dict[str, Any] = field(default_factory=dict)
+    with_credentials: dict[str, Any] = field(default_factory=dict)  # the same; to be compared, and never shown
     starts: list[dict[str, Any]] = field(default_factory=list)
     marker: dict[str, Any] = field(default_factory=dict)
     encoded: list[Encoded] = field(default_factory=list)
     entries: Sequence[Entry] = ()
     problems: list[str] = field(default_factory=list)
     _follower: LogFollower | None = None
-    _versions: dict[str, str] = field(default_factory=dict)
+    _records: dict[str, tuple[str, Any]] = field(default_factory=dict)  # by name, with the version that was read
 
     def refresh(self, progress: Progress | None = None, entries: Sequence[Entry] | None = None) -> bool:
         """Read what has come since the last call. Returns whether something has.
@@ -127,21 +128,23 @@ class Run:
         """The run file and what else changes rarely: read again where it has changed."""
         versions = {entry.name: entry.version for entry in self.entries}
         if RUN_FILE in versions:
-            self.config = self._record(RUN_FILE, versions[RUN_FILE], self.config, dict)
+            self.with_credentials = self._record(RUN_FILE, versions[RUN_FILE], dict)
         elif self.checkpoints and (config := f"step-{max(self.checkpoints):08d}/config.yaml") in versions:
             with suppress(StorageError):  # deleted since it was listed, for newer ones
-                self.config = self._record(config, versions[config], self.config, dict)
+                self.with_credentials = self._record(config, versions[config], dict)
         if STARTS in versions:
-            found = self._record(STARTS, versions[STARTS], self.starts, list)
-            self.starts = [start for start in found if isinstance(start, dict)]
+            found = self._record(STARTS, versions[STARTS], list)
+            self.starts = without_credentials([start for start in found if isinstance(start, dict)])
         if MARKER in versions:
-            self.marker = self._record(MARKER, versions[MARKER], self.marker, dict)
-            if not self.config and isinstance(self.marker.get("settings"), dict):
-                self.config = self.marker["settings"]
+            marker = self._record(MARKER, versions[MARKER], dict)
+            self.marker = without_credentials(marker)
+            if not self.with_credentials and isinstance(marker.get("settings"), dict):
+                self.with_credentials = marker["settings"]
+        self.config = without_credentials(self.with_credentials)
 
-    def _record(self, name: str, version: str, known: Any, kind: type) -> Any:
-        if self._versions.get(name) == version:
-            return known
+    def _record(self, name: str, version: str, kind: type) -> Any:
+        if name in self._records and self._records[name][0] == version:
+            return self._records[name][1]
         text = self.found.store.read(name).decode("utf-8", "replace")
         try:
             tree = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
@@ -150,8 +153,8 @@ class Run:
         if not isinstance(tree, kind):
             self.problems.append(f"{name} is damaged, and left out")
             return kind()
-        self._versions[name] = version
-        return without_credentials(tree)
+        self._records[name] = version, tree
+        return tree
 
     def _refresh_encoded(self, progress: Progress | None) -> bool:
         folders = sorted({e.name.split("/")[0] for e in self.entries if re.match(r"\d+/[^/]+\.json", e.name)}, key=int)

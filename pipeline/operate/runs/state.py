@@ -70,7 +70,7 @@ def judge(run: Run, holds: Holder | None, silent: float | None) -> State:
     Args:
         run: as it is now.
         holds: who holds its output's lease.
-        silent: seconds since its last line was seen, or logged; None = there is no line.
+        silent: seconds since its last line was seen, or logged, or since it was started again; None = there is no line.
     """
     step, target = run.numbers.last_step, run.target
     leased = run.found.kind == "train"
@@ -121,9 +121,13 @@ def _state(look: Look) -> State:
 
 
 def silence(run: Run, now: float) -> float | None:
-    """Seconds since its last line, by that line's own time; None where there is none, or it does not tell."""
+    """Seconds since its last line, or start, by what these note; None where there is no line, or it does not tell."""
     _, times = run.numbers.tail(1)
-    return max(0.0, now - float(times[0])) if len(times) and np.isfinite(times[0]) else None
+    if not len(times) or not np.isfinite(times[0]):
+        return None
+    begun = run.starts[-1].get("time") if run.starts else None
+    latest = max(float(times[0]), begun) if isinstance(begun, int | float) else float(times[0])
+    return max(0.0, now - latest)
 
 
 def is_remote(run: Run) -> bool:

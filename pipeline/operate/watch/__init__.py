@@ -1,4 +1,4 @@
 """`lathe watch`: runs in a terminal while they go on.
 
-watched -> figures -> screen, job.
+figures -> watched -> screen, job.
 """

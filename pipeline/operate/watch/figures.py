@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.console import duration
 from pipeline.operate.numerals import number
 from pipeline.operate.runs.numbers import Series, thinned
 from pipeline.operate.runs.run import Run
-from pipeline.operate.watch.watched import Watched
 
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 ASCII = "_.-=+*#@"
@@ -28,11 +26,20 @@ class Figure:
     value: str
     course: Series | None = None
     short: bool = True  # told in a line of a log too
+    _drawn: dict[tuple[int, str], str] = field(default_factory=dict, compare=False)
+
+    def drawn(self, width: int, levels: str) -> str:
+        """Its course as a row of blocks, at most so many; empty where it has none. A long one takes a while, once."""
+        if self.course is None:
+            return ""
+        if (width, levels) not in self._drawn:
+            self._drawn[width, levels] = sparkline(self.course, width, levels)
+        return self._drawn[width, levels]
 
 
-def figures(watched: Watched) -> list[Figure]:
-    """Those that a person follows."""
-    return _encode(watched) if watched.run.found.kind == "encode" else _training(watched.run)
+def figures(run: Run, shards: Sequence[tuple[float, int]] = ()) -> list[Figure]:
+    """Those that a person follows. `shards`: when how many of an encode job were seen to be done."""
+    return _encode(run, shards) if run.found.kind == "encode" else _training(run)
 
 
 def share_done(run: Run) -> float | None:
@@ -65,19 +72,6 @@ def sparkline(course: Series, width: int, levels: str = BLOCKS) -> str:
         low, high = finite.min(), finite.max()
     scaled = (np.clip(values, low, high) - low) / ((high - low) or 1.0) * (len(levels) - 1)
     return "".join(levels[round(float(v))] if np.isfinite(v) else _GAP for v in scaled)
-
-
-def line(watched: Watched) -> str:
-    """All of it in one line of a log."""
-    run = watched.run
-    parts = []
-    if run.found.kind != "encode" and run.numbers.last_step is not None:
-        of = f"/{run.target:,} ({percent(share_done(run) or 0.0)})" if run.target else ""
-        parts.append(f"step {run.numbers.last_step:,}{of}")
-    parts += [f"{figure.name} {figure.value}" for figure in figures(watched) if figure.short]
-    left = seconds_left(run) if watched.state.word == "running" else None
-    parts += [f"{duration(left)} left"] if left else []
-    return ", ".join(parts) or watched.state.word
 
 
 def _training(run: Run) -> list[Figure]:
@@ -120,8 +114,8 @@ def _wait(run: Run) -> Figure | None:
     return Figure("wait", f"{share.last:.0%}" if np.isfinite(share.last) else "not finite", share)
 
 
-def _encode(watched: Watched) -> list[Figure]:
-    parts = watched.run.encoded
+def _encode(run: Run, shards: Sequence[tuple[float, int]]) -> list[Figure]:
+    parts = run.encoded
     samples, rejected = sum(part.samples for part in parts), sum(sum(part.reasons[0].values()) for part in parts)
     found = [Figure("shards", f"{sum(part.tally.shards for part in parts):,}"), Figure("samples", f"{samples:,}")]
     if samples + rejected:
@@ -129,7 +123,7 @@ def _encode(watched: Watched) -> list[Figure]:
         found.append(Figure("rejected", f"{rejected / (samples + rejected):.2%}"))
         found += [Figure("reasons", ", ".join(commonest[:4]), short=False)] if commonest else []
     found.append(Figure("size", f"{sum(part.bytes for part in parts) / 2**30:.2f} GiB"))
-    if len(watched.shards) > 1:
-        (first, few), (last, many) = watched.shards[0], watched.shards[-1]
+    if len(shards) > 1:
+        (first, few), (last, many) = shards[0], shards[-1]
         found.append(Figure("pace", f"{60 * (many - few) / max(last - first, 1e-9):,.1f} shards/min"))
     return found

@@ -17,10 +17,9 @@ from pipeline.console import printable, say
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.run import open_runs
 from pipeline.operate.runs.state import is_remote
-from pipeline.operate.watch.figures import line
 from pipeline.operate.watch.keys import Keys
 from pipeline.operate.watch.screen import Screen
-from pipeline.operate.watch.watched import Watched
+from pipeline.operate.watch.watched import Watched, line
 
 PLAIN_SECONDS = 10.0
 _REDRAWN_SECONDS = 1.0
@@ -41,7 +40,7 @@ def watch(addresses: Sequence[str], every: float | None = None) -> None:
     runs = open_runs([find(address) for address in addresses])
     live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
     watched = [Watched(run, every or (None if live or is_remote(run) else PLAIN_SECONDS)) for run in runs]
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGQUIT)}
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGQUIT) if _is_heard(number)}
     try:
         with Suspension() as suspension:
             (_watch_live if live else _watch_plainly)(watched, suspension)
@@ -52,6 +51,11 @@ def watch(addresses: Sequence[str], every: float | None = None) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_heard(number: int) -> bool:
+    """Not where whoever started this wants it ignored, as a script does for what it puts in the background."""
+    return signal.getsignal(number) != signal.SIG_IGN
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
@@ -67,20 +71,22 @@ class Suspension:
         self._before: Any = None
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGTSTP, self._ask)
+        if _is_heard(signal.SIGTSTP):
+            self._before = signal.signal(signal.SIGTSTP, self._ask)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTSTP, self._before)
+        if self._before is not None:
+            signal.signal(signal.SIGTSTP, self._before)
 
     def follow(self) -> None:
         """Stop, as any program does; this returns when it is told to go on."""
         self.asked = False
-        with_us = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, with_us)
+        signal.signal(signal.SIGTSTP, ours)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True

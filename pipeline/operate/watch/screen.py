@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
@@ -11,18 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import duration, printable
-from pipeline.operate.watch.figures import (
-    ASCII,
-    BLOCKS,
-    Figure,
-    figures,
-    line,
-    percent,
-    seconds_left,
-    share_done,
-    sparkline,
-)
-from pipeline.operate.watch.watched import Watched
+from pipeline.operate.watch.figures import ASCII, BLOCKS, percent, seconds_left, share_done
+from pipeline.operate.watch.watched import Watched, line
 
 _STYLES = {
     "finished": "green",
@@ -37,14 +26,6 @@ _LEAST_COURSE = 8
 _MOST_NEWS = 3
 
 
-class _Known(NamedTuple):
-    """What was made of a run; a long log takes a while."""
-
-    stand: object
-    figures: list[Figure]
-    courses: dict[tuple[str, int], str]  # by figure and width
-
-
 class Screen:
     """What is drawn, anew at each refresh.
 
@@ -56,7 +37,6 @@ class Screen:
     def __init__(self, watched: Sequence[Watched], *, keys: bool) -> None:
         self._watched, self.keys = watched, keys
         self.news: list[str] = []
-        self._known: dict[str, _Known] = {}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         blocks = [list(self._block(one, console)) for one in self._watched]
@@ -85,27 +65,15 @@ class Screen:
         lines: list[Text | Table] = [head]
         if (done := share_done(run)) is not None:
             lines.append(self._bar(one, done, console.width))
-        known = self._made(one)
-        for figure in known.figures:
+        for figure in one.figures:
             room = console.width - _NAME - max(_VALUE, len(figure.value)) - 5
             text = Text(f"  {figure.name:<{_NAME}}", style="dim", no_wrap=True, overflow="ellipsis")
             text.append(f"{printable(figure.value, one_line=True):<{_VALUE}}", style="not dim")
             if figure.course is not None and room >= _LEAST_COURSE and len(figure.course.values) > 1:
-                place = (figure.name, min(room, 60))
-                if place not in known.courses:
-                    known.courses[place] = sparkline(figure.course, place[1], levels)
-                text.append(f"  {known.courses[place]}", style="not dim blue")
+                text.append(f"  {figure.drawn(min(room, 60), levels)}", style="not dim blue")
             lines.append(text)
         lines.append(Text(f"  {_footnote(one)}", style="dim", no_wrap=True, overflow="ellipsis"))
         return lines
-
-    def _made(self, one: Watched) -> _Known:
-        """Anew where something has come."""
-        stand = (len(one.run.numbers), one.run.numbers.last_step, tuple(one.shards[-1:]))
-        known = self._known.get(one.run.name)
-        if known is None or known.stand != stand:
-            known = self._known[one.run.name] = _Known(stand, figures(one), {})
-        return known
 
     def _bar(self, one: Watched, done: float, width: int) -> Table:
         left = seconds_left(one.run) if one.state.word == "running" else None

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
+from pipeline.console import duration
 from pipeline.errors import StorageError
 from pipeline.operate.runs.run import Run
 from pipeline.operate.runs.state import State, is_remote, judge, silence, state_of_encode
+from pipeline.operate.watch.figures import Figure, figures, percent, seconds_left, share_done
 from pipeline.storage import Holder, holder
 
 LOCAL_SECONDS, REMOTE_SECONDS, LEAST_REMOTE_SECONDS = 2.0, 30.0, 10.0
@@ -38,6 +40,7 @@ class Watched:
         self._began_with: tuple[int, int | None] | None = None
         self.shards: list[tuple[float, int]] = []
         """When how many shards of an encode job were done, of the last looks at which they were more."""
+        self._figures: list[Figure] | None = None  # of a long log they take a while
 
     def look(self) -> list[str]:
         """Bring it up to date, if it is time. Returns what happened since, one line each."""
@@ -49,7 +52,7 @@ class Watched:
             news = self._refresh()
             self.problem = ""
         except StorageError as error:
-            news, self.problem = [], error.message
+            news, self.problem, self._figures = [], error.message, None
         took = 0.0 if is_first else self._clock() - started  # the first look reads all there is
         self._next = self._clock() + max(self._every, _REST * took)
         changed = [str(self.state)] if self.state.word not in (before.word, "running") else []
@@ -65,9 +68,17 @@ class Watched:
         """Seconds since anything new came; None = nothing has come yet."""
         return None if self._changed_at is None else self._clock() - self._changed_at
 
+    @property
+    def figures(self) -> list[Figure]:
+        """What is told of it, made anew where something has come."""
+        if self._figures is None:
+            self._figures = figures(self.run, self.shards)
+        return self._figures
+
     def _refresh(self) -> list[str]:
         run, now = self.run, self._clock()
         if run.refresh():
+            self._figures = None
             ago = silence(run, time.time()) if self._changed_at is None else 0.0
             self._changed_at = now - (ago or 0.0)
         news = self._restarts()
@@ -88,6 +99,8 @@ class Watched:
         known, self._began_with = self._began_with, (starts, last)
         if known is None or (starts <= known[0] and (last or 0) >= (known[1] or 0)):
             return []
+        if self._changed_at is not None:
+            self._changed_at = self._clock()
         start = self.run.starts[-1].get("step") if self.run.starts else last
         return [f"started again, from step {start:,}" if isinstance(start, int) else "started again"]
 
@@ -103,3 +116,16 @@ class Watched:
             return Holder(found.host, found.pid, True if moved else None, found.counter)
         gone = now - self._lease[1] > max(_WATCHED_SECONDS, 2 * self._every)
         return Holder(found.host, found.pid, False if gone else None, found.counter)
+
+
+def line(watched: Watched) -> str:
+    """All of it in one line of a log."""
+    run = watched.run
+    parts = []
+    if run.found.kind != "encode" and run.numbers.last_step is not None:
+        of = f"/{run.target:,} ({percent(share_done(run) or 0.0)})" if run.target else ""
+        parts.append(f"step {run.numbers.last_step:,}{of}")
+    parts += [f"{figure.name} {figure.value}" for figure in watched.figures if figure.short]
+    left = seconds_left(run) if watched.state.word == "running" else None
+    parts += [f"{duration(left)} left"] if left else []
+    return ", ".join(parts) or watched.state.word
