@@ -40,6 +40,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_log(folder / "longer", longer_lines())
     pages["uneven"] = [folder / "short", folder / "longer"]
     pages["longer"] = [folder / "longer"]
+    pages["levels"] = [write_encoded(folder / "encoded"), first, second]
     pages["odd"] = [folder / "vae", folder / "one", folder / "empty", write_encoded(folder / "latents")]
     for name, runs in pages.items():
         report([str(run) for run in runs], str(folder / f"{name}.html"))
@@ -99,6 +100,12 @@ def across(browser: Browser, start: float, end: float, chart: str = LOSS) -> Non
     """Drag from one share of a chart's width to another."""
     left, top, width, _ = browser.box(f"{chart} .plot .grid")
     browser.drag((left + start * width, top + 40), (left + end * width, top + 40))
+
+
+def choose(browser: Browser, selector: str, value: str, event: str) -> None:
+    """Set a control, as a person does."""
+    change = f"c.value = {value!r}; c.dispatchEvent(new Event('{event}'));"
+    browser.run(f"(() => {{ const c = document.querySelector('{selector}'); {change} }})()")
 
 
 def over(browser: Browser, share: float, chart: str = LOSS) -> None:
@@ -240,13 +247,14 @@ def test_the_largest_numbers_have_axes(browser, pages):
     linear = ticks(browser, chart)
     browser.click(f"{chart} .chart-head button")
     assert ticks(browser, chart) != linear
+    assert browser.run("axisEnds(0.001, 0.001 + 2e-19, false)") == pytest.approx([0.0009, 0.0011])
     for low, high in ((5e-324, 1.7976931348623157e308), (1.7e308, 1.7e308), (-1.7e308, 1.7e308), (0, 0)):
         for log in ("true", "false")[low <= 0 :]:
             ends = browser.run(f"axisEnds({low}, {high}, {log})")
             assert ends[0] < ends[1]
             made = browser.run(f"({'logTicks' if log == 'true' else 'linearTicks'})(...{ends}, 7)")
             assert 1 < len(made["ticks"]) < 20
-            labels = browser.run(f"{made['ticks']}.map((tick) => tickText(tick, {made['step']}))")
+            labels = browser.run(f"tickTexts({made})")
             assert len(set(labels)) == len(labels)
             assert max(map(len, labels)) < 10
 
@@ -284,6 +292,69 @@ def test_the_toolbar_stays_in_sight(browser, pages):
     assert browser.run("getComputedStyle(document.querySelectorAll('.run-toggle')[1]).opacity") == "1"
 
 
+def test_the_toolbar_stays_where_there_are_curves(browser, pages):
+    browser.open(pages["several"])
+    for section, above in (("throughput", True), ("pictures", False)):
+        browser.run(f"scrollTo(0, document.querySelector('#{section}').offsetTop + 150)")
+        browser.settle()
+        assert browser.run("!!document.elementFromPoint(640, 10).closest('.toolbar')") is above
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    assert browser.run("getComputedStyle(document.querySelector('.toolbar')).display") == "none"
+    browser.ask("Emulation.setEmulatedMedia", media="")
+
+
+def test_curves_by_level_belong_to_their_run(browser, pages):
+    browser.open(pages["levels"])
+    chart = called("Loss by noise level, held out, main: b")
+    choose(browser, "#along", "hours", "change")
+    assert len(drawn(browser, f"{chart} .plot path")) == 3
+    assert "NaN" not in "".join(drawn(browser, ".plot path"))
+    browser.click(".run-toggle", 1)
+    assert "all curves are hidden" in ticks(browser, chart)
+    assert browser.run(f"document.querySelectorAll({chart!r} + ' .legend .unseen').length") == 3
+    struck = f"getComputedStyle(document.querySelector({chart!r} + ' .legend button')).textDecorationLine"
+    assert browser.run(struck) == "line-through"
+
+
+def test_zooming_out_ends_with_what_is_seen(browser, pages):
+    browser.open(pages["levels"])
+    browser.click(".run-toggle", 1)
+    across(browser, 0.5, 0.1)
+    browser.run(f"document.querySelector('{LOSS} .plot svg').focus()")
+    browser.press("-")
+    assert browser.run(f"document.querySelector('{LOSS} .plot svg').getAttribute('aria-valuemin')") == "1"
+
+
+def test_a_button_that_was_let_go_elsewhere_selects_nothing(browser, pages):
+    browser.open(pages["one"])
+    left, top, width, _ = browser.box(f"{LOSS} .plot .grid")
+    browser.ask(
+        "Input.dispatchMouseEvent", type="mousePressed", x=left + 9, y=top + 40, button="left", buttons=1, clickCount=1
+    )
+    browser.point((left + width / 2, top + 40))
+    assert browser.run(f"document.querySelector('{LOSS} .selection').getAttribute('width')") == "0"
+
+
+def test_what_is_below_a_chart_stays_while_it_is_read(browser, pages):
+    browser.open(pages["uneven"])
+    height = f"document.querySelector('{LOSS} .legend').offsetHeight"
+    at_rest = browser.run(height)
+    over(browser, 0.6)
+    assert browser.run(height) >= at_rest
+
+
+def test_a_loss_that_was_not_finite_is_told_as_such(browser, pages):
+    browser.open(pages["several"])
+    over(browser, 1860 / 4000)
+    assert "long training not finite" in said(browser)
+
+
+def test_a_small_chart_has_two_labels_at_least(browser, pages):
+    browser.open(pages["one"], width=360)
+    chart = called("Loss over the noise level, held out")
+    assert browser.run(f"document.querySelectorAll({chart!r} + ' .plot .tick').length - 1") >= 2
+
+
 def test_scale_smoothing_and_axis_are_set(browser, pages):
     browser.open(pages["one"])
     linear = drawn(browser)
@@ -291,16 +362,15 @@ def test_scale_smoothing_and_axis_are_set(browser, pages):
     assert drawn(browser) != linear
     browser.click(f"{LOSS} .chart-head button")
     assert drawn(browser) == linear
-    set_to = "(() => {{ const c = document.querySelector('{}'); c.value = {!r}; c.dispatchEvent(new Event('{}')); }})()"
-    browser.run(set_to.format("#smoothing", "30", "input"))
+    choose(browser, "#smoothing", "30", "input")
     assert drawn(browser) != linear
-    browser.run(set_to.format("#smoothing", "0", "input"))
+    choose(browser, "#smoothing", "0", "input")
     assert drawn(browser) == []
     assert len(drawn(browser, f"{LOSS} .plot path")) >= 3
-    browser.run(set_to.format("#along", "samples", "change"))
+    choose(browser, "#along", "samples", "change")
     assert "sample" in ticks(browser)
     assert "400" in ticks(browser)
-    browser.run(set_to.format("#along", "hours", "change"))
+    choose(browser, "#along", "hours", "change")
     assert "hour" in ticks(browser)
 
 
@@ -343,7 +413,7 @@ def test_axes_are_labelled_by_few_round_numbers(browser, pages):
             for (const make of [linearTicks, logTicks]) {
               const { ticks, step } = make(low, high, 7), air = (high - low) * 1e-6;
               const inside = ticks.every((t, n) => t >= low - air && t <= high + air && (n === 0 || t > ticks[n - 1]));
-              const labels = new Set(ticks.map((t) => tickText(t, step)));
+              const labels = new Set(tickTexts({ ticks, step }));
               const few = ticks.length >= 2 && ticks.length <= 10 && labels.size === ticks.length;
               if (!few || !inside) wrong.push([make.name, low, high, ticks, [...labels]]);
             }
@@ -352,3 +422,5 @@ def test_axes_are_labelled_by_few_round_numbers(browser, pages):
         })()"""
     )
     assert wrong == []
+    assert browser.run("tickTexts(linearTicks(0, 10000, 6))") == ["0", "2k", "4k", "6k", "8k", "10k"]
+    assert browser.run("tickTexts(linearTicks(0, 6000, 6))")[1] == "1,000"

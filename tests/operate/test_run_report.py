@@ -385,6 +385,15 @@ def test_levels_of_several_runs_stand_by_their_runs(tmp_path):
     assert [{curve["run"] for curve in one["curves"]} for one in levels] == [{1}, {2}]
 
 
+def test_charts_of_two_runs_by_level_stand_side_by_side(tmp_path):
+    for name in "ab":
+        write_log(tmp_path / name, [line | {"noise_level_loss": {"0_0.5-1.0": 1.0}} for line in log_lines(10)])
+    reader = page_of(tmp_path, *(tmp_path / name for name in "ab"))
+    titles = [json.loads(a["data-chart"])["title"] for a in reader.all("figure") if "data-chart" in a]
+    levels = [title for title in titles if "noise level" in title]
+    assert [title.startswith("Loss by") for title in levels] == [True] * 4 + [False] * 2
+
+
 def test_bands_are_told_of_by_the_curves_that_have_one(tmp_path):
     write_log(tmp_path / "a", log_lines(3000, validated=1000))
     write_training(tmp_path / "b")

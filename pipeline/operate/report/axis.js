@@ -12,16 +12,22 @@ const numberText = (value) => {
 
 const placeText = (value) => value.toLocaleString("en", { maximumFractionDigits: Math.abs(value) < 1000 ? 3 : 1 });
 
+// In one unit for all of an axis, but for decades, which have a step of 0.
+const tickTexts = ({ ticks, step }) => {
+  const largest = Math.max(...ticks.map(Math.abs));
+  return ticks.map((tick) => tickText(tick, step, step ? largest : Math.abs(tick)));
+};
+
 // As many digits as tell neighbours apart; without a step between them, by its own first digit.
-const tickText = (value, step) => {
+const tickText = (value, step, largest) => {
   const size = Math.abs(value);
   step ||= 10 ** Math.max(-323, Math.floor(Math.log10(size)));
   if (size < step / 1e6) return "0";
-  if (size >= 1e15 || step < 1e-5) {
+  if (largest >= 1e15 || step < 1e-5) {
     return value.toExponential(Math.min(10, Math.max(0, Math.ceil(Math.log10(size) - Math.log10(step) - 1e-9))));
   }
   for (const [unit, name] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (size >= unit * 10 || (size >= unit && unit >= 1e6)) return withDigits(value / unit, step / unit) + name;
+    if (largest >= unit * 10 || (largest >= unit && unit >= 1e6)) return withDigits(value / unit, step / unit) + name;
   }
   return withDigits(value, step);
 };
@@ -33,7 +39,8 @@ const withDigits = (value, step) =>
 const axisEnds = (low, high, log) => {
   const most = Number.MAX_VALUE;
   if (log) return [Math.max(low / 1.1, Number.MIN_VALUE), Math.min(high * 1.1, most)];
-  const air = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
+  const apart = high - low > Math.max(-low, high) * 1e-9; // a line's values between equal points differ by their rounding
+  const air = (apart && (high - low) * 0.05) || Math.abs(high) * 0.1 || 1;
   const ends = [Math.max(low >= 0 && low <= high * 0.6 ? 0 : low - air, -most), Math.min(high + air, most)];
   return Number.isFinite(ends[1] - ends[0]) ? ends : [-most / 2, most / 2];
 };
@@ -43,9 +50,8 @@ const linearTicks = (low, high, most) => {
   const rough = (high - low) / Math.max(1, most);
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * [1, 2, 5, 10].find((m) => unit * m >= rough * 0.999);
-  const ticks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i <= Math.floor(high / step + 1e-9); i++) ticks.push(i * step);
-  return { ticks, step };
+  const first = Math.ceil(low / step - 1e-9), count = Math.floor(high / step + 1e-9) - first + 1;
+  return { ticks: Array.from({ length: count }, (_, i) => (first + i) * step), step };
 };
 
 const logTicks = (low, high, most) => {
@@ -79,8 +85,11 @@ const smoothed = (values, share) => {
   const count = values.length, reach = Math.max(1, Math.round(count * share / 2));
   return values.map((value, i) => {
     if (value === null) return null;
-    const near = values.slice(Math.max(0, i - reach), i + reach + 1).filter((v) => v !== null);
-    return near.reduce((mean, v) => mean + v / near.length, 0);
+    const first = Math.max(0, i - reach), last = Math.min(i + reach, count - 1);
+    let near = 0, mean = 0;
+    for (let j = first; j <= last; j++) near += values[j] !== null;
+    for (let j = first; j <= last; j++) mean += values[j] / near; // a gap adds nothing
+    return mean;
   });
 };
 

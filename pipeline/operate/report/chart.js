@@ -44,7 +44,8 @@ class Chart {
   }
 
   get window() { return (this.isOverSteps && this.view.zooms.get(this.data.group)) || this.extent(); }
-  get visible() { return this.curves.filter((c) => c.shown && !this.view.hidden.has(c.run)); }
+  get visible() { return this.curves.filter((c) => this.shows(c)); }
+  shows(curve) { return curve.shown && !this.view.hidden.has(curve.run); }
 
   build() {
     const head = this.figure.querySelector(".chart-head");
@@ -92,7 +93,7 @@ class Chart {
     if (this.along === "steps") return curve.x;
     curve.laid ??= {};
     return curve.laid[this.along] ??= curve.x.map((step) => {
-      const run = this.runs[curve.run ?? 0];
+      const run = this.runs[curve.run];
       return this.along === "samples" ? step * run.samples : between(run.steps, run.hours, step);
     });
   }
@@ -136,7 +137,7 @@ class Chart {
     const [from, to] = this.window, range = this.range();
     const [low, high] = range ?? [1, 10];
     const y = !range ? { ticks: [], step: 1 } : this.log ? logTicks(low, high, 7) : linearTicks(low, high, 6);
-    const labels = y.ticks.map((tick) => tickText(tick, y.step));
+    const labels = tickTexts(y);
     const box = { left: 14 + 7 * Math.max(2, ...labels.map((l) => l.length)), right: width - 12, top: 26, bottom: height - 40 };
     const scale = this.log ? Math.log10 : (v) => v;
     Object.assign(this, { box, from, to, stops: null });
@@ -166,13 +167,17 @@ class Chart {
       parts.push(make("svg:line", { class: "grid", x1: left, x2: right, y1: at, y2: at }));
       parts.push(make("svg:text", { x: left - 6, y: at + 4, "text-anchor": "end" }, labels[i]));
     });
-    const x = linearTicks(this.from, this.to, Math.max(2, (right - left) / 80));
-    const ticks = this.along === "steps" && this.isOverSteps ? x.ticks.filter((t) => Math.abs(t - Math.round(t)) < 1e-9) : x.ticks;
-    for (const tick of ticks) {
+    let x = { ticks: [] };
+    for (let most = Math.max(2, (right - left) / 80), more = 0; x.ticks.length < 2 && more < 3; more++) {
+      x = linearTicks(this.from, this.to, most + more);
+    }
+    if (this.along === "steps" && this.isOverSteps) x.ticks = x.ticks.filter((t) => Math.abs(t - Math.round(t)) < 1e-9);
+    const texts = tickTexts(x);
+    x.ticks.forEach((tick, i) => {
       const at = this.toX(tick);
       parts.push(make("svg:line", { class: "tick", x1: at, x2: at, y1: bottom, y2: bottom + 4 }));
-      parts.push(make("svg:text", { x: at, y: bottom + 17, "text-anchor": at > right - 14 ? "end" : "middle" }, tickText(tick, x.step)));
-    }
+      parts.push(make("svg:text", { x: at, y: bottom + 17, "text-anchor": at > right - 14 ? "end" : "middle" }, texts[i]));
+    });
     parts.push(make("svg:line", { class: "tick", x1: left, x2: right, y1: bottom, y2: bottom }));
     parts.push(make("svg:text", { class: "axis", x: right, y: height - 5, "text-anchor": "end" }, this.unit));
     parts.push(make("svg:text", { class: "axis", x: 0, y: 12 }, this.data.unit));

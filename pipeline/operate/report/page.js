@@ -17,7 +17,9 @@
 
   // A window within what there is of a group of charts; null shows all of it.
   view.zoomTo = (group, from, to) => {
-    const extents = charts.filter((chart) => chart.isOverSteps && chart.data.group === group).map((chart) => chart.extent());
+    const zoomed = charts.filter((chart) => chart.isOverSteps && chart.data.group === group && chart.visible.length);
+    if (!zoomed.length) return;
+    const extents = zoomed.map((chart) => chart.extent());
     const low = Math.min(...extents.map((e) => e[0])), high = Math.max(...extents.map((e) => e[1]));
     const zoom = [Math.max(from ?? low, low), Math.min(to ?? high, high)];
     if (zoom[1] - zoom[0] < (high - low) / 1e5) return;

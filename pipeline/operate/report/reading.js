@@ -10,6 +10,7 @@ const listenTo = (chart) => {
   let start = null;
   svg.addEventListener("pointerdown", (event) => { if (event.button === 0) start = { x: event.clientX, place: placeOf(chart, event) }; });
   svg.addEventListener("pointermove", (event) => {
+    if (!event.buttons) start = null; // let go elsewhere
     chart.at = placeOf(chart, event);
     if (start && chart.isOverSteps && Math.abs(event.clientX - start.x) > 5) {
       svg.setPointerCapture(event.pointerId);
@@ -60,8 +61,11 @@ const toldOf = (chart, curve, place, cursor) => {
   const reach = curve.low ? (places[end] - places[0]) / end : 0; // its points stand for several lines
   if (place < places[0] - reach || place > places[end] + reach) return { text: "\u2013", words: "nothing" };
   const i = nearest(places, place), value = curve.mean[i];
-  let text = numberText(value);
-  if (value !== null && curve.low) text += ` (${numberText(curve.low[i])} to ${numberText(curve.high[i])})`;
+  let text = value === null ? "not finite" : numberText(value);
+  if (value !== null && curve.low) {
+    const [low, high] = [curve.low[i], curve.high[i]].map(numberText);
+    if (low !== high) text += ` (${low} to ${high})`;
+  }
   if (value !== null && curve.average) text += `, average ${numberText(curve.average[i])}`;
   if (Math.abs(places[i] - cursor) > reach) text += ` (at ${chart.unit} ${placeText(places[i])})`;
   return { text, words: text, value, at: places[i] };
@@ -76,7 +80,11 @@ const tell = (chart) => {
   for (const end of ["x1", "x2"]) chart.cursor.setAttribute(end, reads ? chart.toX(place) : 0);
   chart.dots.replaceChildren();
   const words = [];
-  for (const curve of chart.curves) curve.told.textContent = "";
+  chart.legend.style.minHeight = reads ? `${chart.legend.offsetHeight}px` : ""; // what is below stays where it is
+  for (const curve of chart.curves) {
+    curve.told.textContent = "";
+    curve.button.classList.toggle("unseen", !chart.shows(curve));
+  }
   for (const curve of chart.visible) {
     const places = chart.places(curve), last = places[places.length - 1];
     const told = toldOf(chart, curve, reads || last < chart.from ? place : Math.min(place, last), place);
@@ -85,7 +93,6 @@ const tell = (chart) => {
     const seen = reads && chart.has(told.value) && told.at >= chart.from && told.at <= chart.to;
     if (seen) chart.dots.append(dot(chart, curve, told.at, told.value, 3.5));
   }
-  chart.legend.style.minHeight = reads ? `${chart.legend.offsetHeight}px` : ""; // what is below stays where it is
   chart.where.textContent = reads ? `${chart.unit} ${placeText(place)}` : "";
   svg.setAttribute("aria-label", `${chart.data.title}, curves; arrow keys read them`);
   svg.setAttribute("aria-valuemin", chart.from);

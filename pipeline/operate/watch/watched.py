@@ -94,10 +94,10 @@ class Watched:
         return news
 
     def _restarts(self) -> list[str]:
-        """Whether the run was started again since the last look."""
+        """Whether the run was started again since the last look: by its starts, or by its log where none are noted."""
         starts, last = len(self.run.starts), self.run.numbers.last_step
         known, self._began_with = self._began_with, (starts, last)
-        if known is None or (starts <= known[0] and (last or 0) >= (known[1] or 0)):
+        if known is None or not (starts > known[0] if starts else (last or 0) < (known[1] or 0)):
             return []
         if self._changed_at is not None:
             self._changed_at = self._clock()
