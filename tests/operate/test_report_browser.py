@@ -238,6 +238,7 @@ def test_both_the_logged_value_and_the_average_are_told(browser, pages):
 def test_one_large_value_does_not_end_the_moving_average(browser, pages):
     browser.open(pages["longer"])
     assert said(browser, called("Gradient norm")).endswith("gradient norm 2, average 2")
+    assert browser.run("smoothed([9, 1, 2, 6], 0.5)") == pytest.approx([9, 4, 3, 4])  # a steep beginning is followed
     assert browser.run("smoothed([1.7e308, 1.7e308, null, 1.7e308], 1)") == [1.7e308, 1.7e308, None, 1.7e308]
 
 

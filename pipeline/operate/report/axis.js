@@ -79,13 +79,14 @@ const nearest = (places, value) => {
   return low > 0 && value - places[low - 1] < places[low] - value ? low - 1 : low;
 };
 
-// Mean over a share of the values to each side, so that it does not lag; gaps take no part. Each window is summed by
-// itself: of the difference of two running sums one large value would leave nothing.
+// Mean over a share of the values, half to each side, so that it does not lag. Near the first it is over fewer, for a
+// curve begins steeply; near the last over those that are there. Gaps take no part. Each window is summed by itself:
+// of the difference of two running sums one large value would leave nothing.
 const smoothed = (values, share) => {
   const count = values.length, reach = Math.max(1, Math.round(count * share / 2));
   return values.map((value, i) => {
     if (value === null) return null;
-    const first = Math.max(0, i - reach), last = Math.min(i + reach, count - 1);
+    const aside = Math.min(reach, i), first = i - aside, last = Math.min(i + aside, count - 1);
     let near = 0, mean = 0;
     for (let j = first; j <= last; j++) near += values[j] !== null;
     for (let j = first; j <= last; j++) mean += values[j] / near; // a gap adds nothing

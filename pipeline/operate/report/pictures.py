@@ -84,8 +84,8 @@ def _sheets(run: Run, budget: int, *, alone: bool) -> _Sheets:
         for place, (step, data, kind) in enumerate(files)
     ]
     count = len(run.sheets)
-    chosen = ", evenly chosen" if len(files) + unreadable < count else ""
-    note = f"{len(files)} of {count} sheets are shown{chosen}." if len(files) < count else ""
+    evened = ", evenly chosen" if len(files) + unreadable < count else ""
+    note = f"{len(files)} of {count} sheets are shown{evened}." if len(files) < count else ""
     if unreadable:
         note = f"{note} {unreadable} cannot be read."
     if any(kind == "jpeg" for _, _, kind in files):

@@ -82,7 +82,8 @@ def level_charts(runs: Sequence[Run], places: Sequence[int]) -> list[Chart]:
                 profiles += _profiles(levels, name, most, run=place, hue=hue)
         if profiles:
             title = f"Loss over the noise level, {'held out' if held_out else 'training'}"
-            over_levels.append(Chart(title, "squared error", profiles, _LEVELS_NOTE, smooth=False, across="noise level"))
+            over = Chart(title, "squared error", profiles, _LEVELS_NOTE, smooth=False, across="noise level")
+            over_levels.append(over)
     return over_steps + over_levels
 
 

@@ -255,9 +255,7 @@ def _spent(run: Run) -> str:
     times = times[np.isfinite(times)]
     checkpoints = run.checkpoints
     parts = (
-        [f"{duration(float(passed(times)[-1]))} from the first line of the log to the last."]
-        if len(times) > 1
-        else []
+        [f"{duration(float(passed(times)[-1]))} from the first line of the log to the last."] if len(times) > 1 else []
     )
     parts += [f"{len(run.starts)} starts."] if len(run.starts) > 1 else []
     parts += [f"Newest checkpoint: step {max(checkpoints):,}."] if checkpoints else []
