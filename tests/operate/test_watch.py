@@ -298,6 +298,17 @@ def test_ctrl_c_leaves_quietly(tmp_path, monkeypatch):
     watch([str(write_training(tmp_path / "a"))])
 
 
+def test_what_is_ignored_in_the_background_stays_so(tmp_path, monkeypatch):
+    numbers, seen = (signal.SIGQUIT, signal.SIGTSTP), []
+    monkeypatch.setattr(job, "_watch_plainly", lambda *_: seen.extend(map(signal.getsignal, numbers)))
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        watch([str(write_training(tmp_path / "run"))])
+    finally:
+        after = [signal.signal(number, handler) for number, handler in zip(numbers, before, strict=True)]
+    assert seen == after == [signal.SIG_IGN] * 2
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("keys", "terminal", "code"),
