@@ -160,6 +160,7 @@ def stranger(folder: Path, given: dict[str, torch.Tensor]) -> tuple[dict[str, to
     return load_file(folder.parent / "out.safetensors"), ran.stderr
 
 
+@pytest.mark.alone
 def test_stock_pipeline_makes_pictures_without_a_warning(stranger: tuple[dict[str, torch.Tensor], str]) -> None:
     lines = stranger[1].replace("\r", "\n").splitlines()
     said = [line for line in lines if line.strip() and not re.search(r"(it/s|s/it)]|\?it", line)]
@@ -167,10 +168,12 @@ def test_stock_pipeline_makes_pictures_without_a_warning(stranger: tuple[dict[st
     assert [line for line in said if line not in truncation] == []
 
 
+@pytest.mark.alone
 def test_ids_are_the_same(stranger: tuple[dict[str, torch.Tensor], str], tokenizer: Tokenizer) -> None:
     np.testing.assert_array_equal(stranger[0]["ids"].numpy(), tokenizer(PROMPTS))
 
 
+@pytest.mark.alone
 def test_unet_gives_the_trainers_velocity(
     stranger: tuple[dict[str, torch.Tensor], str],
     model: TextToImage,
@@ -183,6 +186,7 @@ def test_unet_gives_the_trainers_velocity(
     torch.testing.assert_close(stranger[0]["velocity"], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.alone
 def test_decoder_takes_whitened_latents(
     stranger: tuple[dict[str, torch.Tensor], str], vae: AutoencoderKL, given: dict[str, torch.Tensor]
 ) -> None:
@@ -192,6 +196,7 @@ def test_decoder_takes_whitened_latents(
     torch.testing.assert_close(stranger[0]["images"], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.alone
 def test_encoder_gives_whitened_latents(
     stranger: tuple[dict[str, torch.Tensor], str], vae: AutoencoderKL, given: dict[str, torch.Tensor]
 ) -> None:
@@ -201,6 +206,7 @@ def test_encoder_gives_whitened_latents(
     torch.testing.assert_close(stranger[0]["latents"], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.alone
 def test_stock_sampler_follows_the_same_flow(
     stranger: tuple[dict[str, torch.Tensor], str],
     model: TextToImage,

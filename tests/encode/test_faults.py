@@ -562,6 +562,7 @@ class TestDisks:
             store = open_store(f"{full.url}/out", full.environment())
             assert {entry.name: store.read(entry.name) for entry in store.list()} == undisturbed
 
+    @pytest.mark.alone
     def test_the_output_is_full(
         self, place: Path, undisturbed: dict[str, bytes], tmp_path: Path, disk: Callable[[int], Disk]
     ) -> None:
