@@ -90,10 +90,11 @@ def test_sizes():
 
 
 @pytest.mark.ranks
-def test_ranks_that_fail_are_told_with_their_last_words(tmp_path):
+def test_ranks_that_fail_are_told_with_their_last_words(tmp_path, capsys):
     (tmp_path / "job.json").write_text("{}")
-    with pytest.raises(SetupError, match="KeyError: 'config'"):
+    with pytest.raises(SetupError, match="the ranks of the benchmark failed"):
         launch(1, tmp_path / "job.json", tmp_path / "result.json")
+    assert "KeyError: 'config'" in capsys.readouterr().err
 
 
 def test_every_one_is_named_on_the_page():
