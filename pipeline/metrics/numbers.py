@@ -36,10 +36,6 @@ class Numbers:
             d.key: {(): 0.0} if d.kind == "counter" and not d.labels else {} for d in self._definitions.values()
         }
 
-    def labels(self, key: str) -> tuple[str, ...]:
-        """The names of a metric's labels, in their order. Raises KeyError: the table has no such key for this job."""
-        return self._definitions[key].labels
-
     def set(self, key: str, value: float, labels: Mapping[str, str]) -> None:
         """Set one number. Raises KeyError and ValueError: no such key, or not its labels."""
         self._change(key, labels, lambda _: value)
