@@ -10,7 +10,7 @@ import torch
 from pipeline.config import EngineConfig
 from pipeline.errors import ConfigError
 
-_BUCKET_ELEMENTS = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO-3: smaller parameters are kept whole on every rank, since fetching them costs more than their memory."""
 
@@ -31,8 +31,8 @@ def deepspeed_config(
         "overlap_comm": False,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
         "round_robin_gradients": False,
     }
     if config.zero_stage == 3:
@@ -40,7 +40,7 @@ def deepspeed_config(
             "overlap_comm": True,
             "sub_group_size": 1_000_000_000,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
-            "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,

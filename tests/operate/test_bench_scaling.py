@@ -19,14 +19,18 @@ from pipeline.data.manifest import load_manifest, load_receipt
 from pipeline.data.order import Order
 from pipeline.data.planner import Planner
 from pipeline.errors import ConfigError, SetupError
+from pipeline.metrics.numbers import Numbers
+from pipeline.metrics.table import DEFINITIONS
 from pipeline.operate.bench.scaling import job
+from pipeline.operate.bench.scaling.cluster import PARAMETERS, checkpoint, communication, series_of_a_rank
+from pipeline.operate.bench.scaling.cluster_page import share
 from pipeline.operate.bench.scaling.data_set import TEXTS, sample_bytes
 from pipeline.operate.bench.scaling.epoch import Blocks, EpochPlan, plan_epoch
 from pipeline.operate.bench.scaling.job import ScalingBench, bench_scaling
 from pipeline.operate.bench.scaling.measured import Job, measure
 from pipeline.operate.bench.scaling.page import page, summary
 from pipeline.operate.bench.scaling.steps import plan_steps
-from pipeline.storage import open_store
+from pipeline.storage import open_store, traffic
 
 pytestmark = pytest.mark.alone
 
@@ -270,3 +274,63 @@ def test_the_command_names_what_was_changed(result, tmp_path, monkeypatch):
     assert benches == [ScalingBench(ranks=16)]
     assert "lathe bench scaling --ranks 16\n" in (tmp_path / "page.md").read_text()
     assert json.loads((tmp_path / "figures.json").read_text()) == result
+
+
+def test_what_crosses_between_nodes_is_what_one_works_out_by_hand():
+    """1e9 weights, 2 bytes each, twice round, on 64 ranks: 4 GB x 63/64; 20 buckets, 63 hops of 5 us, twice."""
+    found = communication(1_000_000_000, 8, 2)
+    assert found.bytes_per_node == pytest.approx(4e9 * 63 / 64)
+    assert found.seconds == pytest.approx({"100": 0.315, "400": 0.07875, "3200": 0.00984375})
+    assert found.latency_seconds == pytest.approx(2 * 20 * 63 * 5e-6)
+    alone = communication(1_000_000_000, 1, 3)
+    assert alone.bytes_per_node == 0
+    assert set(alone.seconds.values()) == {0}
+
+
+def test_what_checkpoints_cost_is_what_one_works_out_by_hand(monkeypatch):
+    """1e9 weights on 8 ranks, 2 GB each: 0.1 s of copy, 0.1 s besides; 10 s at 200 MB/s; 60 parts and 3 more."""
+    monkeypatch.delenv("LATHE_S3_PART_MIB", raising=False)
+    one = checkpoint(1_000_000_000, 1)
+    assert (one.bytes_per_rank, one.stall_seconds, one.store_seconds) == pytest.approx((2e9, 0.2, 10))
+    assert one.requests == 8 * (60 + 3)
+    daily = 419 / 54 / 2048
+    assert one.failures_per_week == pytest.approx(7 * daily)
+    assert one.best_interval_seconds == pytest.approx((2 * 0.2 * 86_400 / daily) ** 0.5)
+    halves = one.best_interval_seconds / 2
+    assert one.lost_share == pytest.approx(0.2 / halves / 2 + daily / 86_400 * (halves + 600))
+    small = checkpoint(1_000_000, 8)
+    assert small.requests == 64, "a file below one part is one request"
+    assert small.best_interval_seconds >= small.store_seconds
+
+
+def test_no_interval_loses_less_than_the_best_one():
+    for parameters in PARAMETERS.values():
+        for nodes in job.NODES:
+            one = checkpoint(parameters, nodes)
+            failures = one.failures_per_week / (7 * 86_400)
+            for other in (one.best_interval_seconds * 2, one.best_interval_seconds / 2):
+                if other >= one.store_seconds:
+                    lost = one.stall_seconds / other + failures * (other / 2 + 600)
+                    assert lost >= one.lost_share
+
+
+def test_a_rank_has_no_more_series_than_the_page_says():
+    """Every number that a rank other than 0 can tell, as Prometheus collects it."""
+    for operation in {*traffic.OPERATIONS.values(), traffic.OTHER}:
+        traffic.count(operation, 0.1)
+    numbers = Numbers("train", ["local"], traffic.counters)
+    for metric in DEFINITIONS:
+        if metric.scope == "local" and "train" in metric.jobs:
+            numbers.set(metric.key, 1.0, {})
+    series = sum(len(family.samples) for family in numbers.collect())
+    assert series == series_of_a_rank()
+
+
+def test_the_page_tells_the_shares_of_a_step(result):
+    (row,) = [one for one in result["clusters"] if (one["model"], one["nodes"]) == ("SDXL", 8)]
+    zero2 = row["communication"]["ZeRO-1, ZeRO-2"]
+    spent = zero2["seconds"]["100"] + zero2["latency_seconds"]
+    assert share(zero2, 0.64, 100) == pytest.approx(spent / (spent + 0.64))
+    text = page(result, "")
+    for said in (f"At 100 Gbit/s they take {share(zero2, 0.64, 100):.0%} of SDXL's step", "| SD 1.5 | 512 |"):
+        assert said in text

@@ -19,6 +19,7 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.order import Order
 from pipeline.data.shard_plan import load_plans
 from pipeline.errors import ConfigError
+from pipeline.operate.bench.scaling.cluster import clusters
 from pipeline.operate.bench.scaling.data_set import (
     TEXTS,
     sample_bytes,
@@ -73,6 +74,7 @@ def bench_scaling(bench: ScalingBench = ScalingBench(), say: Say = lambda text: 
         "nodes": list(_nodes(bench, say)),
         "receipts": receipts,
         "cache": _cache(bench),
+        "clusters": list(clusters(NODES)),
         "sizes": asdict(bench),
         "setting": about,
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config import LoaderConfig
 from pipeline.data.planner import REQUEST_BYTES
+from pipeline.operate.bench.scaling.cluster_page import sections
 from pipeline.operate.bench.scaling.job import PER_GPU, RATES
 from pipeline.operate.bench.scaling.measured import RANKS_PER_NODE
 from pipeline.operate.bench.tables import Rows, aligned, markdown, passed, setting_rows
@@ -19,8 +20,8 @@ _MIB, _GIB, _GBIT = 2**20, 2**30, 1e9 / 8
 _HEAD = """# Many ranks, many shards
 
 Written by `lathe bench scaling`: what planning costs at {ranks:,} ranks and {shards:,} shards, and what a cluster
-asks of its storage, computed from the plan. Nothing was read but manifests and a few receipts; no network was
-measured.
+asks of its storage, computed from the plan; then, worked out from stated rates, what its network, checkpoints and
+metrics cost. Nothing was read but manifests and a few receipts; no network was measured.
 """
 _ASSUMPTIONS = """## What is assumed
 
@@ -71,7 +72,7 @@ From the plan, with one picture size. Two figures in a cell are at {low} / {high
 - **twice**: blocks that another rank reads too, as the border of two runs or of an epoch cuts them.
 - **peak**: requests in a second at the pace of the node's largest step, but the epoch's first.
 """
-_BOUNDS = """## What bounds what
+_BOUNDS = """## What bounds reading
 
 - **Requests.** {per_picture:.4f} per picture with token ids, {embedding_requests:.4f} with embeddings, whose blocks
   are longer than {request_mib} MiB. Amazon S3 takes at least {prefix:,} GET a second for each prefix. The cluster
@@ -126,6 +127,7 @@ def page(result: dict[str, Any], command: str) -> str:
         *(part for text in _texts(result) for part in _node_tables(result, text)),
         _BOUNDS.format(**sizes, **_bounds(result)),
         markdown(_cache_rows(result)),
+        *sections(result, per_gpu=PER_GPU, rates=RATES),
         "## Machine and versions\n",
         markdown([["", ""], *setting_rows(result["setting"])]),
         _AGAIN.format(command=command),
