@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from pipeline.errors import SetupError
 
 PLAIN_LINE_SECONDS = 15.0
 _WIDEST_BAR = 40
@@ -34,8 +37,37 @@ def tell(text: str) -> None:
 
 
 def say(result: object) -> None:
-    """What a command was asked for, on standard output."""
-    print(printable(str(result)), flush=True)  # noqa: T201
+    """What a command was asked for, on standard output. Raises SetupError where that takes nothing."""
+    with output():
+        print(printable(str(result)), flush=True)  # noqa: T201
+
+
+@contextmanager
+def output() -> Iterator[None]:
+    """While something is written to standard output, and nothing else may fail by OSError.
+
+    Raises:
+        SetupError: it is closed, or on a disk that is full.
+        BrokenPipeError: whoever read has left.
+    """
+    remedy = "send it elsewhere, or make room where it goes"
+    if sys.stdout is None:
+        raise SetupError("standard output is closed", remedy)
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_output()
+        raise SetupError(f"standard output takes nothing: {error.strerror}", remedy) from error
+
+
+def forget_output() -> None:
+    """What waits to be written, and all that will be, goes nowhere: at the end nothing complains about it again."""
+    with suppress(OSError, ValueError):  # it has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def printable(text: str, *, one_line: bool = False) -> str:

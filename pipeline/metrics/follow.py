@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from pipeline.metrics.log import LOG, PARTS, LogStore, can_append, parsed_line
 _CHUNK = 1 << 20
 _LONGEST_LINE = 16 << 20  # of ours a thousandth; what is longer is no log
 _READERS, _AHEAD = 16, 64  # parts
+_MARK = 64  # bytes at the end of what was read, by which it is known again
 Progress = Callable[[int, int], None]
 
 
@@ -29,6 +33,7 @@ class LogFollower:
         self.bytes = 0
         """How much of the log was read."""
         self._file: tuple[int, int] | None = None  # device and inode
+        self._mark = b""
         self._rest = b""
         self._parts: dict[str, str] = {}  # name -> version, of S3's parts that were read
 
@@ -43,7 +48,7 @@ class LogFollower:
         """
         gone = self._file_gone() if can_append(self._store) else self._parts_gone(listed)
         if gone:
-            self.damaged, self.bytes, self._file, self._rest, self._parts = 0, 0, None, b"", {}
+            self.damaged, self.bytes, self._file, self._mark, self._rest, self._parts = 0, 0, None, b"", b"", {}
         return gone
 
     def lines(self, listed: Sequence[Any] | None = None, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
@@ -74,30 +79,40 @@ class LogFollower:
         elif text.strip():
             self.damaged += 1
 
-    @property
-    def _path(self) -> Path:
-        return Path(self._store.url) / LOG
+    def _opened(self) -> FileIO | None:
+        """The log's file; None where none is there. Who opens a pipe would wait for its other end."""
+        try:
+            file = open(Path(self._store.url) / LOG, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+        return None
 
     def _file_gone(self) -> bool:
+        """Whether another file has the log's name, or this one has other content where it was read."""
         if self._file is None:
             return False
-        try:
-            status = self._path.stat()
-        except (FileNotFoundError, NotADirectoryError):
+        file = self._opened()
+        if file is None:
             return True
-        return (status.st_dev, status.st_ino) != self._file or status.st_size < self.bytes
+        with file:
+            status = os.fstat(file.fileno())
+            mark = os.pread(file.fileno(), len(self._mark), self.bytes - len(self._mark))
+        return (status.st_dev, status.st_ino) != self._file or mark != self._mark
 
     def _new_bytes(self) -> Iterator[bytes]:
-        try:
-            file = self._path.open("rb")
-        except (FileNotFoundError, NotADirectoryError):
+        file = self._opened()
+        if file is None:
             return
         with file:
-            status = self._path.stat()
+            status = os.fstat(file.fileno())
             self._file = (status.st_dev, status.st_ino)
             file.seek(self.bytes)
             while chunk := file.read(_CHUNK):
                 self.bytes += len(chunk)
+                self._mark = (self._mark + chunk)[-_MARK:]
                 yield chunk
 
     def _parts_gone(self, listed: Sequence[Any] | None) -> bool:
@@ -120,3 +135,7 @@ class LogFollower:
     def _listed(self, listed: Sequence[Any] | None) -> list[Any]:
         entries = self._store.list(PARTS) if listed is None else listed
         return sorted((one for one in entries if one.name.startswith(PARTS)), key=lambda entry: str(entry.name))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -10,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
 from pipeline.operate.description import Description, Section, Size
+from pipeline.operate.runs.record import DamagedError, read_record, tree_of
 from pipeline.storage import Store
 
 _MANIFEST = re.compile(r"manifest(-\d+)?\.json")
@@ -175,8 +173,8 @@ def _parts(store: Store, config: str) -> list[str]:
     if not store.exists(config):
         return []
     try:
-        sources = TrainConfig.model_validate(yaml.safe_load(store.read(config))).sources
-    except (yaml.YAMLError, ValueError):
+        sources = TrainConfig.model_validate(read_record(store, config)).sources
+    except ValueError:
         return []
     return [source.part_in_words or "all" for source in sources]
 
@@ -233,8 +231,8 @@ def _json(store: Store, name: str) -> dict[str, Any]:
 
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
+        tree = tree_of(data)
+    except DamagedError:
         return {}
     return tree if isinstance(tree, dict) else {}
 

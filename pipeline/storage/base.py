@@ -9,6 +9,11 @@ from typing import Protocol
 
 from pipeline.errors import StorageError
 
+RETRY_VARIABLE = "LATHE_STORAGE_RETRY_SECONDS"
+"""How long a server that is silent or busy is asked again; a part of it is the silence that a request may keep."""
+GIVE_UP_VARIABLE = "LATHE_STORAGE_GIVE_UP_SECONDS"
+"""How long it is asked again by who gives `open_store` this, with the same silence of a request."""
+
 
 @dataclass(frozen=True, order=True)
 class Entry:
@@ -67,10 +72,18 @@ class Store(Protocol):
         """A file to be read in ranges that are all of one version."""
         ...
 
-    def list(self, prefix: str = "", *, into: Callable[[str], bool] | None = None) -> list[Entry]:
+    def list(
+        self,
+        prefix: str = "",
+        *,
+        into: Callable[[str], bool] | None = None,
+        left_out: Callable[[str, str], object] | None = None,
+    ) -> list[Entry]:
         """Every file whose name begins with `prefix`, sorted by name.
 
-        In sub-folders too, where `into` is given only in those that it takes by their names (`a`, `a/b`).
+        In sub-folders too, where `into` is given only in those that it takes by their names (`a`, `a/b`). `left_out` is
+        told the name of what is in a folder and no file that can be listed, and why: a pipe, a link to nowhere or to
+        itself, a sub-folder without rights. Without it, some of these are passed over, and others are an error.
         """
         ...
 

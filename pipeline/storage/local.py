@@ -99,22 +99,44 @@ class LocalStore:
         """See Store.open."""
         return LocalFile(self._path(name))
 
-    def list(self, prefix: str = "", *, into: Callable[[str], bool] | None = None) -> list[Entry]:
+    def list(
+        self,
+        prefix: str = "",
+        *,
+        into: Callable[[str], bool] | None = None,
+        left_out: Callable[[str, str], object] | None = None,
+    ) -> list[Entry]:
         """See Store.list."""
         deepest = self._folder / checked_prefix(prefix).rpartition("/")[0]
         entries = []
         with translated(deepest):
-            for name in self._names(deepest, into):
+            for name in self._names(deepest, into, left_out):
                 if name.startswith(prefix) and not name.endswith(PARTIAL):
-                    try:
-                        status = (self._folder / name).stat()
-                    except FileNotFoundError:  # deleted since, or a link to nowhere
-                        if (self._folder / name).is_symlink():
-                            _log.warning("%s is a link to a file that is not there", self._folder / name)
-                        continue
-                    if stat.S_ISREG(status.st_mode):  # whoever opens a pipe waits for its other end
-                        entries.append(Entry(name, status.st_size, _version(status)))
+                    entry = self._entry(name, left_out)
+                    entries += [entry] if entry else []
         return sorted(entries)
+
+    def _entry(self, name: str, left_out: Callable[[str, str], object] | None) -> Entry | None:
+        path = self._folder / name
+        try:
+            status = path.stat()
+        except OSError as error:
+            is_away = isinstance(error, FileNotFoundError)
+            if is_away and not path.is_symlink():  # deleted since
+                return None
+            if left_out is not None:
+                left_out(name, "a link to a file that is not there" if is_away else os.strerror(error.errno or 0))
+            elif is_away:
+                _log.warning("%s is a link to a file that is not there", path)
+            else:
+                with translated(path):
+                    raise
+            return None
+        if stat.S_ISREG(status.st_mode):
+            return Entry(name, status.st_size, _version(status))
+        if left_out is not None:  # whoever opens a pipe waits for its other end
+            left_out(name, "no file, but a pipe or a device")
+        return None
 
     def exists(self, name: str) -> bool:
         """See Store.exists."""
@@ -151,9 +173,22 @@ class LocalStore:
                         swept += 1
         return swept
 
-    def _names(self, start: Path, into: Callable[[str], bool] | None = None) -> Iterator[str]:
+    def _names(
+        self,
+        start: Path,
+        into: Callable[[str], bool] | None = None,
+        left_out: Callable[[str, str], object] | None = None,
+    ) -> Iterator[str]:
         """Every file below `start`, partial ones too."""
-        for folder, folders, files in os.walk(start, onerror=_raise_unless_missing, followlinks=True):
+
+        def failed(error: OSError) -> None:
+            inside = Path(error.filename).relative_to(self._folder).as_posix()
+            if left_out is None or inside == ".":
+                _raise_unless_missing(error)
+            elif not isinstance(error, FileNotFoundError):  # deleted since
+                left_out(inside, os.strerror(error.errno or 0))
+
+        for folder, folders, files in os.walk(start, onerror=failed, followlinks=True):
             inside = Path(folder).relative_to(self._folder)
             if into is not None:
                 folders[:] = [name for name in folders if into((inside / name).as_posix())]

@@ -92,7 +92,13 @@ class S3Store:
         """See Store.open."""
         return S3File(self, self._key(name))
 
-    def list(self, prefix: str = "", *, into: Callable[[str], bool] | None = None) -> list[Entry]:
+    def list(
+        self,
+        prefix: str = "",
+        *,
+        into: Callable[[str], bool] | None = None,
+        left_out: Callable[[str, str], object] | None = None,
+    ) -> list[Entry]:
         """See Store.list."""
         entries = []
         prefixes = [self._root + checked_prefix(prefix)]

@@ -56,7 +56,7 @@ class S3Client:
             secret=given.get("AWS_SECRET_ACCESS_KEY"),
             client_kwargs={"region_name": given["AWS_DEFAULT_REGION"]} if "AWS_DEFAULT_REGION" in given else {},
             config_kwargs={
-                **({"proxies": {}} if given else {}),
+                **({"proxies": {}} if "AWS_ENDPOINT_URL" in given else {}),
                 "connect_timeout": 5,
                 "read_timeout": pace.working_seconds,  # of single requests, see `Pace.be_prompt`
                 "max_pool_connections": _MAX_CONNECTIONS,
@@ -77,7 +77,7 @@ class S3Client:
             StorageError: anything else.
         """
         request = {"Bucket": bucket, **({"Key": key} if key else {}), **arguments}
-        trial = _Trial(self._pace.retry_seconds)
+        trial = _Trial(self._pace.give_up_seconds)
         while True:
             try:
                 answer = self._run(method, request)

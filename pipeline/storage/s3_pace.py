@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.storage.base import GIVE_UP_VARIABLE, RETRY_VARIABLE
 from pipeline.storage.s3_errors import RATE_VARIABLE, Kind, S3Error
 
-_RETRY_VARIABLE = "LATHE_STORAGE_RETRY_SECONDS"
 _PROMPT = {"get_object", "head_object", "head_bucket", "put_object", "upload_part"}
 _LEAST_SILENCE_SECONDS = 2.0  # a busy machine of ours is silent too
 _MOST_SILENCE_SECONDS = 60.0
@@ -29,12 +29,14 @@ class Pace:
     """What is asked of a server.
 
     Attributes:
-        retry_seconds: how long faults that pass are waited for.
+        retry_seconds: how long faults that pass are waited for, as most commands have it.
         least_rate: bytes a second of each request; 0 = any.
+        give_up_seconds: how long they are by whoever uses this.
     """
 
     retry_seconds: float
     least_rate: float
+    give_up_seconds: float
 
     @property
     def silence_seconds(self) -> float:
@@ -121,7 +123,9 @@ def pace(given: Mapping[str, str]) -> Pace:
     Raises:
         ConfigError: one is no number.
     """
-    return Pace(_number(given, _RETRY_VARIABLE, 60, "of seconds"), 1024 * _number(given, RATE_VARIABLE, 16, "of KiB/s"))
+    retry = _number(given, RETRY_VARIABLE, 60, "of seconds")
+    rate = 1024 * _number(given, RATE_VARIABLE, 16, "of KiB/s")
+    return Pace(retry, rate, float(given.get(GIVE_UP_VARIABLE, retry)))
 
 
 def _number(given: Mapping[str, str], name: str, default: float, what: str) -> float:

@@ -175,10 +175,10 @@ def test_a_checkpoint_that_was_deleted_meanwhile_ends_no_report(tmp_path, monkey
     folder = write_training(tmp_path / "run")
     (folder / "run.yaml").unlink()
     (folder / "step-00000060" / "config.yaml").write_text("steps: 60")
-    entries = list_run(open_store(str(folder)))
+    listing = list_run(open_store(str(folder)))
     rmtree(folder / "step-00000060")
     run = open_runs([find(str(folder))])[0]
-    run.refresh(entries=entries)
+    run.refresh(listing=listing)
     assert (run.config, run.numbers.last_step) == ({}, 60)
     assert records.data_sets([run]) is None
 

@@ -15,7 +15,6 @@ from run_folders import NOW, log_lines, write_encoded, write_log, write_receipts
 
 from pipeline.errors import DataError, StorageError
 from pipeline.metrics import LogFollower
-from pipeline.operate.runs.encoded import Encoded
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.numbers import Numbers, thinned
 from pipeline.operate.runs.run import Run, open_runs
@@ -422,7 +421,7 @@ def test_an_encode_job_is_counted_by_receipts_until_there_is_a_manifest(tmp_path
     write_encoded(folder)
     assert run.refresh()
     assert (part.samples, part.reasons, word(run)) == (12, ({"no_caption": 6}, {"min_side": 3}), "finished")
-    assert len(part.examples()) == 9
+    assert len(part.examples) == 9
     write_receipts(folder, [7])  # more data since
     assert run.refresh()
     assert (run.encoded[0].samples, word(run)) == (16, "unfinished")
@@ -445,4 +444,4 @@ def test_the_settings_of_latents_are_those_of_the_fingerprint(tmp_path):
     settings = [opened(folder).encoded[0].settings() for folder in (finished, begun)]
     assert all(one["resize_filter"] == "lanczos" for one in settings)
     (begun / "encoding.json").write_text("[")
-    assert Encoded(open_store(str(begun))).settings() == {}
+    assert opened(begun).encoded[0].settings() == {}

@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 from run_folders import NOW, log_lines, write_encoded, write_log, write_receipts, write_training
 
+from pipeline.errors import StorageError
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.numbers import Numbers
 from pipeline.operate.runs.run import open_runs
@@ -141,16 +142,20 @@ def test_a_store_that_fails_is_told_and_asked_again(tmp_path, monkeypatch):
     folder, clock = write_training(tmp_path / "run", 60, target=120), Clock()
     one = watched(folder, clock)
     one.look()
-    (folder / "metrics.jsonl").unlink()
-    (folder / "metrics.jsonl").mkdir()
-    clock.now += 3
-    one.look()
-    assert "cannot be read" in one.problem
-    assert any("not read now" in text for text in drawn(one))
-    (folder / "metrics.jsonl").rmdir()
+
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("it is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.run.found.store, "list", fail)
+        clock.now += 3
+        assert one.look() == ["not read now: it is away"]
+        clock.now += 3
+        assert one.look() == []
+    assert any("not read now: it is away" in text for text in drawn(one))
     write_log(folder, log_lines(61))
     clock.now += 3
-    one.look()
+    assert one.look() == ["read again"]
     assert (one.problem, one.run.numbers.last_step) == ("", 61)
 
 

@@ -36,7 +36,7 @@ def _about(part: Encoded, heading: str) -> Iterator[Html]:
     )
     if filtered:
         yield _reasons(heading, "Left out: filtered, or taken down", filtered, seen)
-    if examples := part.examples():
+    if examples := part.examples:
         rows = [(one["key"], [one["reason"], one["shard"]]) for one in examples]
         listed = table(("key", "reason", "shard"), rows)
         yield tag(

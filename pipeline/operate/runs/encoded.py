@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +22,14 @@ from pipeline.data.manifest import (
 )
 from pipeline.encode.overlap import mapped
 from pipeline.encode.tally import Tally, unwanted
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.operate.runs.credentials import without_credentials
+from pipeline.operate.runs.record import DamagedError, cannot_read, read_or_tell, tree_of
 from pipeline.storage import Entry, Store
 
 _READERS = 16
 _MOST_EXAMPLES, _EXAMPLE_BYTES = 20, 1 << 16
+_MOST_COUNTED = 1 << 63  # bytes, samples
 Progress = Callable[[int, int], None]
 
 
@@ -50,7 +51,11 @@ class Encoded:
     holdout: int = 0
     environments: list[Environment] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    _seen: dict[str, str] = field(default_factory=dict)  # receipts that were counted -> version
+    examples: list[dict[str, str]] = field(default_factory=list)
+    """The first of the rejected samples: shard, key, reason; none where the job has not finished."""
+    _encoding: dict[str, Any] = field(default_factory=dict)
+    _unusable: dict[str, str] = field(default_factory=dict)  # receipts -> what is wrong with them
+    _seen: dict[str, str] = field(default_factory=dict)  # files that were read -> version
 
     @property
     def reasons(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -82,13 +87,16 @@ class Encoded:
         prefix = f"{self.folder}/" if self.folder else ""
         own = {e.name.removeprefix(prefix): e.version for e in entries if e.name.startswith(prefix)}
         receipts = {name: version for name, version in own.items() if name.endswith(RECEIPT_SUFFIX) and "/" not in name}
-        manifest = {MANIFEST: own[MANIFEST]} if MANIFEST in own else {}
-        if {**receipts, **manifest} == self._seen:
+        beside = {name: own[name] for name in (MANIFEST, ENCODING, REJECTS) if name in own}
+        if {**receipts, **beside} == self._seen:
             return False
         self.problems = []
-        if not (manifest and self._is_whole(prefix, receipts)):
+        if not (MANIFEST in beside and self._is_whole(prefix, receipts)):
             self._count(prefix, receipts, progress)
-        self._seen = {**receipts, **manifest}
+        if ENCODING in beside:
+            self._encoding = read_or_tell(self.store, prefix + ENCODING, dict, self.problems) or {}
+        self.examples = self._examples(prefix) if REJECTS in beside else []
+        self._seen = {**receipts, **beside}
         return True
 
     def settings(self) -> dict[str, Any]:
@@ -100,25 +108,20 @@ class Encoded:
         if self.manifest:
             meaning = self.manifest.fingerprint.model_dump(mode="json")
             return {"autoencoder": self.manifest.autoencoder, **meaning}
-        name = f"{self.folder}/{ENCODING}" if self.folder else ENCODING
-        try:
-            tree = json.loads(self.store.read(name)) if self.store.exists(name) else {}
-        except (ValueError, RecursionError):
-            tree = {}
-        found = tree if isinstance(tree, dict) else {}
-        made = found.get("fingerprint")
-        return {"autoencoder": found.get("autoencoder"), **made} if isinstance(made, dict) else {}
+        made = self._encoding.get("fingerprint")
+        return {"autoencoder": self._encoding.get("autoencoder"), **made} if isinstance(made, dict) else {}
 
-    def examples(self) -> list[dict[str, str]]:
-        """The first of the rejected samples: shard, key, reason; none where the job has not finished."""
-        name = f"{self.folder}/{REJECTS}" if self.folder else REJECTS
-        if not self.store.exists(name):
+    def _examples(self, prefix: str) -> list[dict[str, str]]:
+        try:
+            data = self.store.read(prefix + REJECTS, 0, _EXAMPLE_BYTES)
+        except StorageError as error:
+            self.problems.append(cannot_read(self.store, prefix + REJECTS, error))
             return []
         found = []
-        for line in self.store.read(name, 0, _EXAMPLE_BYTES).splitlines()[:_MOST_EXAMPLES]:
+        for line in data.splitlines()[:_MOST_EXAMPLES]:
             try:
-                tree = json.loads(line)
-            except (ValueError, RecursionError):  # the end of what was read, or damaged
+                tree = tree_of(line)
+            except DamagedError:  # the end of what was read, or damaged
                 continue
             if isinstance(tree, Mapping):
                 found.append({part: str(tree.get(part, "")) for part in ("shard", "key", "reason")})
@@ -131,6 +134,12 @@ class Encoded:
         except DataError as error:
             self.problems.append(error.message)
             return False
+        except StorageError as error:
+            self.problems.append(cannot_read(self.store, prefix + MANIFEST, error))
+            return False
+        if not _is_countable([*manifest.rejects.values(), *(shard.bytes for shard in manifest.shards)]):
+            self.problems.append(f"{prefix}{MANIFEST} is damaged, and left out")
+            return False
         if not receipts.keys() <= {shard.receipt for shard in manifest.shards}:
             return False
         self.manifest, self.environments = manifest, list(manifest.environments)
@@ -140,9 +149,9 @@ class Encoded:
         return True
 
     def _count(self, prefix: str, receipts: Mapping[str, str], progress: Progress | None) -> None:
-        counted = {name: version for name, version in self._seen.items() if name != MANIFEST}
+        counted = {name: version for name, version in self._seen.items() if name.endswith(RECEIPT_SUFFIX)}
         if self.manifest or not counted.items() <= receipts.items():  # some were written anew: from the start
-            self.manifest, self.tally, counted, self.environments = None, Tally(), {}, []
+            self.manifest, self.tally, counted, self.environments, self._unusable = None, Tally(), {}, [], {}
             self.bytes = self.train = self.holdout = 0
         new = sorted(receipts.keys() - counted.keys())
         with ThreadPoolExecutor(_READERS, "receipts") as pool:
@@ -150,16 +159,21 @@ class Encoded:
                 if isinstance(receipt, Receipt):
                     self._add(receipt)
                 else:
-                    self.problems.append(receipt)
+                    self._unusable[new[number - 1]] = receipt
                 if progress:
                     progress(number, len(new))
+        self.problems += self._unusable.values()
 
     def _load(self, name: str) -> Receipt | str:
         """A receipt, or what is wrong with it."""
         try:
-            return load_receipt(self.store, name)
+            receipt = load_receipt(self.store, name)
         except DataError as error:
             return error.message
+        except StorageError as error:
+            return cannot_read(self.store, name, error)
+        counts = [count for bucket in receipt.buckets for count in (*bucket.train, *bucket.holdout)]
+        return receipt if _is_countable([receipt.bytes, *counts]) else f"{name} is damaged, and left out"
 
     def _add(self, receipt: Receipt) -> None:
         self.tally.add(receipt)
@@ -168,3 +182,7 @@ class Encoded:
         self.holdout += sum(bucket.holdout[1] - bucket.holdout[0] for bucket in receipt.buckets)
         if receipt.environment not in self.environments:
             self.environments.append(receipt.environment)
+
+
+def _is_countable(counts: Iterable[int]) -> bool:
+    return all(0 <= count < _MOST_COUNTED for count in counts)

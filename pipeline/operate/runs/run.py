@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from pipeline.errors import DataError, StorageError
-from pipeline.metrics import LogFollower
+from pipeline.errors import DataError
+from pipeline.metrics import LOG, LogFollower
 from pipeline.operate.runs.credentials import without_credentials
 from pipeline.operate.runs.encoded import Encoded
-from pipeline.operate.runs.find import MARKER, RUN_FILE, STARTS, Found, list_run
+from pipeline.operate.runs.find import MARKER, RUN_FILE, SHEET, STARTS, Found, Listing, list_run
 from pipeline.operate.runs.numbers import LARGEST_STEP, Numbers
+from pipeline.operate.runs.record import read_or_tell
 from pipeline.storage import Entry, local_path
 
 _CHECKPOINT = re.compile(r"(?:checkpoints/)?step-(\d{8,})/(complete\.json|state\.json)")
-_SHEET = re.compile(r"samples/step-(\d{8,})\.png")
 Progress = Callable[[int, int], None]
 
 
@@ -47,29 +43,31 @@ class Run:
     _follower: LogFollower | None = None
     _records: dict[str, tuple[str, Any]] = field(default_factory=dict)  # by name, with the version that was read
 
-    def refresh(self, progress: Progress | None = None, entries: Sequence[Entry] | None = None) -> bool:
+    def refresh(self, progress: Progress | None = None, listing: Listing | None = None) -> bool:
         """Read what has come since the last call. Returns whether something has.
 
         Args:
             progress: called with (parts read, parts to read) where that takes long.
-            entries: of the output, where they were listed a moment ago.
+            listing: of the output, where it was listed a moment ago.
 
         Raises:
-            StorageError: the output cannot be read.
+            StorageError: the output cannot be read. A file of a folder that cannot is one of the `problems`.
         """
-        self.entries = list_run(self.found.store, known=True) if entries is None else entries
+        now = list_run(self.found.store, known=True) if listing is None else listing
+        self.entries = now.entries
+        self.problems = [f"{name} is left out: {why}" for name, why in now.left_out.items()]
         if self.found.kind == "encode":
             return self._refresh_encoded(progress)
-        self.problems = []
         self._refresh_records()  # before the log, which may be long: a checkpoint does not stay for ever
-        return self._refresh_log(progress)
+        return LOG not in now.left_out and self._refresh_log(progress)
 
     @property
     def target(self) -> int | None:
         """Steps after which it is finished, where its run file tells."""
-        steps = self.config.get("steps", self.marker.get("steps"))
-        logged = self.numbers.last("target_steps")
-        return steps if isinstance(steps, int) and steps > 0 else int(logged) if logged else None
+        for steps in (self.config.get("steps", self.marker.get("steps")), self.numbers.last("target_steps")):
+            if isinstance(steps, int | float) and 1 <= steps < LARGEST_STEP:
+                return int(steps)
+        return None
 
     @property
     def start_steps(self) -> list[int]:
@@ -96,7 +94,7 @@ class Run:
     @property
     def sheets(self) -> list[tuple[int, Entry]]:
         """Pictures of its prompts, by step."""
-        return sorted((int(m[1]), e) for e in self.entries if (m := _SHEET.fullmatch(e.name)))
+        return sorted((int(m[1]), e) for e in self.entries if (m := SHEET.fullmatch(e.name)))
 
     @property
     def complete(self) -> bool:
@@ -110,6 +108,7 @@ class Run:
     def _refresh_log(self, progress: Progress | None) -> bool:
         follower = self._follower = self._follower or LogFollower(self.found.store)
         before = len(self.numbers)
+        begun_anew = False
         try:
             begun_anew = follower.changed(self.entries)
             if begun_anew:
@@ -117,43 +116,34 @@ class Run:
             for line in follower.lines(self.entries, progress):
                 self.numbers.add(line)
         except OSError as error:
-            raise StorageError(
-                f"{self.found.store.url}: its log cannot be read: {error.strerror}", "mend its rights"
-            ) from error
+            self.problems.append(f"{LOG} cannot be read, and is left out: {error.strerror}")
         if follower.damaged:
             self.problems.append(f"damaged lines of its log, left out: {follower.damaged:,}")
         return begun_anew or len(self.numbers) > before
 
     def _refresh_records(self) -> None:
-        """The run file and what else changes rarely: read again where it has changed."""
+        """The run file and what else changes rarely: read again where it has changed, kept where it was damaged."""
         versions = {entry.name: entry.version for entry in self.entries}
-        if RUN_FILE in versions:
-            self.with_credentials = self._record(RUN_FILE, versions[RUN_FILE], dict)
-        elif self.checkpoints and (config := f"step-{max(self.checkpoints):08d}/config.yaml") in versions:
-            with suppress(StorageError):  # deleted since it was listed, for newer ones
-                self.with_credentials = self._record(config, versions[config], dict)
-        if STARTS in versions:
-            found = self._record(STARTS, versions[STARTS], list)
-            self.starts = without_credentials([start for start in found if isinstance(start, dict)])
-        if MARKER in versions:
-            marker = self._record(MARKER, versions[MARKER], dict)
+        newest = f"step-{max(self.checkpoints):08d}/config.yaml" if self.checkpoints else ""
+        config = RUN_FILE if RUN_FILE in versions else newest
+        self.with_credentials = self._record(config, versions, dict) or self.with_credentials
+        if (starts := self._record(STARTS, versions, list)) is not None:
+            self.starts = without_credentials([start for start in starts if isinstance(start, dict)])
+        if (marker := self._record(MARKER, versions, dict)) is not None:
             self.marker = without_credentials(marker)
             if not self.with_credentials and isinstance(marker.get("settings"), dict):
                 self.with_credentials = marker["settings"]
         self.config = without_credentials(self.with_credentials)
 
-    def _record(self, name: str, version: str, kind: type) -> Any:
-        if name in self._records and self._records[name][0] == version:
+    def _record(self, name: str, versions: Mapping[str, str], kind: type) -> Any:
+        """What a record says; None where it is not there, damaged, or cannot be read."""
+        if name not in versions:
+            return None
+        if name in self._records and self._records[name][0] == versions[name]:
             return self._records[name][1]
-        text = self.found.store.read(name).decode("utf-8", "replace")
-        try:
-            tree = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            tree = None
-        if not isinstance(tree, kind):
-            self.problems.append(f"{name} is damaged, and left out")
-            return kind()
-        self._records[name] = version, tree
+        tree = read_or_tell(self.found.store, name, kind, self.problems)
+        if tree is not None:
+            self._records[name] = versions[name], tree
         return tree
 
     def _refresh_encoded(self, progress: Progress | None) -> bool:
@@ -161,7 +151,7 @@ class Run:
         known = {part.folder: part for part in self.encoded}
         self.encoded = [known.get(name) or Encoded(self.found.store, name) for name in folders or [""]]
         changed = [part.read(self.entries, progress) for part in self.encoded]  # each of them
-        self.problems = [problem for part in self.encoded for problem in part.problems]
+        self.problems += [problem for part in self.encoded for problem in part.problems]
         return any(changed)
 
 

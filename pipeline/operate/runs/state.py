@@ -10,13 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.console import duration
+from pipeline.errors import StorageError
+from pipeline.operate.runs.record import cannot_read
 from pipeline.operate.runs.run import Run
-from pipeline.storage import RENEWED_SECONDS, Holder, holder
+from pipeline.storage import LEASE, RENEWED_SECONDS, Holder, holder
 
 Word = Literal["finished", "running", "unfinished", "stalled", "stopped", "killed", "waiting"]
 LEAST_SILENCE_SECONDS, LEAST_SILENCE_WITHOUT_LINES, LEAST_SILENCE_OF_SHARDS = 60.0, 600.0, 600.0
 _TIMES_USUAL, _TIMES_THE_LONGEST, _TIMES_A_SAVE = 5.0, 2.0, 3.0
 _LOOKED_AT = 50  # gaps between lines
+UNREAD = Holder("an unknown host", 0, None, 0)
+"""Of a lease that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,17 @@ def judge(run: Run, holds: Holder | None, silent: float | None) -> State:
 def look_at(run: Run, now: float) -> Look:
     """A run that was brought up to date a moment ago; `now`: Unix time. Raises StorageError."""
     leased = run.found.kind == "train" and not run.complete
-    return Look(run, now, holder(run.found.store) if leased else None)
+    return Look(run, now, holder_of(run) if leased else None)
+
+
+def holder_of(run: Run) -> Holder | None:
+    """A training's holder; a lease that a folder does not give is one of its problems. Raises StorageError."""
+    store = run.found.store
+    try:
+        return holder(store)
+    except StorageError as error:
+        run.problems.append(cannot_read(store, LEASE, error))
+        return UNREAD
 
 
 def states_of(looks: Sequence[Look], wait: Callable[[float], object]) -> list[State]:
@@ -105,7 +119,7 @@ def states_of(looks: Sequence[Look], wait: Callable[[float], object]) -> list[St
     Raises:
         StorageError: an output cannot be read.
     """
-    if any(look.holds is not None and look.holds.lives is None for look in looks):
+    if any(look.holds is not None and look.holds.lives is None and look.holds != UNREAD for look in looks):
         wait(RENEWED_SECONDS + 1)
     return [_state(look) for look in looks]
 
@@ -114,8 +128,8 @@ def _state(look: Look) -> State:
     run, holds = look.run, look.holds
     if run.found.kind == "encode":
         return state_of_encode(run)
-    if holds is not None and holds.lives is None:
-        now = holder(run.found.store)
+    if holds is not None and holds.lives is None and holds != UNREAD:
+        now = holder_of(run)
         holds = now and Holder(now.host, now.pid, True if now.counter != holds.counter else now.lives, now.counter)
     return judge(run, holds, silence(run, look.at))
 

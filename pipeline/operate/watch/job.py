@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.live import Live
 
-from pipeline.console import printable, say
+from pipeline.console import forget_output, output, printable, say
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.run import open_runs
 from pipeline.operate.runs.state import is_remote
@@ -22,6 +22,7 @@ from pipeline.operate.watch.screen import Screen
 from pipeline.operate.watch.watched import Watched, line
 
 PLAIN_SECONDS = 10.0
+_ENDING = ("HUP", "QUIT", "ABRT", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "XCPU", "TERM")  # who sends one ends us
 _REDRAWN_SECONDS = 1.0
 _SHORTEST_SECONDS = 0.05
 
@@ -36,18 +37,20 @@ def watch(addresses: Sequence[str], every: float | None = None) -> None:
     Raises:
         DataError: an address holds no run.
         StorageError: a run cannot be read at the start.
+        SetupError: standard output takes nothing.
     """
     runs = open_runs([find(address) for address in addresses])
-    live = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    live = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
     watched = [Watched(run, every or (None if live or is_remote(run) else PLAIN_SECONDS)) for run in runs]
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGQUIT) if _is_heard(number)}
+    numbers = [signal.Signals[f"SIG{name}"] for name in _ENDING]
+    before = {number: signal.signal(number, _leave) for number in numbers if _is_heard(number)}
     try:
-        with Suspension() as suspension:
+        with Suspension() as suspension, output():
             (_watch_live if live else _watch_plainly)(watched, suspension)
     except KeyboardInterrupt:
         return  # how one leaves
     except BrokenPipeError:  # whoever read has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pipeline.console import duration
 from pipeline.errors import StorageError
 from pipeline.operate.runs.run import Run
-from pipeline.operate.runs.state import State, is_remote, judge, silence, state_of_encode
+from pipeline.operate.runs.state import UNREAD, State, holder_of, is_remote, judge, silence, state_of_encode
 from pipeline.operate.watch.figures import Figure, figures, percent, seconds_left, share_done
-from pipeline.storage import Holder, holder
+from pipeline.storage import Holder
 
 LOCAL_SECONDS, REMOTE_SECONDS, LEAST_REMOTE_SECONDS = 2.0, 30.0, 10.0
 _REST = 10  # a look may take a tenth of the time
@@ -48,11 +48,15 @@ class Watched:
         if started < self._next:
             return []
         before, is_first = self.state, self._began_with is None
+        known, was = self.run.problems, self.problem
         try:
             news = self._refresh()
             self.problem = ""
         except StorageError as error:
             news, self.problem, self._figures = [], error.message, None
+        news += [problem for problem in self.run.problems if problem not in known]
+        news += [f"not read now: {self.problem}"] if self.problem and not was else []
+        news += ["read again"] if was and not self.problem else []
         took = 0.0 if is_first else self._clock() - started  # the first look reads all there is
         self._next = self._clock() + max(self._every, _REST * took)
         changed = [str(self.state)] if self.state.word not in (before.word, "running") else []
@@ -97,7 +101,9 @@ class Watched:
         """Whether the run was started again since the last look: by its starts, or by its log where none are noted."""
         starts, last = len(self.run.starts), self.run.numbers.last_step
         known, self._began_with = self._began_with, (starts, last)
-        if known is None or not (starts > known[0] if starts else (last or 0) < (known[1] or 0)):
+        if known is None or (not known[0] and known[1] is None):  # its first start
+            return []
+        if not (starts > known[0] if starts else (last or 0) < (known[1] or 0)):
             return []
         if self._changed_at is not None:
             self._changed_at = self._clock()
@@ -106,8 +112,8 @@ class Watched:
 
     def _holder(self, now: float) -> Holder | None:
         """The lease's holder; one elsewhere lives while its lease moves."""
-        found = holder(self.run.found.store)
-        if found is None or found.lives is not None:
+        found = holder_of(self.run)
+        if found is None or found.lives is not None or found == UNREAD:
             self._lease = None
             return found
         if self._lease is None or self._lease[0] != found:
