@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import console
-from pipeline.console import ProgressLine, ProgressTable, duration, printable, tell, without_logins
+from pipeline.console import ProgressLine, ProgressTable, duration, printable, say, tell, without_logins
+from pipeline.errors import SetupError
 from pipeline.train.reporting import COLUMNS
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -208,6 +209,17 @@ def test_nothing_that_is_told_commands_the_terminal(
     with ProgressLine("encode", "shards") as line:
         line.update(1, 2, "at \x1b[2J")
     assert r"  at \x1b[2J" in screen.lines()
+
+
+@pytest.mark.parametrize(("stream", "said"), [(None, "is closed"), ("full", "takes nothing: No space left on device")])
+def test_what_was_asked_for_and_nobody_gets_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, stream: str | None, said: str
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full if stream else None)
+        with pytest.raises(SetupError, match=f"standard output {said}") as refused:
+            say("words")
+    assert refused.value.remedy  # and closing it, with the words still in it, complains no more
 
 
 @pytest.mark.parametrize("stream", [None, "full"])

@@ -314,6 +314,38 @@ def test_what_is_ignored_in_the_background_stays_so(tmp_path, monkeypatch):
     assert seen == after == [signal.SIG_IGN] * 2
 
 
+@pytest.mark.parametrize("number", [*["HUP", "QUIT", "ABRT", "USR1", "USR2", "ALRM", "XCPU", "TERM"]])
+def test_who_ends_it_finds_the_terminal_as_it_was(tmp_path, monkeypatch, number):
+    ours = signal.Signals[f"SIG{number}"]
+    before = signal.getsignal(ours)
+    monkeypatch.setattr(job, "_watch_plainly", lambda *_: signal.raise_signal(ours))
+    signal.signal(ours, lambda *_: None)  # else this process would end
+    try:
+        with pytest.raises(SystemExit) as left:
+            watch([str(write_training(tmp_path / "run"))])
+    finally:
+        signal.signal(ours, before)
+    assert left.value.code == 128 + ours
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("stream", ["full", "closed"])
+@pytest.mark.parametrize("command", ["report", "watch"])
+def test_an_output_that_takes_nothing_ends_it_in_a_line(tmp_path, command, stream):
+    folder = write_training(tmp_path / "run", 60, target=120)
+    where = ">/dev/full" if stream == "full" else ">&-"
+    line = [sys.executable, "-m", "pipeline", command, str(folder)]
+    child = subprocess.run(
+        ["bash", "-c", f'"$@" {where}', "bash", *line], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    said = "takes nothing: No space left on device" if stream == "full" else "is closed"
+    assert child.stderr.splitlines() == [
+        f"error: standard output {said}",
+        "  send it elsewhere, or make room where it goes",
+    ]
+    assert child.returncode == 5
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("keys", "terminal", "code"),
@@ -322,6 +354,8 @@ def test_what_is_ignored_in_the_background_stays_so(tmp_path, monkeypatch):
         ([b"\x03"], "xterm-256color", 0),
         ([b"\x1c"], "xterm-256color", 128 + signal.SIGQUIT),
         ([b"q"], "dumb", 0),
+        ([signal.SIGUSR1], "xterm-256color", 128 + signal.SIGUSR1),
+        ([signal.SIGHUP], "dumb", 128 + signal.SIGHUP),
     ],
 )
 def test_in_a_terminal(tmp_path, keys, terminal, code):
@@ -345,7 +379,10 @@ def test_in_a_terminal(tmp_path, keys, terminal, code):
         file.write('{"step": 61, "time": 0, "loss": 0.125}\n')
     shown += _read_until(main, b"0.1250")
     for key in keys:
-        os.write(main, key)
+        if isinstance(key, signal.Signals):
+            child.send_signal(key)
+        else:
+            os.write(main, key)
         if key == b"\x1a" and HIDDEN not in _read_until(main, SHOWN).partition(SHOWN)[2]:
             _read_until(main, HIDDEN)
     assert child.wait(20) == code
