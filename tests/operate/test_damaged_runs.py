@@ -16,6 +16,7 @@ from run_folders import NOW, STARTS, log_lines, write_encoded, write_log, write_
 
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.operate.report.job import report
+from pipeline.operate.runs import find as finding
 from pipeline.operate.runs.find import find
 from pipeline.operate.runs.run import Run, open_runs
 from pipeline.operate.watch.watched import Watched
@@ -317,6 +318,24 @@ def test_what_holds_no_run_is_told_with_all_that_is_there(tmp_path):
     _link(tmp_path / "run" / "notes")
     with pytest.raises(DataError, match="is no run; it holds notes"):
         find(str(tmp_path / "run"))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("ours", "theirs"), [("0.2", ""), ("60", "0.2")])
+def test_a_server_that_is_away_is_told_soon(tmp_path, monkeypatch, ours, theirs):
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }.items():
+        monkeypatch.setenv(name, value)
+    if theirs:
+        monkeypatch.setenv("LATHE_STORAGE_RETRY_SECONDS", theirs)
+    monkeypatch.setattr(finding, "_GIVE_UP_SECONDS", ours, raising=False)
+    for run, output in (("s3://bucket/run", str(tmp_path / "page.html")), (str(tmp_path), "s3://bucket/page.html")):
+        with pytest.raises(StorageError, match=r"S3 at http://127\.0\.0\.1:1 did not answer for") as refused:
+            report([run], output)
+        assert "AWS_ENDPOINT_URL" in refused.value.remedy
 
 
 @pytest.mark.s3

@@ -214,6 +214,18 @@ def test_news_and_runs_fit_a_small_terminal(tmp_path):
     assert len(drawn(ones[0], height=block + 2, news=["a: one"])) == 3
 
 
+@pytest.mark.parametrize("width", [1, 2, 20])
+def test_the_smallest_terminals_show_what_fits(tmp_path, width):
+    ones = [watched(write_training(tmp_path / name, target=120)) for name in "ab"]
+    for one in ones:
+        one.look()
+    for height in (1, 2, 3, 4, 5, 12, 40):
+        shown = drawn(*ones, width=width, height=height, news=["a: one", "b: two", "b: three"])
+        assert len(shown) <= height
+        assert max(map(len, shown)) <= width
+        assert shown[0].startswith("a" if width > 1 else "\u2026")
+
+
 def test_what_has_not_changed_is_not_made_again(tmp_path, monkeypatch):
     one = watched(write_training(tmp_path / "a"))
     one.look()
@@ -329,8 +341,7 @@ def test_who_ends_it_finds_the_terminal_as_it_was(tmp_path, monkeypatch, number)
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("stream", ["full", "closed"])
-@pytest.mark.parametrize("command", ["report", "watch"])
+@pytest.mark.parametrize(("command", "stream"), [("report", "full"), ("watch", "full"), ("watch", "closed")])
 def test_an_output_that_takes_nothing_ends_it_in_a_line(tmp_path, command, stream):
     folder = write_training(tmp_path / "run", 60, target=120)
     where = ">/dev/full" if stream == "full" else ">&-"

@@ -99,7 +99,7 @@ def _is_of_runs(name: str) -> bool:
 
 def open_to_look(url: str) -> Store:
     """A store, as whoever looks at runs opens it: a server that is away is told soon, unless the user is patient."""
-    return open_store(url, {} if os.environ.get(RETRY_VARIABLE) else {GIVE_UP_VARIABLE: _GIVE_UP_SECONDS})
+    return open_store(url, {} if RETRY_VARIABLE in os.environ else {GIVE_UP_VARIABLE: _GIVE_UP_SECONDS})
 
 
 def _folder_of(address: str) -> str:

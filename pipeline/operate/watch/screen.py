@@ -22,7 +22,7 @@ _STYLES = {
     "killed": "bold red",
 }
 _NAME, _VALUE = 10, 12
-_LEAST_COURSE = 8
+_LEAST_COURSE = _LEAST_BAR = 8
 _MOST_NEWS = 3
 
 
@@ -40,21 +40,22 @@ class Screen:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         blocks = [list(self._block(one, console)) for one in self._watched]
-        news = self.news[-_MOST_NEWS:]
+        news = self.news[-_MOST_NEWS:][: max(0, console.height - 3)]
         room = console.height - 2 - len(news)
         if sum(len(block) + 1 for block in blocks) <= room:
             for block in blocks:
                 yield from block
                 yield Text("")
         else:
-            shown = self._watched if len(self._watched) <= room else self._watched[: max(0, room - 1)]
+            shown = self._watched if len(self._watched) <= room else self._watched[: max(1, room - 1)]
             for one in shown:
                 yield self._row(one)
-            if len(shown) < len(self._watched):
-                yield Text(f"and {len(self._watched) - len(shown):,} more", style="dim")
+            if len(shown) < len(self._watched) and room > 1:
+                yield _line(f"and {len(self._watched) - len(shown):,} more")
         for said in news:
-            yield Text(printable(said, one_line=True), style="dim", no_wrap=True, overflow="ellipsis")
-        yield Text("q or Ctrl-C leaves; the runs go on" if self.keys else "Ctrl-C leaves; the runs go on", style="dim")
+            yield _line(printable(said, one_line=True))
+        if room > 0:
+            yield _line("q or Ctrl-C leaves; the runs go on" if self.keys else "Ctrl-C leaves; the runs go on")
 
     def _block(self, one: Watched, console: Console) -> list[Text | Table]:
         run, levels = one.run, BLOCKS if console.encoding.lower().startswith("utf") else ASCII
@@ -72,14 +73,17 @@ class Screen:
             if figure.course is not None and room >= _LEAST_COURSE and len(figure.course.values) > 1:
                 text.append(f"  {figure.drawn(min(room, 60), levels)}", style="not dim blue")
             lines.append(text)
-        lines.append(Text(f"  {_footnote(one)}", style="dim", no_wrap=True, overflow="ellipsis"))
+        lines.append(_line(f"  {_footnote(one)}"))
         return lines
 
-    def _bar(self, one: Watched, done: float, width: int) -> Table:
+    def _bar(self, one: Watched, done: float, width: int) -> Text | Table:
         left = seconds_left(one.run) if one.state.word == "running" else None
         said = percent(done) + (f", {duration(left)} left" if left else "")
+        room = width - len(said) - 6
+        if room < _LEAST_BAR:
+            return _line(f"  {said}")
         table = Table.grid(padding=(0, 1))
-        table.add_row(" ", ProgressBar(total=1.0, completed=done, width=max(8, min(50, width - len(said) - 6))), said)
+        table.add_row(" ", ProgressBar(total=1.0, completed=done, width=min(50, room)), said)
         return table
 
     def _row(self, one: Watched) -> Text:
@@ -88,6 +92,10 @@ class Screen:
         text.append(f" {one.state.word} ", style=_STYLES.get(one.state.word, ""))
         text.append(printable(line(one), one_line=True))
         return text
+
+
+def _line(text: str) -> Text:
+    return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _footnote(one: Watched) -> str:
