@@ -85,6 +85,12 @@ def test_damaged_records_are_left_out(tmp_path, name, content):
     assert one.run.numbers.last_step == 60
 
 
+def test_a_damaged_run_file_leaves_the_log_to_tell_the_kind(tmp_path):
+    write_log(tmp_path / "run", log_lines(3))
+    (tmp_path / "run" / "run.yaml").write_text(DAMAGES["brackets"][1])
+    assert find(str(tmp_path / "run")).kind == "train"
+
+
 @pytest.mark.parametrize("content", ["[" * 200_000, "[" * 20_000 + "]" * 20_000])
 @pytest.mark.parametrize("name", ["lease.json", "encoding.json", "step-00000060/config.yaml", "first_stage.json"])
 def test_nested_records_of_any_kind_end_no_report(tmp_path, name, content):
