@@ -177,8 +177,8 @@ class Metrics:
     def _take_back(self, *, failed: bool = False, stopped: bool = False) -> None:
         """What Prometheus was told of this process; see `close`. What takes no time comes first."""
         announcement, pusher = self._announcement, self._pusher
-        if announcement is not None and not failed:
-            announcement.withdraw()
+        if announcement is not None:
+            announcement.close(failed=failed)
         if pusher is not None:
             pusher.close(failed=failed, stopped=stopped)
 
