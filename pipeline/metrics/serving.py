@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ _TAKEN = (errno.EADDRINUSE, errno.EACCES)
 _ANYWHERE = ("", "0.0.0.0", "::")  # noqa: S104
 _OUTSIDE = "192.0.2.1"  # reserved for documentation; nothing is sent there
 _MOST_CONNECTIONS = 64
+_LARGEST_SHARE = 1 / 16  # that connections take of the files which the process may have open
 _ANSWER_SECONDS = 5.0  # from the connection to the last byte of the answer
 _PAUSE_SECONDS = 0.1  # where no connection can be taken
 
@@ -94,6 +96,8 @@ class _Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, family: socket.AddressFamily, address: Any, registry: CollectorRegistry) -> None:
         self.address_family = family
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = _MOST_CONNECTIONS if files < 0 else max(1, min(_MOST_CONNECTIONS, int(files * _LARGEST_SHARE)))
         self._since: dict[socket.socket, float] = {}
         self._lock = threading.Lock()
         super().__init__(address, MetricsHandler.factory(registry))
@@ -110,7 +114,7 @@ class _Server(ThreadingMixIn, TCPServer):
     def verify_request(self, request: Any, _address: Any) -> bool:
         """Whether a connection is answered."""
         with self._lock:
-            if len(self._since) >= _MOST_CONNECTIONS:
+            if len(self._since) >= self._most:
                 return False
             self._since[request] = time.monotonic()
             return True
