@@ -50,8 +50,13 @@ class Announcement:
         self._written_to: tuple[int, int] | None = None  # the folder, as the system knows it; None = to none
         self._is_told = False  # that there is none
         self._lock, self._ended = threading.Lock(), threading.Event()
-        self._announce()
-        threading.Thread(target=self._keep, name="metrics-discovery", daemon=True).start()
+
+    def start(self) -> None:
+        """Write the file, and see to it until `close`."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._announce()
+                threading.Thread(target=self._keep, name="metrics-discovery", daemon=True).start()
 
     def close(self, *, failed: bool = False) -> None:
         """Remove the file, unless a later start has taken its place; that of a process that has failed stays."""

@@ -20,6 +20,7 @@ ANSWER_SECONDS = 5.0
 """So long a gateway has for a whole answer, and a job that ends for its last words to it, without `linger_seconds`."""
 LAST_ANSWER_SECONDS = 1.0
 """The same of a process that is being ended."""
+_LOOK_SECONDS = 0.2  # whether to hurry
 _LATE = "no whole answer in time"
 
 
@@ -51,12 +52,15 @@ class Pusher:
         self._thread = threading.Thread(target=self._run, name="metrics-push", daemon=True)
         self._thread.start()
 
-    def close(self, *, failed: bool = False, stopped: bool = False) -> None:
+    def close(
+        self, *, failed: bool = False, stopped: bool = False, hurried: Callable[[], bool] = lambda: False
+    ) -> None:
         """Push once more; then delete the group, once a scrape may have seen it.
 
         Args:
             failed: the group is kept, for who looks for the cause.
             stopped: the group is deleted at once: the process has no time to linger.
+            hurried: whether it has none any more.
         """
         seconds = LAST_ANSWER_SECONDS if failed or stopped else ANSWER_SECONDS
         deadline = time.monotonic() + seconds
@@ -70,7 +74,9 @@ class Pusher:
                 return
             if self._linger_seconds:
                 tell(f"metrics: their last values stay at the Pushgateway for {duration(self._linger_seconds)}")
-                time.sleep(self._linger_seconds)
+                scraped = time.monotonic() + self._linger_seconds
+                while (left := scraped - time.monotonic()) > 0 and not hurried():
+                    time.sleep(min(left, _LOOK_SECONDS))
                 deadline = time.monotonic() + seconds
         problem = self._problem(partial(delete_from_gateway, self._url, JOB, self._labels, seconds), deadline)
         if problem is not None:
