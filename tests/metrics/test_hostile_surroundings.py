@@ -152,7 +152,7 @@ class TestDiscovery:
                 shutil.rmtree(folder)
             _until(file.exists)
             assert file.read_text() == content
-            said = capsys.readouterr().err
+        said = capsys.readouterr().err
         assert said.count("Prometheus is told of this process there now") == 1, said
         assert said.count("Prometheus is not told of this process there") == is_in_the_way, said
         assert not any(folder.iterdir())
