@@ -7,6 +7,7 @@ import functools
 import os
 import resource
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -37,6 +38,16 @@ def keep_freed() -> None:
 def is_scarce() -> bool:
     """Whether less is left than any file may ask for that is not damaged: tells whose fault a MemoryError is."""
     return _available_bytes() <= _PLENTY_BYTES
+
+
+def resident() -> dict[str, float]:
+    """`resident_memory_bytes` of this process, for metrics; nothing where that is not to be learnt.
+
+    A process that can open no more files, for one, learns nothing of itself: no reason to end its job.
+    """
+    with suppress(OSError, psutil.Error):
+        return {"resident_memory_bytes": psutil.Process().memory_info().rss}
+    return {}
 
 
 def _available_bytes() -> int:

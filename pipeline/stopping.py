@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command promptly, whatever it is at: a silent server, a long call of a library."""
+"""Ctrl-C, SIGTERM and SIGHUP end a command promptly, whatever it is at: a silent server, a long call of a library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -16,9 +16,10 @@ from pipeline.console import tell
 
 GRACE_SECONDS = 1.5
 SAID = "stopped; the same command goes on where it was"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"  # a live progress bar hides it
 _to_do: list[Callable[[], None]] = []
+_entered: list[PromptStop] = []
 
 
 def when_stopped(do: Callable[[], None]) -> Callable[[], None]:
@@ -36,6 +37,17 @@ def when_stopped(do: Callable[[], None]) -> Callable[[], None]:
     return forget
 
 
+def not_ignored(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Without SIGHUP where it is ignored: whoever had that done wants the process to outlive its terminal."""
+    return [s for s in signals if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+
+
+def give_way() -> None:
+    """No signal ends this process promptly any more, whoever has entered `PromptStop`: there is something to save."""
+    while _entered:
+        _entered.pop()._leave()
+
+
 class Stopped(KeyboardInterrupt):
     """The process was asked to stop.
 
@@ -49,7 +61,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class PromptStop:
-    """While it is entered, SIGINT and SIGTERM raise `Stopped`, and leaving it by that tells so in one line.
+    """While it is entered, SIGINT, SIGTERM and SIGHUP raise `Stopped`, and leaving it by that tells so in one line.
+
+    SIGHUP stays ignored where it was, as by nohup.
 
     A process that has not ended a moment later is ended, as `kill -9` would: only for work that survives that; what
     others must be told of the end, `when_stopped` sees to. Further signals change nothing, since launchers send them
@@ -63,6 +77,7 @@ class PromptStop:
         self._pipe: tuple[int, int] | None = None
         self._telling = threading.Lock()
         self._signalled = False
+        self._others_told = threading.Event()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -70,15 +85,22 @@ class PromptStop:
             os.set_blocking(self._pipe[1], False)
             # Python calls handlers between two of the main thread's steps; the byte arrives while a step takes long.
             self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._stop) for number in not_ignored(_SIGNALS)}
             threading.Thread(target=self._watch, args=(self._pipe[0],), name="stopping", daemon=True).start()
+            _entered.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Stopped):
+            self._others_told.wait(self._grace_seconds)
             self._tell()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self in _entered:
+            _entered.remove(self)
         if self._pipe is not None and not self._signalled:  # else it is watched until it ends
             signal.set_wakeup_fd(self._wakeup_before)
             for number, handler in self._before.items():
@@ -96,11 +118,15 @@ class PromptStop:
         while number := os.read(signals, 1):
             if number[0] in _SIGNALS:
                 with suppress(RuntimeError):  # no thread is to be had
-                    threading.Thread(target=_do_all, name="stopped", daemon=True).start()
+                    threading.Thread(target=self._tell_others, name="stopped", daemon=True).start()
                 time.sleep(self._grace_seconds)
                 self._tell()
                 os._exit(128 + number[0])
         os.close(signals)
+
+    def _tell_others(self) -> None:
+        _do_all()
+        self._others_told.set()
 
     def _tell(self) -> None:
         """Once, by whoever comes first; it is not let go of again."""

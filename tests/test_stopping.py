@@ -19,13 +19,13 @@ IN_A_LIBRARY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 WITH_A_THREAD_LEFT = "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("work", [IN_PYTHON, IN_A_LIBRARY, WITH_A_THREAD_LEFT])
 def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work: str) -> None:
     code = START + (
         "when_stopped(lambda: 1 / 0)()\n"
         "when_stopped(lambda: 1 / 0)\n"
-        "when_stopped(lambda: print('told', flush=True))\n"
+        "when_stopped(lambda: (time.sleep(0.1), print('told', flush=True)))\n"
         "try:\n"
         "    with PromptStop(0.3):\n"
         "        print('begun', flush=True)\n"
@@ -44,7 +44,26 @@ def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work:
     done, said = process.communicate(timeout=30)
     assert time.monotonic() - began < 2
     assert (process.returncode, said) == (128 + number, f"{SAID}\n")
-    assert done == "told\n" or work == IN_PYTHON  # which may end before
+    assert done == "told\n"
+
+
+def test_whoever_is_not_to_hear_of_his_terminals_end_does_not() -> None:
+    code = START + (
+        "import os, signal\n"
+        "from pipeline.train.preemption import StopRequest\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with PromptStop(0.3):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    time.sleep(0.5)\n"
+        "    with StopRequest() as request:\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        assert request.signal == 0\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.5)\n"  # it is to be noted alone
+        "        assert request.signal == signal.SIGTERM\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_it_ends_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -56,13 +58,14 @@ def train(
     ```
     """
     settings = runfile.load(TrainConfig, config, overrides)
-    from pipeline.train.telling import engine_configuration
-    from pipeline.train.trainer import fit
+    with nullcontext() if "RANK" in os.environ else PromptStop():  # a launcher tells how its ranks ended
+        from pipeline.train.telling import engine_configuration
+        from pipeline.train.trainer import fit
 
-    if print_engine:
-        say(json.dumps(engine_configuration(settings, print_engine), indent=1))
-        return
-    fit(settings)
+        if print_engine:
+            say(json.dumps(engine_configuration(settings, print_engine), indent=1))
+            return
+        fit(settings)
 
 
 def ema(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Count, Fraction, Positive, Section, Threads
 
@@ -225,6 +226,26 @@ class MetricsConfig(Section):
     pushgateway_linger_seconds: float = Field(
         20.0, ge=0, le=3600, description="how long a finished job's last numbers stay there: longer than a scrape"
     )
+
+    @field_validator("discovery")
+    @classmethod
+    def _is_a_path(cls, folder: str | None) -> str | None:
+        if folder is not None and "\0" in folder:
+            raise ValueError("no path has a NUL in it")
+        return folder
+
+    @field_validator("pushgateway")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        if url is not None:
+            try:
+                parts = urlsplit(url)
+                host, _ = (parts.hostname or "").encode("idna"), parts.port
+            except ValueError as error:
+                raise ValueError(f"no address: {error}") from error
+            if not host:
+                raise ValueError("no address: it names no host")
+        return url
 
 
 class WandbConfig(Section):

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-import psutil
-
 from pipeline.encode.meter import Meter, Snapshot
 from pipeline.encode.tally import REASONS, unwanted
+from pipeline.memory import resident
 from pipeline.metrics import Metrics
 
 PERIOD_SECONDS = 1.0
@@ -39,7 +38,6 @@ class Reporter:
         self._period_seconds = period_seconds
         self._shards = meter.snapshot().shards
         self._told: Counter[tuple[str, str]] = Counter()  # key and reason
-        self._process = psutil.Process()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
 
@@ -77,7 +75,8 @@ class Reporter:
             metrics.forget("eta_seconds")
         else:
             metrics.set("eta_seconds", now.eta_seconds)
-        metrics.set("resident_memory_bytes", self._process.memory_info().rss)
+        for key, size in resident().items():
+            metrics.set(key, size)
         totals = {"images": now.images, "read_bytes": now.bytes_read, "written_bytes": now.bytes_written}
         for key, total in totals.items():
             metrics.add(key, self._new(key, total))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +18,17 @@ from pipeline.console import tell
 from pipeline.metrics.place import Place
 from pipeline.metrics.table import Job
 
+LOOK_SECONDS = 10.0
+"""So often a process looks whether the folder is there."""
 _OWNER = "__lathe_output"
+_LONGEST_FILE = 1 << 16
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 
 
 class Announcement:
-    """This process's file. That it cannot be written is told, and is no error.
+    """This process's file. That it cannot be written is told once, and is no error: it is tried again.
+
+    So it is where the folder is deleted, or is another one. A file that somebody has deleted from it stays away.
 
     Args:
         folder: for such files; made where it is missing.
@@ -35,31 +41,70 @@ class Announcement:
     def __init__(
         self, folder: str, *, job: Job, place: Place, labels: Mapping[str, str], targets: Sequence[str]
     ) -> None:
-        self._folder, self._owner = Path(folder), place.owner
+        self._folder, self._place, self._owner = Path(folder), place, place.owner
+        self._host, self._targets = labels["host"], targets
         told = {**labels, _OWNER: place.owner}
         self._content = json.dumps([{"targets": [targets[0]], "labels": told}], indent=1) + "\n"
-        stem = f"lathe-{job}-{_NOT_IN_NAMES.sub('_', labels['run'])}"
-        self._path = self._folder / f"{stem}-{place.number}.json"
+        self._stem = f"lathe-{job}-{_NOT_IN_NAMES.sub('_', labels['run'])}"
+        self._path = self._folder / f"{self._stem}-{place.number}.json"
+        self._written_to: tuple[int, int] | None = None  # the folder, as the system knows it; None = to none
+        self._is_told = False  # that there is none
+        self._lock, self._ended = threading.Lock(), threading.Event()
+
+    def start(self) -> None:
+        """Write the file, and see to it until `close`."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._announce()
+                threading.Thread(target=self._keep, name="metrics-discovery", daemon=True).start()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Remove the file, unless a later start has taken its place; that of a process that has failed stays."""
+        self._ended.set()
+        with self._lock, suppress(OSError):
+            if not failed and _content(self._path) == self._content:
+                self._path.unlink()
+
+    def _keep(self) -> None:
+        """Have the file in the folder, whatever becomes of that."""
+        while not self._ended.wait(LOOK_SECONDS):
+            with self._lock:
+                found = _identity(self._folder)
+                if self._ended.is_set() or (found is not None and found == self._written_to):
+                    continue
+                if found is not None and _content(self._path) == self._content:
+                    self._written_to = found  # it was mounted anew
+                elif self._announce():
+                    tell(f"metrics: {self._folder} was not to be had; Prometheus is told of this process there now")
+
+    def _announce(self) -> bool:
+        """Whether the file could be written; the first time in a row that it could not is told."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if self._is_of_another_run(self._path):
-                other, stem = self._path, f"{stem}-{place.digest}"
-                self._path = self._folder / f"{stem}-{place.number}.json"
-                tell(f"metrics: {other} is of another run of this name: ours is {self._path.name}; set metrics.run")
-            else:  # of a killed start that met another run here
-                (self._folder / f"{stem}-{place.digest}-{place.number}.json").unlink(missing_ok=True)
+            stem = self._take_name()
             self._write()
-            if place.number == 0:
-                self._clear(stem, place.count)
-            self._clear_targets(targets, labels["host"])
+            if self._place.number == 0:
+                self._clear(stem, self._place.count)
+            self._clear_targets()
+            self._written_to, self._is_told = _identity(self._folder), False
         except OSError as error:
-            tell(f"metrics: {folder}: {error.strerror}: Prometheus is not told of this process there")
+            if not self._is_told:
+                tell(f"metrics: {self._folder}: {error.strerror}: Prometheus is not told of this process there")
+            self._written_to, self._is_told = None, True
+        return not self._is_told
 
-    def withdraw(self) -> None:
-        """Remove the file, unless a later start has taken its place."""
-        with suppress(OSError):
-            if self._path.read_text(encoding="utf-8") == self._content:
-                self._path.unlink()
+    def _take_name(self) -> str:
+        """The file's, which no other run of this name has. Returns what it has in common with those of other ranks."""
+        number, longer = self._place.number, f"{self._stem}-{self._place.digest}"
+        short, long = (self._folder / f"{stem}-{number}.json" for stem in (self._stem, longer))
+        if not self._is_of_another_run(short):
+            long.unlink(missing_ok=True)  # of a killed start that met another run here
+            self._path = short
+            return self._stem
+        if self._path != long:
+            tell(f"metrics: {short} is of another run of this name: ours is {long.name}; set metrics.run")
+        self._path = long
+        return longer
 
     def _is_of_another_run(self, path: Path) -> bool:
         known = _known(path)
@@ -81,11 +126,11 @@ class Announcement:
             if number.isdecimal() and int(number) >= count and known is not None and known.owner == self._owner:
                 path.unlink(missing_ok=True)
 
-    def _clear_targets(self, targets: Sequence[str], host: str) -> None:
+    def _clear_targets(self) -> None:
         """Drop what killed processes of this machine left at our addresses: our numbers would pass for theirs."""
         for path in self._folder.glob("lathe-*.json"):
             known = _known(path)
-            if path != self._path and known is not None and known.host == host and known.target in targets:
+            if path != self._path and known is not None and known.host == self._host and known.target in self._targets:
                 path.unlink(missing_ok=True)
 
 
@@ -97,11 +142,29 @@ class _Known(NamedTuple):
     target: str
 
 
+def _content(path: Path) -> str | None:
+    """None where it is no regular file, or too large to be one of these: a folder that many see may hold anything."""
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                content = file.read(_LONGEST_FILE + 1)
+            return content.decode(errors="replace") if len(content) <= _LONGEST_FILE else None
+    return None
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """None where there is none."""
+    with suppress(OSError):
+        found = folder.stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
 def _known(path: Path) -> _Known | None:
     """None where there is none, or it is no such file."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(_content(path) or "")
         labels = found[0]["labels"]
         return _Known(str(labels[_OWNER]), str(labels["host"]), str(found[0]["targets"][0]))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None

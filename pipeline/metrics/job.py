@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -70,8 +70,8 @@ class Metrics:
         self._server = self._serve(config) if config.prometheus else None
         self._announcement: Announcement | None = None
         self._pusher: Pusher | None = None
-        self._tell_of_itself(config)
         self._forget_stop = when_stopped(partial(self._take_back, stopped=True))
+        self._tell_of_itself(config)
 
     @property
     def address(self) -> str:
@@ -141,12 +141,15 @@ class Metrics:
         if self._log is not None:
             self._log.flush()
 
-    def close(self, *, failed: bool = False, stopped: bool = False) -> None:
+    def close(
+        self, *, failed: bool = False, stopped: bool = False, hurried: Callable[[], bool] = lambda: False
+    ) -> None:
         """Flush the log, stop the server, and take back what Prometheus was told of this process.
 
         Args:
             failed: what it was told stays, so that somebody notices.
             stopped: the process was asked to end, and has no time to wait for a scrape.
+            hurried: whether it is asked to while it waits for one.
         """
         try:
             if self._trackers is not None:
@@ -159,7 +162,7 @@ class Metrics:
         finally:
             if failed:
                 self._forget_stop()
-            self._take_back(failed=failed, stopped=stopped and not failed)
+            self._take_back(failed=failed, stopped=stopped and not failed, hurried=hurried)
             self._forget_stop()
             if self._server is not None:
                 self._server.close()
@@ -174,13 +177,15 @@ class Metrics:
         asked_to = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close(failed=kind is not None and not asked_to, stopped=asked_to)
 
-    def _take_back(self, *, failed: bool = False, stopped: bool = False) -> None:
+    def _take_back(
+        self, *, failed: bool = False, stopped: bool = False, hurried: Callable[[], bool] = lambda: False
+    ) -> None:
         """What Prometheus was told of this process; see `close`. What takes no time comes first."""
         announcement, pusher = self._announcement, self._pusher
-        if announcement is not None and not failed:
-            announcement.withdraw()
+        if announcement is not None:
+            announcement.close(failed=failed)
         if pusher is not None:
-            pusher.close(failed=failed, stopped=stopped)
+            pusher.close(failed=failed, stopped=stopped, hurried=hurried)
 
     def _serve(self, config: MetricsConfig) -> Server | None:
         try:
@@ -197,6 +202,7 @@ class Metrics:
             self._announcement = Announcement(
                 config.discovery, job=self._job, place=self._place, labels=labels, targets=self._server.targets
             )
+            self._announcement.start()  # once it is known to whoever stops us
             if self._server.is_loopback and self._place.local == 0 < self._place.number:  # there may be other machines
                 tell(f"metrics: only a Prometheus on this machine finds {config.host}: set metrics.host=0.0.0.0")
         if config.pushgateway is not None:

@@ -17,6 +17,7 @@ _LONGEST_LABEL = 128
 
 Traffic = Callable[[], Mapping[str, Value]]
 """What this process asked of its stores, by the table's keys, see `pipeline.storage.counters`."""
+_Values = Mapping[str, Mapping[tuple[str, ...], float]]  # by key and labels
 
 
 class Numbers:
@@ -81,14 +82,21 @@ class Numbers:
         """As Prometheus's registry asks for it."""
         with self._lock:
             values = {key: dict(series) for key, series in self._values.items()}
+        traffic = self._traffic() if self._traffic is not None else {}
+        return self._families(values, {key: dict(flat(value)) for key, value in traffic.items()})
+
+    def describe(self) -> Iterator[Metric]:
+        """The same without numbers, so that the registry knows which names it can be asked for."""
+        return self._families({}, {})
+
+    def _families(self, values: _Values, traffic: _Values) -> Iterator[Metric]:
         for definition in self._definitions.values():
             if definition.scope in self._scopes:
-                yield _family(definition, self._job, values[definition.key])
+                yield _family(definition, self._job, values.get(definition.key, {}))
         if self._traffic is not None:
-            traffic = self._traffic()
             for definition in DEFINITIONS:
                 if "storage" in definition.jobs:
-                    yield _family(definition, "storage", dict(flat(traffic[definition.key])))
+                    yield _family(definition, "storage", traffic.get(definition.key, {}))
 
 
 def clean(label: str) -> str:

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
 from pipeline.config import FirstStageConfig, OptimizerConfig
 from pipeline.console import table, tell
 from pipeline.errors import ConfigError, DataError
+from pipeline.memory import resident
 from pipeline.metrics import Metrics, Place
 from pipeline.models import autoencoder
 from pipeline.storage import Store, counters, open_store
@@ -135,7 +135,7 @@ def _log(training: Training, metrics: Metrics, step_seconds: float) -> dict[str,
         "samples_seen": seen,
         "step_seconds": step_seconds,
         "images_per_second": config.batch_size / step_seconds,
-        "resident_memory_bytes": psutil.Process().memory_info().rss,
+        **resident(),
     }
     metrics.log(step, values)
     metrics.set("step", step)

@@ -6,13 +6,16 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from pipeline.stopping import give_way, not_ignored
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
     """While it is entered, signals that ask to stop are noted in `signal` (0 = none) and do nothing else.
 
-    They are SIGTERM, SIGINT, and what schedulers send ahead of a limit, SIGUSR1 and SIGUSR2. The first one counts: a
+    They are SIGTERM, SIGINT, SIGHUP unless it was ignored, and what schedulers send ahead of a limit, SIGUSR1 and
+    SIGUSR2. The first one counts: a
     launcher may send the same again, and a second one does not disturb the checkpoint that the first one led to. Once
     asked, the process ignores them to its end. Left by an error, it ignores SIGTERM: launchers send it to the others as
     soon as one rank has ended, and these may still have to say why.
@@ -23,7 +26,8 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        give_way()
+        self._before = {number: signal.signal(number, self._note) for number in not_ignored(_SIGNALS)}
         return self
 
     def __exit__(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import psutil
 import torch
 
 from pipeline.config import TrainConfig
+from pipeline.memory import resident
 from pipeline.train.interval import Interval, RankTimes
 from pipeline.train.step_clock import Part
 
@@ -55,11 +57,10 @@ def straggler(ranks: Sequence[RankTimes]) -> dict[str, float]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Of this rank, in bytes; the device's peak is that since the last call."""
-    values: dict[str, float] = {
-        "resident_memory_bytes": psutil.Process().memory_info().rss,
-        "host_memory_available_bytes": psutil.virtual_memory().available,
-    }
+    """Of this rank, in bytes, as far as the system tells; the device's peak is that since the last call."""
+    values = resident()
+    with suppress(OSError):
+        values["host_memory_available_bytes"] = psutil.virtual_memory().available
     if device.type == "cuda":
         values["device_memory_bytes"] = torch.cuda.memory_allocated(device)
         values["device_memory_peak_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -167,26 +167,26 @@ class Trainer:
         )
         facts = introduction(config, self.sizes, self.datasets, self.ranks, self.engine, step=progress.step)
         say(table({**facts, "metrics": self.metrics.address or "not served", "output": self.store.url}))
-        with (
-            StopRequest() as request,
-            ProgressTable("train", "steps", COLUMNS, visible=self.ranks.is_main) as line,
-            self._open_loader() as self.loader,
-        ):
-            self.validator = self._open_validator(whitening, request)
-            left, saves = config.steps - progress.step, self.saves
-            feed = Feed(self.loader, self.ranks, request, left, own=saves.flags, hear=saves.hear_or_finish)
-            yield from self._train(feed, line)
-            if feed.failed:
-                self.saves.save_before_failing(progress, self.loader.skipped)
-                feed.raise_failure()
-            self.saves.finish()
-        self.stopped_by = feed.stopped_by if progress.step < config.steps else 0
-        where = f"{self.store.url}/{checkpoint.step_name(progress.step)}" if progress.step else ""
-        if self.stopped_by:
-            ask = partial(requeue.ask, step=progress.step, steps=config.steps, checkpoint=where)
-            sharded.together(self.ranks, lambda: ask(stopped_by=self.stopped_by))  # once one leaves, launchers end all
-        self.metrics.close(stopped=bool(self.stopped_by))
-        say(conclusion(where, progress.step, self.stopped_by))
+        with StopRequest() as request:
+            with (
+                ProgressTable("train", "steps", COLUMNS, visible=self.ranks.is_main) as line,
+                self._open_loader() as self.loader,
+            ):
+                self.validator = self._open_validator(whitening, request)
+                left, saves = config.steps - progress.step, self.saves
+                feed = Feed(self.loader, self.ranks, request, left, own=saves.flags, hear=saves.hear_or_finish)
+                yield from self._train(feed, line)
+                if feed.failed:
+                    self.saves.save_before_failing(progress, self.loader.skipped)
+                    feed.raise_failure()
+                self.saves.finish()
+            self.stopped_by = feed.stopped_by if progress.step < config.steps else 0
+            where = f"{self.store.url}/{checkpoint.step_name(progress.step)}" if progress.step else ""
+            if self.stopped_by:
+                ask = partial(requeue.ask, step=progress.step, steps=config.steps, checkpoint=where)
+                sharded.together(self.ranks, lambda: ask(stopped_by=self.stopped_by))  # once one leaves, all are ended
+            self.metrics.close(stopped=bool(self.stopped_by), hurried=lambda: request.signal != 0)
+            say(conclusion(where, progress.step, self.stopped_by))
 
     def _train(self, feed: Feed, line: ProgressTable) -> Iterator[int]:
         """Steps for as long as there are batches; the last one is saved, unless there are no more for a failure."""

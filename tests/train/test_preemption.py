@@ -20,7 +20,7 @@ print("to its end")
 """
 
 
-@pytest.mark.parametrize("first", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_the_first_signal_counts_and_later_ones_do_nothing(first):
     done = subprocess.run([sys.executable, "-c", CODE.format(first=first)], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("to its end\n", 0), done.stderr

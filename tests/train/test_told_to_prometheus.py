@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from pipeline.data.datasets import open_datasets
 from pipeline.errors import LatheError
 from pipeline.metrics import DEFINITIONS, read_log
 from pipeline.runtime import process
+from pipeline.stopping import SAID
 from pipeline.storage import open_store
 from pipeline.train.progress import Progress
 from pipeline.train.skipped_steps import LIMIT, SkippedSteps
+from pipeline.train.speed import memory
 from pipeline.train.trainer import Trainer
 
 
@@ -95,6 +100,59 @@ def test_losses_and_weights_are_the_same_with_and_without(tmp_path, latents):
     finally:
         ranks.finish()
     assert found[0] == found[1]
+
+
+def test_a_process_that_can_open_no_files_tells_what_it_knows():
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    cpu = torch.device("cpu")
+    assert set(memory(cpu)) == {"resident_memory_bytes", "host_memory_available_bytes"}
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, files[1]))
+        found = memory(cpu)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    assert found == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_one_that_is_stopped_before_its_first_step_says_so_and_is_not_missed(tmp_path, latents, number):
+    targets = tmp_path / "targets"
+    run = Run(tmp_path, latents, metrics={"discovery": str(targets)}, engine={"zero_stage": 0})
+    (run.output / "metrics.jsonl").parent.mkdir()
+    os.mkfifo(run.output / "metrics.jsonl")  # it waits there
+    child = run.start(ranks=1)
+    while not (targets.exists() and list(targets.glob("*.json"))):
+        assert child.poll() is None, child.communicate()[0]
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    assert SAID in finish(child, code=128 + number)
+    assert not list(targets.iterdir())
+
+
+def test_one_that_is_asked_to_stop_after_its_last_step_has_finished(tmp_path, latents):
+    class Gateway(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            asked.append(self.command)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+
+        do_DELETE = do_PUT  # noqa: N815
+
+    asked: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever, args=(0.01,), daemon=True).start()
+        pushed = {"pushgateway": f"http://127.0.0.1:{gateway.server_port}", "pushgateway_linger_seconds": 600}
+        run = Run(tmp_path, latents, steps=4, metrics=pushed, engine={"zero_stage": 0})
+        child = run.start(ranks=1)
+        run.wait_for_step(4, child)
+        while "stay at the Pushgateway" not in (tmp_path / "0.said").read_text():
+            assert child.poll() is None, child.communicate()[0]
+            time.sleep(0.01)
+        os.kill(child.pid, signal.SIGTERM)
+        assert "stopped" not in finish(child)
+        gateway.shutdown()
+    assert asked[-1] == "DELETE"
 
 
 def test_steps_that_are_not_finite_are_told_before_they_end_the_run(tmp_path, make_latents, monkeypatch):
