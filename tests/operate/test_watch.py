@@ -407,7 +407,8 @@ def _own() -> None:
     import fcntl
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores in what it starts in the background
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ignored in what a shell starts in the background
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _read_until(descriptor: int, wanted: bytes) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from canned_s3 import Answer, Request, canned_s3, part_of
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import Store, counters, open_store, s3_client, s3_pace
+from pipeline.storage import GIVE_UP_VARIABLE, Store, counters, open_store, s3_client, s3_pace
 from pipeline.storage.s3_pace import Pace, pace
 
 DATA = bytes(range(256)) * 160
@@ -175,11 +175,13 @@ def test_what_a_proxy_changes_is_told_with_its_file(environment: dict[str, str])
 
 def test_the_limits_as_they_are() -> None:
     usual = pace({})
-    assert usual == Pace(60, 16 * 1024)
+    assert usual == Pace(60, 16 * 1024, give_up_seconds=60)
     assert (usual.silence_seconds, usual.working_seconds) == (15, 30)
     assert usual.seconds("get_object", 4 << 20) == 30 + 256
     assert usual.seconds("upload_part", 32 << 20) == 30 + 2048
     assert usual.seconds("complete_multipart_upload", 0) == 600
+    hasty = pace({GIVE_UP_VARIABLE: "5"})
+    assert (hasty.give_up_seconds, hasty.silence_seconds) == (5, 15)
     patient = pace({RETRY: "600", RATE: "0"})
     assert (patient.silence_seconds, patient.working_seconds) == (60, 60)
     assert patient.seconds("get_object", 1) is None
@@ -193,7 +195,7 @@ def test_limits_that_are_none_are_refused(name: str, said: str, monkeypatch: pyt
 
 
 def test_what_aiohttp_leaves_behind_when_a_connection_breaks_is_nobodys_business(caplog):
-    client = s3_client.S3Client(Pace(1.0, 1.0), {})
+    client = s3_client.S3Client(Pace(1.0, 1.0, give_up_seconds=1.0), {})
 
     async def write() -> None:
         raise ConnectionResetError("Cannot write to closing transport")
