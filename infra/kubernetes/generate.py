@@ -50,13 +50,15 @@ def files() -> dict[str, list[dict[str, Any]]]:
 
 
 def _job(stage: Stage, sizes: dict[str, dict[str, Any]], kind: Kind = "Job") -> KubernetesJob:
-    """A stage with the demo's run file; what needs another's result waits until somebody lets it begin."""
+    """A stage with the demo's run file, all in the bucket; what needs another's result waits until it is let begin."""
+    text = (ROOT / "configs/demo" / f"{stage}.yaml").read_text(encoding="utf-8")
+    run_file = re.sub("(?m)^(output): lathe-demo/", r"\1: ${root}/", text)
     return KubernetesJob(
         name=f"lathe-{stage}",
         stage=stage,
         kind=kind,
         image="lathe",
-        run_file=(ROOT / "configs/demo" / f"{stage}.yaml").read_text(encoding="utf-8"),
+        run_file=run_file,
         service_account=f"lathe-{stage}",
         suspended=stage != "encode",
         **sizes[stage],

@@ -12,6 +12,8 @@ from pipeline.errors import ConfigError, DataError, SetupError
 from pipeline.operate.launch.kubernetes_job import KubernetesJob
 from pipeline.operate.launch.kubernetes_pod import MASTER_PORT, template
 
+__all__ = ["KubernetesJob", "manifests"]
+
 RETRIES = 3
 _WEEK_SECONDS = 7 * 24 * 3600
 _NO_START_MENDS = sorted({ConfigError.exit_code, DataError.exit_code, SetupError.exit_code})
