@@ -15,6 +15,7 @@ import yaml
 
 from pipeline import runfile
 from pipeline.config import EncodeConfig, EngineConfig, ExportConfig, RunConfig, TrainConfig
+from pipeline.encode.share import find_share
 from pipeline.errors import ConfigError, DataError, LatheError, SetupError, StorageError
 from pipeline.operate.launch.kubernetes import manifests
 from pipeline.operate.launch.kubernetes_job import KubernetesJob
@@ -74,7 +75,8 @@ def test_counts_of_a_training_agree(nodes, gpus):
 def test_encode_tasks_are_counted_for_shares():
     objects = manifests(job("encode", nodes=8, gpus=1))
     spec = only(objects, "Job")["spec"]
-    assert variables(objects)["LATHE_TASKS"] == "8"
+    told = {**variables(objects), "JOB_COMPLETION_INDEX": "3"}  # which Kubernetes adds
+    assert str(find_share(None, told)) == "share 3/8: Kubernetes Job index 3 of 8, counted from 0"
     assert (spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (8, 8, 24)
     assert "Service" not in [one["kind"] for one in objects], "tasks do not talk to each other"
 
