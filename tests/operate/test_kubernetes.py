@@ -143,7 +143,7 @@ def verdict(code: int, *, disrupted: bool = False) -> str:
 def test_exit_codes_decide_who_starts_again():
     assert [verdict(error.exit_code) for error in (ConfigError, DataError, SetupError)] == ["FailJob"] * 3
     assert [verdict(error.exit_code) for error in (LatheError, StorageError)] == ["Count"] * 2, "time may mend these"
-    assert [verdict(128 + number) for number in preemption._SIGNALS] == ["Ignore"] * 4, "asked to stop: saved"
+    assert [verdict(128 + number) for number in preemption._SIGNALS] == ["Ignore"] * 5, "asked to stop: saved"
     assert verdict(137) == "Count", "out of memory, or killed"
     assert verdict(137, disrupted=True) == "Ignore", "evicted"
     assert only(manifests(job()), "Job")["spec"]["template"]["spec"]["restartPolicy"] == "Never", "else no rule counts"

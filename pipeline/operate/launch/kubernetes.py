@@ -17,7 +17,7 @@ __all__ = ["KubernetesJob", "manifests"]
 RETRIES = 3
 _WEEK_SECONDS = 7 * 24 * 3600
 _NO_START_MENDS = sorted({ConfigError.exit_code, DataError.exit_code, SetupError.exit_code})
-_STOPPED = [130, 138, 140, 143]  # 128 + SIGINT, SIGUSR1, SIGUSR2, SIGTERM: a checkpoint was saved
+_STOPPED = [129, 130, 138, 140, 143]  # 128 + SIGHUP, SIGINT, SIGUSR1, SIGUSR2, SIGTERM: a checkpoint was saved
 
 Object = dict[str, Any]
 
