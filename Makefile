@@ -31,6 +31,8 @@ check: develop
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck launchers/*.sh .ci/run
+	$(BIN)/shfmt -d -i 2 -ci launchers/*.sh .ci/run
+	$(BIN)/yamllint -s infra configs .yamllint
 	$(BIN)/pytest -q tests/test_architecture.py
 
 format: develop

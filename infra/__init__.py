@@ -1,1 +1,1 @@
-"""What stands around the package: installation, system packages for tests, Prometheus, Alertmanager, Grafana."""
+"""What stands around the package: installation, programs for tests, monitoring, Kubernetes, images, Terraform."""

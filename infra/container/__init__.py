@@ -1,0 +1,1 @@
+"""Images for clusters: a Dockerfile, and what pip may install into it."""

@@ -1,0 +1,1 @@
+"""Kubernetes for whoever keeps manifests in files: `python -m infra.kubernetes.generate`."""
