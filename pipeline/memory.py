@@ -8,6 +8,7 @@ import os
 import resource
 import threading
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -55,6 +56,46 @@ def _available_bytes() -> int:
     available = psutil.virtual_memory().available
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return available if limit == resource.RLIM_INFINITY else min(available, limit - psutil.Process().memory_info().vms)
+
+
+def limit_bytes(root: Path = Path("/")) -> int:
+    """Memory that all processes of this job together can have: the machine's, or its control group's (Linux).
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    limits = [psutil.virtual_memory().total]
+    for file in group_files("memory.max", "memory.limit_in_bytes", root):
+        try:
+            said = file.read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+        limits += [int(said)] if said.isdecimal() else []  # "max": none
+    return min(limits)
+
+
+def group_files(name: str, name_in_1: str, root: Path = Path("/")) -> list[Path]:
+    """A file of this process's control group and of those around it, from the inside; they need not exist.
+
+    In a container the group is the root of its own.
+
+    Args:
+        name: in version 2 of control groups.
+        name_in_1: in version 1.
+        root: where /proc and /sys are.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    groups = {kind: path.lstrip("/") for _, kind, path in (line.split(":", 2) for line in lines if line.count(":") > 1)}
+    mount = root / "sys/fs/cgroup"
+    return [
+        top.joinpath(inner, file)
+        for kind, top, file in (("", mount, name), ("memory", mount / "memory", name_in_1))
+        if kind in groups
+        for inner in (Path(groups[kind]), *Path(groups[kind]).parents)
+    ]
 
 
 class MemoryPeak:

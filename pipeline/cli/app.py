@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline import __version__
-from pipeline.cli import bench, data, looking, runs, training
+from pipeline.cli import bench, data, doctor, looking, runs, training
 from pipeline.console import printable, say, tell, without_logins
 from pipeline.errors import LatheError
 from pipeline.stopping import SAID, Stopped
@@ -57,6 +57,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": training.export,
     "report": looking.report,
     "watch": looking.watch,
+    "doctor": doctor.doctor,
     "config": runs.show_config,
 }
 for _name, _command in _COMMANDS.items():

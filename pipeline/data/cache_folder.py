@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+FOLDER = "lathe-blocks"
 DIGEST_BYTES = 20
 _NAME = re.compile(f"[0-9a-f]{{{2 * DIGEST_BYTES}}}")
 _COUNTS = struct.Struct("<qq")
@@ -66,7 +67,7 @@ class CacheFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        own = folder.absolute() / "lathe-blocks"
+        own = folder.absolute() / FOLDER
         self.root = str(own)
         own.parent.mkdir(parents=True, exist_ok=True)
         for path in (own, own / "partial", *(own / f"{i:02x}" for i in range(256))):

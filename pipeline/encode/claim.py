@@ -96,18 +96,31 @@ def claim(config: EncodeConfig, encoder: Describes) -> list[Target]:
     targets = []
     for resolution, url in output_urls(config).items():
         store = open_store(url)
-        encoding = Encoding(
-            fingerprint=encoder.fingerprint(resolution),
-            autoencoder=lasting(config.autoencoder),
-            latent_channels=encoder.channels,
-            downsampling_factor=encoder.downsampling_factor,
-            scaling_factor=encoder.scaling_factor,
-            shift_factor=encoder.shift_factor,
-        )
-        noted = _claim(store, encoding)
+        noted = _claim(store, _encoding(config, encoder, resolution))
         _write_empty(store, encoder.empty())
         targets.append(Target(store, noted, read_takedown(store)))
     return targets
+
+
+def check_claims(config: EncodeConfig, encoder: Describes) -> None:
+    """Whether `claim` would take the outputs as they are now; nothing is written. Raises as that."""
+    for resolution, url in output_urls(config).items():
+        store, encoding = open_store(url), _encoding(config, encoder, resolution)
+        if _content(store):
+            _refuse_others(store, _read(store), encoding)
+        else:
+            _refuse_strangers(store, encoding)
+
+
+def _encoding(config: EncodeConfig, encoder: Describes, resolution: int) -> Encoding:
+    return Encoding(
+        fingerprint=encoder.fingerprint(resolution),
+        autoencoder=lasting(config.autoencoder),
+        latent_channels=encoder.channels,
+        downsampling_factor=encoder.downsampling_factor,
+        scaling_factor=encoder.scaling_factor,
+        shift_factor=encoder.shift_factor,
+    )
 
 
 def claimed(config: EncodeConfig) -> list[Target]:
@@ -170,18 +183,23 @@ def _claim(store: Store, encoding: Encoding) -> Encoding:
         store.write(ENCODING, encoding.to_bytes())
         return encoding
     noted = _read(store)
-    fields = noted.fingerprint.difference(encoding.fingerprint)
-    if not fields:
+    if not noted.fingerprint.difference(encoding.fingerprint):
         return noted
-    if any(entry.name.endswith(RECEIPT_SUFFIX) for entry in store.list()):
+    _refuse_others(store, noted, encoding)
+    store.delete(entry.name for entry in store.list(EMPTY_PREFIX) if "/" not in entry.name)
+    store.write(ENCODING, encoding.to_bytes())
+    return encoding
+
+
+def _refuse_others(store: Store, noted: Encoding, encoding: Encoding) -> None:
+    """Raise DataError where shards are finished there that were made otherwise."""
+    fields = noted.fingerprint.difference(encoding.fingerprint)
+    if fields and any(entry.name.endswith(RECEIPT_SUFFIX) for entry in store.list()):
         said = ", ".join(_told(noted.fingerprint, encoding.fingerprint, name) for name in fields)
         raise DataError(
             f"{store.url} holds latents that were made otherwise; these differ: {said}",
             "choose another output, or use the settings and the autoencoder that it was begun with",
         )
-    store.delete(entry.name for entry in store.list(EMPTY_PREFIX) if "/" not in entry.name)
-    store.write(ENCODING, encoding.to_bytes())
-    return encoding
 
 
 def _stays_empty(store: Store) -> bool:

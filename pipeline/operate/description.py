@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.operate.numerals import in_units
+
 _WIDEST = 88  # characters of a line beside its name
 _DEEPEST = 8  # lists in lists that are shown
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 class Size(int):
@@ -75,7 +76,7 @@ def _shown(value: Any, longest: int = _WIDEST, depth: int = 0) -> str:
     if value is None or isinstance(value, bool):
         return {None: "-", True: "yes", False: "no"}[value]
     if isinstance(value, Size):
-        return _in_units(value)
+        return in_units(value)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -88,10 +89,3 @@ def _shown(value: Any, longest: int = _WIDEST, depth: int = 0) -> str:
         value = "  ".join(_shown(part, depth=depth + 1) for part in value)
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value[:longest])
     return text if len(value) <= longest else text[:-3] + "..."
-
-
-def _in_units(size: int) -> str:
-    value, unit = float(size), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.1f} {_UNITS[unit]}" if unit else f"{size} B"

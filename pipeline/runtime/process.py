@@ -264,8 +264,13 @@ def _prepare_environment() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    prefer_loopback()
+
+
+def prefer_loopback() -> None:
+    """Where all ranks are on this machine, as the launcher's variables say, they talk over its loopback interface."""
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nothing for the network to see
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing for the network to see
 
 
 def _threads() -> int:

@@ -13,8 +13,8 @@ VARIABLE = "LATHE_REQUEUE_FILE"
 """Names the file, on the machine of rank 0. Not set: there is none."""
 
 
-def clear() -> None:
-    """At a start: what an earlier one left says nothing of this one.
+def check() -> None:
+    """Whether it could be written; one that is there stays.
 
     Raises:
         StorageError: it is no regular file, or could not be written when it is needed.
@@ -27,6 +27,17 @@ def clear() -> None:
     try:
         _partial(file).touch()
         _partial(file).unlink()
+    except OSError as error:
+        raise _problem(file, error) from error
+
+
+def clear() -> None:
+    """At a start: what an earlier one left says nothing of this one. Raises as `check`."""
+    check()
+    file = _file()
+    if file is None:
+        return
+    try:
         file.unlink(missing_ok=True)
     except OSError as error:
         raise _problem(file, error) from error

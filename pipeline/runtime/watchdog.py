@@ -166,11 +166,11 @@ def describe(places: Sequence[Place], now: float, *, silent_seconds: float) -> s
         where = f" on {hosts.pop()}" if several and len(hosts) == 1 else ""
         said = f"{phase or 'is'} at step {step} for {now - max(places[rank].since for rank in ranks):.0f} s"
         said += f", silent for {now - max(places[rank].seen for rank in ranks):.0f} s" if silent else ""
-        told.append(f"{_named(ranks)}{where}: {said}")
+        told.append(f"{named(ranks)}{where}: {said}")
     return "; ".join(told)
 
 
-def _named(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
     """`rank 3`, `ranks 0, 2-7`."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -162,6 +162,23 @@ class S3Store:
                 raise self._explained(fault, left.key) from fault
         return len(mine)
 
+    def seconds_ahead(self) -> float | None:
+        """By how much the server's clock is ahead of this machine's; None = it tells no time. A refusal tells it too.
+
+        Raises:
+            StorageError: it does not answer.
+        """
+        clock = self._client.clock
+        clock.forget()
+        try:
+            self._call("head_bucket", "")
+        except S3Error:  # an answer
+            pass
+        except StorageError:
+            if clock.seconds_ahead is None:
+                raise
+        return clock.seconds_ahead
+
     def _put(self, key: str, size: int, part: s3_parts.Part, condition: dict[str, str]) -> bool:
         """Store `size` bytes that `part(start, end)` gives. False: the condition does not hold."""
         try:

@@ -15,6 +15,7 @@ from typing import Any
 import s3fs
 
 from pipeline.storage import traffic
+from pipeline.storage.s3_clock import ServerClock
 from pipeline.storage.s3_errors import PASSING, Kind, S3Error, explain, fault_of, without_secrets
 from pipeline.storage.s3_pace import Deadline, Pace, pace
 from pipeline.storage.s3_ranges import RangeReader
@@ -64,6 +65,7 @@ class S3Client:
             },
         )
         self._fs.retries = 1
+        self.clock = ServerClock()
         self._hooked: tuple[Any, RangeReader] | None = None  # the client, which s3fs makes anew at times
 
     def call(self, method: str, bucket: str, key: str = "", **arguments: Any) -> dict[str, Any]:
@@ -179,6 +181,7 @@ class S3Client:
         client = await self._fs.set_session()
         if self._hooked is None or self._hooked[0] is not client:
             client.meta.events.register("provide-client-params.s3", self._pace.be_prompt)
+            client.meta.events.register("after-call.s3", self.clock.note)
             self._hooked = client, RangeReader(client)
         return self._hooked[1]
 
