@@ -14,7 +14,7 @@ from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
 from pipeline.runtime.deepspeed_config import choose_accelerator
 
-CPU_ADAM, PIN_MEMORY = "cpu_adam", "pin_memory"
+PIN_MEMORY = "pin_memory"
 _PROGRAM = "#include <Python.h>\n#include <vector>\nint main_() { return std::vector<int>{1}.front() - 1; }\n"
 _COMPILE_SECONDS = 50
 
@@ -33,14 +33,13 @@ def import_deepspeed() -> str:
     return str(deepspeed.__version__)
 
 
-def wanted(config: EngineConfig) -> list[str]:
-    """Operators that an engine of this kind may load: a native allocator only where DeepSpeed's variable asks for it.
+def pins_natively(config: EngineConfig) -> bool:
+    """Whether DeepSpeed's allocator of pinned memory may be loaded, the one operator that such a run may need.
 
-    With the optimizer offloaded DeepSpeed looks for its CPU Adam, although ours runs.
+    Offloaded states are updated by our own AdamW, so its CPU Adam is never built.
     """
     offloads = config.offload_optimizer or config.offload_parameters
-    native = offloads and os.environ.get("DS_PIN_MEMORY_BACKEND") == "native"
-    return [CPU_ADAM] * config.offload_optimizer + [PIN_MEMORY] * native
+    return offloads and os.environ.get("DS_PIN_MEMORY_BACKEND") == "native"
 
 
 def is_built(name: str) -> bool:
@@ -48,13 +47,8 @@ def is_built(name: str) -> bool:
     from deepspeed.git_version_info import installed_ops
     from torch.utils.cpp_extension import get_default_build_root
 
-    if installed_ops.get(name):
-        return True
-    said = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = Path(said or get_default_build_root())
-    if not root.is_dir():
-        return False
-    return any(root.glob(f"**/{name}/{name}.so"))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return bool(installed_ops.get(name)) or any(root.glob(f"**/{name}/{name}.so"))
 
 
 def check_compiler() -> str:

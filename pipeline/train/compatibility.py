@@ -93,6 +93,11 @@ def _check_shapes(config: TrainConfig, manifest: Manifest) -> None:
             )
 
 
+def common_fields(config: TrainConfig) -> dict[str, Any]:
+    """The fields that must be the same on all ranks."""
+    return config.model_dump(exclude=_OF_EACH_MACHINE)
+
+
 def check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None:
     """Ranks that were told different things would wait for each other for ever, or draw samples twice and never.
 
@@ -100,7 +105,7 @@ def check_alike(config: TrainConfig, datasets: DataSets, ranks: Process) -> None
         DataError: they have read different manifests, as when one was written while they started.
         ConfigError: they have different run files.
     """
-    told = config.model_dump(exclude=_OF_EACH_MACHINE)
+    told = common_fields(config)
     different = ranks.differing({"latents": (datasets.identity, datasets.mean, datasets.std), **told})
     if different == ["latents"]:
         raise DataError("the ranks have read different manifests", "start again once `lathe encode` has ended")

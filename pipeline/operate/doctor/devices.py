@@ -111,20 +111,20 @@ def _runs_on(built: Sequence[str], architecture: str) -> bool:
     return False
 
 
-def deepspeed(config: EngineConfig) -> str | Doubt:
-    """Whether DeepSpeed can be imported, and has the operators of its own that such a run may load."""
+def deepspeed(config: EngineConfig) -> str:
+    """Whether DeepSpeed can be imported, with the operators of its own that such a run needs. Raises SetupError."""
     release = operators.import_deepspeed()
-    needed = operators.wanted(config)
-    missing = [name for name in needed if not operators.is_built(name)]
-    if not missing:
-        return f"DeepSpeed {release}" + (f", with {', '.join(needed)}" if needed else ", no operator to be built")
+    if not operators.pins_natively(config):
+        return f"DeepSpeed {release}; no operator of its own is compiled for this run"
+    if operators.is_built(operators.PIN_MEMORY):
+        return f"DeepSpeed {release}, with {operators.PIN_MEMORY}"
     try:
         compiler()
     except SetupError as error:
-        if operators.PIN_MEMORY in missing:
-            raise
-        return Doubt(f"DeepSpeed {release} cannot build {', '.join(missing)}: {error.message}", error.remedy)
-    return f"DeepSpeed {release}, can build {', '.join(missing)}"
+        raise SetupError(
+            f"DeepSpeed {release} cannot compile {operators.PIN_MEMORY}: {error.message}", error.remedy
+        ) from error
+    return f"DeepSpeed {release}, can compile {operators.PIN_MEMORY}"
 
 
 def compiler() -> str:

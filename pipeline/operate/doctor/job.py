@@ -17,11 +17,12 @@ from pipeline.errors import ConfigError
 from pipeline.machine import versions as versions_of
 from pipeline.operate.doctor import devices, encoding, latents, machine, memory, network, room, stores, versions
 from pipeline.operate.doctor.finding import Check, Finding, examine
-from pipeline.operate.doctor.ranks import Told, digest, together
+from pipeline.operate.doctor.ranks import Told, together
 from pipeline.operate.doctor.world import World, find_world
 from pipeline.runtime.roll_call import RollCall
+from pipeline.train.compatibility import common_fields
 
-_COLLECTIVE_SECONDS, _HEAR_SECONDS, _WAIT_SECONDS = 30.0, 180.0, 240.0
+_COLLECTIVE_SECONDS, _HEAR_SECONDS, _WAIT_SECONDS = 30.0, 60.0, 180.0
 _WELL = "well"
 _SAME = ("torch", "deepspeed", "accelerate", "diffusers", "numpy")
 _QUIET = ("lathe.storage", "DeepSpeed", "accelerate", "torch.distributed")
@@ -135,10 +136,11 @@ def _addresses(config: TrainConfig | EncodeConfig) -> list[str]:
 def _facts(path: str, overrides: Sequence[str]) -> dict[str, str]:
     """What must be the same on all ranks."""
     try:
-        text = digest(runfile.dump(runfile.load_any(path, list(overrides))))
-    except ConfigError:
-        text = "unreadable"
-    return {"run file": text, **versions_of(_SAME)}
+        config = runfile.load_any(path, list(overrides))
+    except ConfigError as error:
+        return {"run file": error.message, **versions_of(_SAME)}
+    fields = common_fields(config) if isinstance(config, TrainConfig) else config.model_dump()
+    return {**{name: repr(value) for name, value in fields.items()}, **versions_of(_SAME)}
 
 
 @contextmanager

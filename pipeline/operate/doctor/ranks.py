@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pipeline.operate.doctor.finding import Finding
 from pipeline.runtime.watchdog import named
 
 _OWN_NAMES = re.compile(r"\S*[\d/]\S*")  # hosts, paths, sizes: in these, findings that are alike differ
+_SHOWN = 60  # characters of a field
 _WORST_FIRST = ("fail", "warn")
 
 
@@ -40,11 +40,6 @@ class Told:
         """What `to_json` made."""
         tree = json.loads(text)
         return cls(**{**tree, "findings": tuple(Finding(**one) for one in tree["findings"])})
-
-
-def digest(text: str) -> str:
-    """A short name of a text, to compare by."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def together(told: Sequence[Told], world_size: int, seconds: float) -> list[Finding]:
@@ -81,11 +76,12 @@ def _alike(told: Sequence[Told]) -> list[Finding]:
         for one in told:
             values.setdefault(one.facts.get(name, "unknown"), []).append(one.rank)
         if len(values) > 1:
-            different.append(f"{name}: {'; '.join(f'{value} on {named(who)}' for value, who in values.items())}")
+            said = (f"{value[:_SHOWN]} on {named(who)}" for value, who in values.items())
+            different.append(f"{name}: {', '.join(said)}")
     if not different:
         return [Finding("alike", "pass", "run file and versions are the same on all ranks")]
     remedy = "give all machines the same run file and environment"
-    return [Finding("alike", "fail", ". ".join(different), remedy)]
+    return [Finding("alike", "fail", "; ".join(different), remedy)]
 
 
 def _of_check(name: str, told: Sequence[Told]) -> list[Finding]:

@@ -49,11 +49,11 @@ def find_world(environment: Mapping[str, str], *, gpus: int, asked: int | None, 
         local = _number(environment, "LOCAL_WORLD_SIZE", ranks)
         return World(ranks, local, _number(environment, "RANK", 0, 0), _number(environment, "LOCAL_RANK", 0, 0))
     nodes, local = _number(environment, "NODES", 1), _number(environment, "NPROC", 0, 0)
-    ranks = asked if asked is not None or local else configured
-    if ranks is None:
+    wanted = asked if asked is not None or local else configured
+    if wanted is None:
         local = local or gpus or _CPU_RANKS
         return World(nodes * local, local)
-    return World(ranks, local or min(-(-ranks // nodes), gpus or ranks))
+    return World(wanted, local or min(-(-wanted // nodes), gpus or wanted))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
