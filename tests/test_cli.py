@@ -40,6 +40,7 @@ COMMANDS = (
     "report",
     "watch",
     "bench",
+    "doctor",
     "config",
 )
 

@@ -15,11 +15,14 @@ from pipeline.storage import open_store, split
 _LIST_SECONDS, _MODEL_SECONDS = 60.0, 120.0
 
 
-def checks(config: EncodeConfig, addresses: list[str]) -> list[Check]:
-    """Of sources, models and output; `addresses` are all that the run file names."""
+def checks(config: EncodeConfig) -> list[Check]:
+    """Of sources, models and output."""
+    shards = config.images.shards
+    of_sources = grounds(shards) if isinstance(shards, str) else grounds(*shards)
+    of_models = grounds(config.autoencoder, *(tower.model for tower in config.text.towers))
     return [
-        Check("sources", lambda: sources(config), grounds(*addresses), _LIST_SECONDS),
-        Check("encoder", lambda: encoder(config), ("output", *grounds(*addresses)), _MODEL_SECONDS),
+        Check("sources", lambda: sources(config), of_sources, _LIST_SECONDS),
+        Check("encoder", lambda: encoder(config), ("output", *of_models), _MODEL_SECONDS),
     ]
 
 

@@ -97,11 +97,10 @@ def _of_training(config: TrainConfig, world: World, *, on_gpu: bool) -> list[Che
 
 
 def _of_encoding(config: EncodeConfig) -> list[Check]:
-    addresses = _addresses(config)
     return [
         Check("metrics-port", lambda: network.metrics_port(config.metrics, 1)),
-        *stores.checks(addresses, config.output),
-        *encoding.checks(config, addresses),
+        *stores.checks(_addresses(config), config.output),
+        *encoding.checks(config),
         *room.encode_checks(config),
     ]
 

@@ -85,7 +85,7 @@ def master_port(world: World) -> str:
     """Whether the ranks' meeting point is free, where it is on this machine. Raises SetupError."""
     said = os.environ.get("MASTER_PORT", "")
     if world.rank is not None:
-        return f"the ranks have met at {os.environ.get('MASTER_ADDR', '?')}:{said or '?'}"
+        return f"the launcher's own: {os.environ.get('MASTER_ADDR', '?')}:{said or '?'}"
     if not said:
         return "chosen at the start"
     if not said.isdecimal() or not 0 < int(said) < 65536:
