@@ -21,7 +21,7 @@ from pipeline.runtime.process import prefer_loopback
 _LOOK_SECONDS = 0.05
 _LEAVE_SECONDS = 5.0
 _WANTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_REMEDY = (
+REMEDY = (  # of a collective that fails, or is never done
     "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that leads to the other machines, and let firewalls"
     " pass all ports between them"
 )
@@ -77,10 +77,10 @@ class RollCall:
                 total = self._sum(name, device, timedelta(seconds=seconds))
             except (RuntimeError, OSError) as error:
                 raise SetupError(
-                    f"no collective of {self.world_size} ranks by {name}: {_first_line(error)}", _REMEDY
+                    f"no collective of {self.world_size} ranks by {name}: {_first_line(error)}", REMEDY
                 ) from error
             if total != self.world_size * (self.world_size + 1) // 2:
-                raise SetupError(f"a sum over {self.world_size} ranks by {name} is wrong: {total:g}", _REMEDY)
+                raise SetupError(f"a sum over {self.world_size} ranks by {name} is wrong: {total:g}", REMEDY)
         taken = time.monotonic() - began
         return f"{self.world_size} ranks by {' and '.join(backends)}, in {max(0.1, taken):.1f} s"
 

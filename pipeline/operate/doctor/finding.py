@@ -41,12 +41,14 @@ class Check:
         look: says what it found in a line, or what is doubtful; raises LatheError where the run would fail.
         after: checks without which this one has nothing to look at.
         seconds: that it may take.
+        if_late: what to do where it takes longer.
     """
 
     name: str
     look: Callable[[], str | Doubt]
     after: tuple[str, ...] = ()
     seconds: float = 20.0
+    if_late: str = "look at the disks and the network that it needs; then run it again"
 
 
 def examine(checks: Sequence[Check]) -> list[Finding]:
@@ -73,8 +75,7 @@ def _in_time(check: Check) -> Finding:
     thread.join(check.seconds)
     if answers:
         return answers[0]
-    said = f"no answer within {check.seconds:.0f} s"
-    return Finding(check.name, "fail", said, "look at the disks and the network that it needs; then run it again")
+    return Finding(check.name, "fail", f"no answer within {check.seconds:.0f} s", check.if_late)
 
 
 def _look(check: Check) -> Finding:

@@ -19,10 +19,10 @@ from pipeline.operate.doctor import devices, encoding, latents, machine, memory,
 from pipeline.operate.doctor.finding import Check, Finding, examine
 from pipeline.operate.doctor.ranks import Told, together
 from pipeline.operate.doctor.world import World, find_world
-from pipeline.runtime.roll_call import RollCall
+from pipeline.runtime.roll_call import REMEDY, RollCall
 from pipeline.train.compatibility import common_fields
 
-_COLLECTIVE_SECONDS, _HEAR_SECONDS, _WAIT_SECONDS = 30.0, 60.0, 180.0
+_COLLECTIVE_SECONDS, _MORE_SECONDS, _HEAR_SECONDS, _WAIT_SECONDS = 20.0, 5.0, 60.0, 180.0
 _WELL = "well"
 _SAME = ("torch", "deepspeed", "accelerate", "diffusers", "numpy")
 _QUIET = ("lathe.storage", "DeepSpeed", "accelerate", "torch.distributed")
@@ -48,7 +48,8 @@ def examine_ranks(path: str, overrides: Sequence[str], call: RollCall) -> list[F
         overrides: of its fields.
         call: the line to the others.
     """
-    trial = Check("collective", lambda: call.collective(_COLLECTIVE_SECONDS), seconds=2 * _COLLECTIVE_SECONDS)
+    seconds = _COLLECTIVE_SECONDS  # gloo may take longer to give up a connection that it is making
+    trial = Check("collective", lambda: call.collective(seconds), seconds=seconds + _MORE_SECONDS, if_late=REMEDY)
     with _undisturbed():
         found = _examined(path, overrides, None, [trial])
     own = Told(call.rank, socket.gethostname(), _facts(path, overrides), found)
