@@ -81,7 +81,7 @@ def judge(devices: Devices, world: World, *, bfloat16: bool = False) -> str | Do
             f"look at nvidia-smi (the driver must be new enough for {devices.build}) and at CUDA_VISIBLE_DEVICES",
         )
     if not devices.seen:
-        return f"no GPU: {world.local_ranks} ranks here on the CPU"
+        return f"no GPU: {world.local_ranks} rank{'s' * (world.local_ranks > 1)} here on the CPU"
     if world.local_ranks > devices.seen:
         raise SetupError(
             f"{world.local_ranks} ranks here, and torch sees {devices.seen} GPUs",

@@ -12,7 +12,7 @@ from pipeline.data.datasets import DataSets
 from pipeline.data.sealed import load_sealed_manifest
 from pipeline.errors import DataError, LatheError
 from pipeline.models.conditioning import FrozenTowers
-from pipeline.models.pretrained_unet import with_geometry
+from pipeline.models.pretrained_unet import check, with_geometry
 from pipeline.models.unet import TextToImage
 from pipeline.operate.doctor.finding import Check, Doubt
 from pipeline.operate.doctor.stores import grounds
@@ -74,6 +74,7 @@ def checks(run: Training, world: World, *, whole: bool) -> list[Check]:
     ]
     if config.text.mode == "online" or (config.validation.prompts and config.text.towers):
         found.append(Check("text-towers", lambda: text_towers(run), ("latents",), _MODEL_SECONDS))
+    found.append(Check("network", lambda: network(run), ("latents", "text-towers")))
     if whole and (address := config.validation.autoencoder):
         after = (*grounds(address), "latents")
         found.append(Check("autoencoder", lambda: autoencoder(run), after, _MODEL_SECONDS))
@@ -141,6 +142,19 @@ def text_towers(run: Training) -> str:
     else:
         prompt_encoder(config, first)
     return f"{', '.join(tower.name for tower in config.text.towers)}: the captions' own"
+
+
+def network(run: Training) -> str:
+    """Whether there is such a network for these latents and captions, and a pretrained UNet takes both.
+
+    Raises:
+        ConfigError: there is not, or it does not.
+    """
+    built = run.network()
+    if run.config.unet.pretrained:
+        check(run.config.unet.pretrained, built.unet)
+    parts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in built.named_children()}
+    return ", ".join(f"{name} {size / 1e6:.2f} M parameters" for name, size in parts.items())
 
 
 def autoencoder(run: Training) -> str:

@@ -14,7 +14,7 @@ from pipeline.operate.numerals import in_units
 from pipeline.runtime.state_bytes import StateBytes, state_bytes
 from pipeline.train.memory_advice import settings_to_change
 
-_AFTER = ("latents", "text-towers")
+_AFTER = ("network",)
 
 
 def checks(run: Training, world: World, *, on_gpu: bool) -> list[Check]:

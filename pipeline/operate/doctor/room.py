@@ -24,7 +24,7 @@ def train_checks(run: Training, *, whole: bool) -> list[Check]:
     """Of checkpoints where they are local (`whole`: the output is asked about once), and of the cache."""
     found = []
     if whole and not is_remote(run.config.output):
-        found.append(Check("disk", lambda: for_checkpoints(run), ("output", "latents", "text-towers")))
+        found.append(Check("disk", lambda: for_checkpoints(run), ("output", "network")))
     if run.config.loader.cache:
         found.append(Check("cache", lambda: for_cache(run.config)))
     return found

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
 
 from pipeline.config import TrainConfig
 from pipeline.data.datasets import open_datasets
@@ -393,6 +394,24 @@ class TestLatents:
 
     def test_a_unet_to_begin_with_that_is_not_there(self, training, tmp_path):
         failed(training(f"unet.pretrained={tmp_path}/gone"), "unet", "no such folder", "give a folder")
+
+    def test_a_unet_of_other_latents(self, training, tmp_path):
+        pretrained = UNet2DConditionModel(
+            in_channels=8,
+            out_channels=8,
+            block_out_channels=(32,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=4,
+            cross_attention_dim=16,
+        )
+        pretrained.save_config(tmp_path / "unet")
+        failed(training(f"unet.pretrained={tmp_path}/unet"), "network", "takes 8 latent channels", "give another UNet")
+
+    def test_a_unet_that_wants_more_of_captions(self, training):
+        failed(training("unet.addition_embed_type=text_time"), "network", "pooled text", "set it to null")
 
     def test_a_run_to_begin_with_that_is_not_there(self, training, tmp_path):
         found = training(f"init_from={{run: {tmp_path}/gone}}")
