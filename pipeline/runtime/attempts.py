@@ -33,7 +33,7 @@ class Record:
 
     Args:
         job: the scheduler's name of it; another job begins to count anew.
-        progress: how far it had come; -1 = nowhere.
+        progress: the farthest that it had come; -1 = nowhere.
         fruitless: failed starts since then that brought it no further.
     """
 
@@ -70,11 +70,11 @@ class Decision:
 
 def decide(end: End, before: Record, retries: int = RETRIES) -> Decision:
     """Whether a job is started again. At most `retries` starts in a row after failures that brought it no further."""
-    if before.job != end.job:
-        before = replace(before, job=end.job, fruitless=0)
     progress = before.progress if end.progress is None else end.progress
+    if before.job != end.job:  # checkpoints may have been deleted in between
+        before = Record(end.job, min(progress, before.progress))
     has_come_on = progress > before.progress
-    record = Record(end.job, progress, 0 if has_come_on else before.fruitless)
+    record = Record(end.job, max(progress, before.progress), 0 if has_come_on else before.fruitless)
     if end.code == 0:
         return Decision(False, "it has finished", record)
     if end.code in _THERE_AT_THE_NEXT_START:

@@ -17,7 +17,7 @@ from training_run import ROOT, Run, finish
 from pipeline.metrics import read_log
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ranks]
-STEPS, EVERY = 300, 20
+STEPS, EVERY = 80, 10
 SCRIPT = ROOT / "launchers/slurm_train.sh"
 CHANGES: dict[str, Any] = {"steps": STEPS, "checkpoint": {"every": EVERY, "keep": 2}}
 
