@@ -14,7 +14,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -88,7 +87,7 @@ class Slurm:
         self, folder: Path, nodes: int = 2, *, cpus: int = 2, kill_wait: int = 5, node_timeout: int = 10
     ) -> None:
         self.folder, self.nodes = folder, [f"node{number}" for number in range(1, nodes + 1)]
-        self._sizes = {"cpus": cpus, "kill_wait": kill_wait, "node_timeout": node_timeout}
+        self._cpus, self._waits = cpus, {"kill_wait": kill_wait, "node_timeout": node_timeout}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         programs = {program(name) for name in ("sbatch", "scontrol")}
         path = os.pathsep.join([*{str(Path(found).parent) for found in programs if found}, kept["PATH"]])
@@ -199,7 +198,7 @@ class Slurm:
         machine = socket.gethostname().split(".")[0]
         port, *ports = _free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={machine} NodeAddr={HOST} Port={own} CPUs={self._sizes['cpus']} State=UNKNOWN"
+            f"NodeName={node} NodeHostname={machine} NodeAddr={HOST} Port={own} CPUs={self._cpus} State=UNKNOWN"
             for node, own in zip(self.nodes, ports, strict=True)
         )
         (self.folder / "slurm.conf").write_text(
@@ -212,7 +211,7 @@ class Slurm:
                 plugins=f"PluginDir={LIBRARIES}/slurm-wlm" if self._is_unpacked() else "",
                 first_job=random.randrange(1, 60_000),
                 nodes=nodes,
-                **self._sizes,
+                **self._waits,
             )
         )
 

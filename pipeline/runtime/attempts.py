@@ -88,7 +88,9 @@ def decide(end: End, before: Record, retries: int = RETRIES) -> Decision:
     if record.fruitless > retries:
         said = f"exit code {end.code}, and {record.fruitless} starts in a row have not brought it on"
         return Decision(False, said, record)
-    return Decision(True, f"exit code {end.code}, no progress: start {record.fruitless} of {retries} after that", record)
+    return Decision(
+        True, f"exit code {end.code}, no progress: start {record.fruitless} of {retries} after that", record
+    )
 
 
 class Notes:

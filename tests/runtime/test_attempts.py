@@ -122,7 +122,9 @@ def test_a_record_that_cannot_be_kept_ends_the_job(tmp_path, capsys):
     assert "cannot be decided" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"job": "7"}', b'{"job": "7", "progress": [], "fruitless": 0}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"job": "7"}', b'{"job": "7", "progress": [], "fruitless": 0}']
+)
 def test_a_damaged_record_says_nothing(tmp_path, content):
     (tmp_path / "r.json").write_bytes(content)
     assert Notes(str(tmp_path), "r.json").read() == Record()
