@@ -21,7 +21,7 @@ pass_on() {
   signals=$((signals + 1))
   if [[ -n $step && -z ${passing:-} ]]; then
     # srun drops a signal that comes before its tasks run; these take the first one, and leave the others
-    while kill -USR1 "$step" 2>/dev/null; do sleep 10; done &
+    while kill -USR1 "$step"; do sleep 10; done &>/dev/null &
     passing=$!
   fi
 }
