@@ -135,10 +135,19 @@ def _unpack(packages: Sequence[Package]) -> str:
                 shutil.copy(root / file.relative_to("/"), file)
         except OSError as error:
             return str(error)
-        for pattern, where in _PLACES.items():
-            for folder in root.glob(pattern):
-                shutil.copytree(folder, FOLDER / where, symlinks=True, dirs_exist_ok=True)
+        _put_in_place(root)
     return ""
+
+
+def _put_in_place(root: Path) -> None:
+    """Move programs and libraries from where they were unpacked to; those that are there, and may run, are replaced."""
+    for pattern, where in _PLACES.items():
+        for folder in root.glob(pattern):
+            for file in folder.rglob("*"):
+                if file.is_symlink() or not file.is_dir():
+                    target = FOLDER / where / file.relative_to(folder)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
 
 
 def _apt(*arguments: str, seconds: int, folder: str | None = None) -> str:
