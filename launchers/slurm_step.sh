@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+# shellcheck shell=bash
 # What batch scripts of SLURM do about signals, and at the end of their one step. They source this with their arguments.
 #
 #   run_step OPTION ... COMMAND ...      srun; sets `code`, the step's exit code
@@ -37,6 +37,9 @@ if [[ ! $retries =~ ^[0-9]+$ ]]; then
   exit 2
 fi
 export PYTHON=${PYTHON:-python}
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then # of sbatch; srun by itself takes one CPU for a task since 22.05
+  export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+fi
 # of one task of an array alone: the last task's SLURM_JOB_ID stands for the whole array too
 job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then

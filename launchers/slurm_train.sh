@@ -5,7 +5,7 @@
 #SBATCH --open-mode=append
 # Train on the nodes of a SLURM job, and start again where that helps: see docs/operations.md.
 #
-#   sbatch --nodes=4 --gpus-per-node=8 launchers/slurm_train.sh CONFIG [FIELD=VALUE ...]
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=96 launchers/slurm_train.sh CONFIG [FIELD=VALUE ...]
 #
 # From the environment:
 #   NPROC               ranks of a node; default: its GPUs, or 2

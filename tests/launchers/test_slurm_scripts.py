@@ -17,7 +17,8 @@ LAUNCHERS = Path(__file__).parents[2] / "launchers"
 TRAIN, ENCODE = LAUNCHERS / "slurm_train.sh", LAUNCHERS / "slurm_encode.sh"
 STANDS_IN = """#!/bin/bash
 # Tells how it was called, and does what the test says.
-printf '%s NODES=%s MASTER=%s:%s |' "${{0##*/}}" "$NODES" "$MASTER_ADDR" "$MASTER_PORT" >> {log}
+printf '%s NODES=%s MASTER=%s:%s CPUS=%s |' \\
+  "${{0##*/}}" "$NODES" "$MASTER_ADDR" "$MASTER_PORT" "$SRUN_CPUS_PER_TASK" >> {log}
 printf ' <%s>' "$@" >> {log}
 echo >> {log}
 {does}
@@ -67,8 +68,8 @@ class Cluster:
         """The first lines of a command's arguments, each in brackets."""
         return [line.partition(" | ")[2] for line in self._lines(name)]
 
-    def meeting_places(self) -> list[str]:
-        return [line.split()[2] for line in self._lines("srun")]
+    def environments(self) -> list[str]:
+        return [line.partition(" |")[0].removeprefix("srun ") for line in self._lines("srun")]
 
     def requeued(self) -> list[str]:
         return [call for call in self.calls("scontrol") if call.startswith("<requeue>")]
@@ -111,11 +112,17 @@ def test_a_copy_finds_what_lies_beside_the_script(cluster, script):
     assert call.endswith(" <run.yaml> <caption=it's; $(false)\n*>\n")
 
 
-def test_where_ranks_meet(cluster):
+def test_where_ranks_meet_and_on_how_many_cpus(cluster):
     cluster.run(TRAIN, "run.yaml")
     cluster.run(TRAIN, "run.yaml", SLURM_RESTART_COUNT="1")
     cluster.run(TRAIN, "run.yaml", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234")
-    assert cluster.meeting_places() == ["MASTER=gpu3:11120", "MASTER=gpu3:11121", "MASTER=10.0.0.1:1234"]
+    cluster.run(TRAIN, "run.yaml", SLURM_CPUS_PER_TASK="32")
+    assert cluster.environments() == [
+        "NODES=2 MASTER=gpu3:11120 CPUS=",
+        "NODES=2 MASTER=gpu3:11121 CPUS=",
+        "NODES=2 MASTER=10.0.0.1:1234 CPUS=",
+        "NODES=2 MASTER=gpu3:11120 CPUS=32",
+    ]
 
 
 def test_options_of_srun(cluster):

@@ -138,7 +138,7 @@ def test_whatever_ends_a_start_the_next_one_goes_on(slurm, tmp_path, reference, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seconds", [0, 0.1, 0.5, 1, 2, 4, 8])
+@pytest.mark.parametrize("seconds", [0, 1, 5])
 def test_asked_to_stop_at_any_instant_it_is_requeued(slurm, tmp_path, reference, seconds):
     run = Run(tmp_path, reference.latents, **CHANGES)
     job = Job(slurm, run, LATHE_SRUN_OPTIONS="--label\n--cpu-bind=none")
