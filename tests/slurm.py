@@ -114,9 +114,7 @@ class Slurm:
     ) -> None:
         for name in [*self.nodes, "slurmctld", "munged"]:
             self._stop(name)
-        for process in self.processes():  # steps and jobs outlive their daemons
-            with suppress(psutil.Error):
-                process.kill()
+        self._kill_jobs()
 
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **environment: str) -> int:
         """`sbatch OPTIONS SCRIPT ARGUMENTS`; returns the job's id. `environment` is added to that of this process."""
@@ -170,9 +168,7 @@ class Slurm:
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
-        for process in self.processes(node):
-            with suppress(psutil.Error):
-                process.kill()
+        self._kill_jobs(node)
 
     def processes(self, node: str = "") -> list[psutil.Process]:
         """Of jobs and their steps, on one node or on all."""
@@ -248,6 +244,13 @@ class Slurm:
             daemon.kill()
             daemon.wait()
 
+    def _kill_jobs(self, node: str = "") -> None:
+        """Kill what outlives the daemons, and tells nobody: first what watches over steps, then these."""
+        steps = self.processes(node)
+        for process in (*filter(None, {_watcher(step) for step in steps}), *steps):
+            with suppress(psutil.Error):
+                process.kill()
+
     def _all_idle(self) -> bool:
         for name, daemon in self._daemons.items():
             assert daemon.poll() is None, f"{name} has ended{self.logs()}"
@@ -263,6 +266,15 @@ class Slurm:
     def _is_unpacked(self) -> bool:
         found = program("slurmctld")
         return found is not None and Path(found).is_relative_to(FOLDER)
+
+
+def _watcher(process: psutil.Process) -> psutil.Process | None:
+    """SLURM's own process above one of a job; it hides its environment."""
+    with suppress(psutil.Error):
+        parent = process.parent()
+        if parent is not None and parent.name().startswith("slurmstepd"):
+            return parent
+    return None
 
 
 def _free_ports(count: int) -> list[int]:

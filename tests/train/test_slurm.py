@@ -43,8 +43,10 @@ class Job:
         """Until a step is logged by a start, counted from 0."""
 
         def is_logged() -> bool:
-            assert int(self.state()["Restarts"]) == start, self.said()
-            return self.state()["JobState"] not in ("FAILED", "COMPLETED") and self.run.has_logged(step, self._begun)
+            state = self.state()
+            assert int(state["Restarts"]) == start, self.said()
+            assert state["JobState"] == "RUNNING", self.said()
+            return self.run.has_logged(step, self._begun)
 
         self.cluster.wait_for_start(self.number, start)
         self._begun = time.time()
@@ -109,9 +111,9 @@ def test_preempted_killed_and_requeued_it_has_the_same_bits(slurm, tmp_path, ref
 
 
 def lose(slurm: Slurm, job: Job, node: str) -> None:
+    """A node's machine loses its power, and is there again after SLURM has noticed."""
     slurm.lose_node(node)
-    wait_until(lambda: int(job.state()["Restarts"]) == 1, 120, "the job to be requeued")
-    time.sleep(1)  # it may not run on one node
+    wait_until(lambda: int(job.state()["Restarts"]) >= 1, 120, "the job to be requeued")
     slurm.start_node(node)
 
 
@@ -132,8 +134,7 @@ def test_whatever_ends_a_start_the_next_one_goes_on(slurm, tmp_path, reference, 
     job = Job(slurm, run)
     job.wait_for_step(EVERY + 1, 0)
     DISTURBANCES[disturbance](slurm, job)
-    job.wait_for_step(EVERY + 2, 1)
-    job.ended()
+    assert int(job.ended()["Restarts"]) >= 1
     same(run, reference)
 
 
