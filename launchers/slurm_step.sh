@@ -66,9 +66,12 @@ run_step() {
 }
 
 end_job() {
-  ((code != 0)) || exit 0
-  local decide=("$PYTHON" -m "$1" --code "$code" --job "$job" --retries "$retries")
-  decide+=(--record "$PWD/lathe-$job.attempts.json" "${@:2}")
+  local record=$PWD/lathe-$job.attempts.json
+  if ((code == 0)); then
+    rm -f "$record"
+    exit 0
+  fi
+  local decide=("$PYTHON" -m "$1" --code "$code" --job "$job" --retries "$retries" --record "$record" "${@:2}")
   if ((${#options[@]})); then # such as a container
     decide=(srun --nodes=1 --ntasks=1 --overlap "${options[@]}" "${decide[@]}")
   fi

@@ -134,8 +134,11 @@ def test_options_of_srun(cluster):
     assert "<pipeline.encode.attempts> <--code> <1> <--job> <70> <--retries> <3>" in decision
 
 
-def test_what_has_finished_asks_nobody(cluster):
+def test_what_has_finished_asks_nobody_and_leaves_nothing(cluster):
+    record = cluster.folder / "lathe-70.attempts.json"
+    record.touch()
     cluster.run(TRAIN, "run.yaml")
+    assert not record.exists()
     assert not [call for call in cluster.calls("python") if "attempts" in call]
     assert not cluster.requeued()
 
