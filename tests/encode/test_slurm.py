@@ -22,7 +22,7 @@ from pipeline.storage import Store, open_store
 
 pytestmark = pytest.mark.slurm
 SCRIPT = Path(__file__).parents[2] / "launchers/slurm_encode.sh"
-SIDE, PER_SHARD, TASKS = 96, 40, 8
+SIDE, PER_SHARD, TASKS = 96, 100, 8
 
 
 @pytest.fixture(scope="module")
