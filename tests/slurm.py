@@ -11,6 +11,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -164,11 +165,12 @@ class Slurm:
         self._daemon(node, "slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node, *own)
 
     def lose_node(self, node: str) -> None:
-        """As if its machine had lost its power: the daemon and all processes there are killed."""
+        """As if its machine had lost its power: daemon and processes are killed, what they kept in memory is gone."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
         self._kill_jobs(node)
+        shutil.rmtree(self.folder / f"spool-{node}")  # else a requeued job finds its script there, and is held
 
     def processes(self, node: str = "") -> list[psutil.Process]:
         """Of jobs and their steps, on one node or on all."""
