@@ -93,6 +93,9 @@ class PromptStop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._signalled:
+            for each in _SIGNALS:  # a handler of ours would go before the interpreter does
+                signal.signal(each, signal.SIG_IGN)
         if isinstance(error, Stopped):
             self._others_told.wait(self._grace_seconds)
             self._tell()
@@ -110,8 +113,8 @@ class PromptStop:
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signalled = True
-        for each in _SIGNALS:  # a handler of ours would go before the interpreter does
-            signal.signal(each, signal.SIG_IGN)
+        for each in _SIGNALS:  # Python reports one that has come already, and is to be ignored from now on
+            signal.signal(each, _do_nothing)
         raise Stopped(number)
 
     def _watch(self, signals: int) -> None:
@@ -133,6 +136,10 @@ class PromptStop:
         if self._telling.acquire(blocking=False):
             with suppress(OSError):  # whoever watched may have gone
                 tell(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{SAID}")
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
 
 
 def _do_all() -> None:

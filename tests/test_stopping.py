@@ -66,6 +66,26 @@ def test_whoever_is_not_to_hear_of_his_terminals_end_does_not() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_two_signals_at_the_same_instant() -> None:
+    """As SLURM sends SIGTERM to a job whose script passes on what it hears."""
+    code = (
+        START + "import os, signal\n"
+        "both = {signal.SIGUSR1, signal.SIGTERM}\n"
+        "try:\n"
+        "    with PromptStop():\n"
+        "        signal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        "        for number in both:\n"
+        "            os.kill(os.getpid(), number)\n"
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\n"
+        "        time.sleep(60)\n"
+        "except Stopped as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    sys.exit(stop.exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGUSR1, f"{SAID}\n")
+
+
 def test_it_ends_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(_: threading.Thread) -> None:
         raise RuntimeError
