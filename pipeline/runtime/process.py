@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
+from pipeline.runtime import network
 from pipeline.runtime.deepspeed_config import choose_accelerator
 from pipeline.runtime.launch import LostRankError, OtherRankError, end_with_launcher
 from pipeline.runtime.watchdog import Watchdog
@@ -166,7 +167,8 @@ def start(config: EngineConfig) -> Process:
     """Join the other ranks. Without a launcher this is a world of one.
 
     Raises:
-        SetupError: the ranks are not those that the launcher or `engine.world_size` announced.
+        SetupError: the ranks are not those that the launcher or `engine.world_size` announced, or no network leads to
+            the other machines.
     """
     end_with_launcher()
     on_gpu = torch.cuda.is_available()
@@ -263,8 +265,10 @@ def _prepare_environment() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and sys.platform == "linux":
+    here = os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])  # as DeepSpeed's launcher calls it
+    if os.environ.setdefault("LOCAL_WORLD_SIZE", here) != os.environ["WORLD_SIZE"]:
+        network.choose_interface(os.environ["MASTER_ADDR"])
+    elif sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nothing for the network to see
 
 

@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -79,23 +77,17 @@ def test_a_killed_rank_is_named_where_nothing_else_is_known(folder, monkeypatch,
     assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL, and the other ranks with it\n"
 
 
-def ends(**exit_codes: int) -> Any:
-    """How ranks ended, the first one first."""
-    found = {int(name.removeprefix("r")): SimpleNamespace(exitcode=code) for name, code in exit_codes.items()}
-    return SimpleNamespace(failures=found, get_first_failure=lambda: next(iter(found.items())))
-
-
 def test_the_rank_that_was_killed_counts_where_the_first_one_only_tells_of_its_loss(folder, monkeypatch):
     report(monkeypatch, 0, OtherRankError("lost another rank", ""))
-    assert launch._first(ends(r0=1, r1=-9), folder)[0] == 1
-    assert launch._first(ends(r0=1, r1=-15), folder)[0] == 0
+    assert launch._first({0: 1, 1: -9}, folder) == (1, -9)
+    assert launch._first({0: 1, 1: -15}, folder) == (0, 1)
 
 
 @pytest.mark.parametrize("code", [1, 3, -15])
 def test_a_rank_that_the_agent_kills_since_it_does_not_leave_is_not_the_cause(folder, monkeypatch, code):
     if code > 0:
         report(monkeypatch, 0, StorageError("disk full"))
-    assert launch._first(ends(r0=code, r1=-9), folder)[0] == 0
+    assert launch._first({0: code, 1: -9}, folder) == (0, code)
 
 
 def test_a_signal_before_there_are_ranks_asks_for_another_start(tmp_path, monkeypatch):
@@ -115,7 +107,7 @@ def test_without_this_launcher_a_rank_tells_its_error_itself(monkeypatch):
 def start(script: Path) -> subprocess.Popen[str]:
     options = "--use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.runtime.launch", *options.split(), "--main_process_port", "0", str(script)],
+        [sys.executable, "-m", "pipeline.runtime.launch", "accelerate", *options.split(), "--main_process_port", "0", str(script)],
         env={
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[2]),
