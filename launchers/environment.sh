@@ -28,19 +28,7 @@ fi
 
 python=${PYTHON:-python}
 
-# A mistake in the run file is told once, before any rank starts.
-"$python" -m pipeline config "$@" >/dev/null
-
-gpus=0
-if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]; then
-  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-fi
-if ((gpus == 0)); then
-  export DS_ACCELERATOR=cpu
-fi
-ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || refuse "NPROC=$ranks is not a number of ranks" 'set NPROC=2, or leave it out'
-
+[[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NPROC=$NPROC is not a number of ranks" 'set NPROC=2, or leave it out'
 export NODES=${NODES:-1} NODE_RANK=${NODE_RANK:-0}
 [[ $NODES =~ ^[1-9][0-9]*$ ]] || refuse "NODES=$NODES is not a number of machines" 'set NODES=2, or leave it out for one'
 [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ ]] ||
@@ -58,12 +46,24 @@ if ((NODES > 1)); then
     refuse "MASTER_ADDR=$MASTER_ADDR is no name or address of a machine" 'give it as node0, 10.0.0.1 or fd00::1'
 else
   MASTER_ADDR=127.0.0.1
-  if [[ -z ${MASTER_PORT:-} ]]; then
-    MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  fi
 fi
-if [[ ! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((MASTER_PORT > 65535)); then
+if [[ -n ${MASTER_PORT:-} ]] && { [[ ! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((MASTER_PORT > 65535)); }; then
   refuse "MASTER_PORT=$MASTER_PORT is no port" 'set a number from 1024 to 65535, such as 29500'
+fi
+
+# A mistake in the run file is told once, before any rank starts.
+"$python" -m pipeline config "$@" >/dev/null
+
+gpus=0
+if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]; then
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+fi
+if ((gpus == 0)); then
+  export DS_ACCELERATOR=cpu
+fi
+ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
+if [[ -z ${MASTER_PORT:-} ]]; then
+  MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 fi
 export MASTER_ADDR MASTER_PORT
 cores=$(getconf _NPROCESSORS_ONLN)

@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 
 from pipeline.console import tell
-from pipeline.errors import SetupError
+from pipeline.errors import LatheError, SetupError
 
 VARIABLE = "LATHE_INTERFACE"
 """Names the interface, where the one that leads to rank 0's machine is not wanted."""
 _LIBRARIES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}  # NCCL takes eth1 for all that begin like it
-_PATIENCE_SECONDS = 300.0
+_PATIENCE_SECONDS = 900.0  # as long as torch's agents wait for each other
 _PAUSE_SECONDS = 2.0
 _ANY_PORT = 9
 
@@ -52,7 +52,8 @@ def interface_to(host: str) -> str:
     The kernel chooses it, so that all of its routing counts; nothing is sent.
 
     Raises:
-        SetupError: the host has no address, or no route leads there.
+        SetupError: no route leads there.
+        LatheError: the host has no address.
     """
     problem = ""
     for family, place in wait_for_address(host):
@@ -76,34 +77,33 @@ def interface_to(host: str) -> str:
 
 
 def wait_for_address(host: str, patience: float = _PATIENCE_SECONDS) -> list[tuple[socket.AddressFamily, Any]]:
-    """The addresses of a host, each with its family, as sockets take them. A name may be unknown at first: pods have theirs only once they are placed.
+    """The addresses of a host, each with its family, as sockets take them.
+
+    Its name may be unknown at first: pods have theirs only once they are placed.
 
     Args:
         host: name or address.
         patience: seconds that the name may take to appear.
 
     Raises:
-        SetupError: it has not.
+        LatheError: it has not, or is none.
     """
     deadline, told = time.monotonic() + patience, False
     while True:
         try:
             found = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
             return [(family, place) for family, _, _, _, place in found]
-        except (socket.gaierror, UnicodeError) as error:  # of a label that is empty or too long
+        except (socket.gaierror, UnicodeError) as error:
             if isinstance(error, UnicodeError) or time.monotonic() >= deadline:
-                raise SetupError(
-                    f"MASTER_ADDR={host}: no machine of that name is known to {socket.gethostname()} ({_reason(error)})",
+                why = getattr(error, "strerror", None) or "it is no name of a machine"
+                raise LatheError(
+                    f"MASTER_ADDR={host} has no address on {socket.gethostname()}: {why}",
                     "name the machine of node 0 as the others know it, or give its address",
                 ) from error
         if not told:
             tell(f"MASTER_ADDR={host} has no address yet: waiting for it, {patience:.0f} s at most")
             told = True
         time.sleep(_PAUSE_SECONDS)
-
-
-def _reason(error: socket.gaierror | UnicodeError) -> str:
-    return (error.strerror or str(error)) if isinstance(error, socket.gaierror) else error.reason
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -104,15 +107,20 @@ def test_without_this_launcher_a_rank_tells_its_error_itself(monkeypatch):
     assert not launch.report(ConfigError("x", "y"))
 
 
-def start(script: Path) -> subprocess.Popen[str]:
-    options = "--use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+ACCELERATE = "accelerate --use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+ACCELERATE += " --main_process_port 0"
+TORCHRUN = "torchrun --nproc-per-node 1 --master-port 0"
+
+
+def start(options: str, script: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.runtime.launch", "accelerate", *options.split(), "--main_process_port", "0", str(script)],
+        [sys.executable, "-m", "pipeline.runtime.launch", *options.split(), str(script)],
         env={
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
+            **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -121,10 +129,11 @@ def start(script: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.ranks
-def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_launcher(tmp_path):
+@pytest.mark.parametrize("program", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
+def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_launcher(tmp_path, program):
     script = tmp_path / "rank.py"
     script.write_text("import sys; print('said'); sys.exit(7)")
-    launcher = start(script)
+    launcher = start(program, script)
     assert launcher.communicate(timeout=60)[0] == "said\n"
     assert launcher.returncode == 7
 
@@ -140,9 +149,42 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
         "print(os.getpid(), flush=True)\n"
         "time.sleep(120)\n"
     )
-    launcher = start(script)
+    launcher = start(TORCHRUN, script)
     assert launcher.stdout is not None
     rank = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()
     launcher.wait(10)
     assert psutil.wait_procs([rank], timeout=10)[1] == []
+
+
+def one_of_two(tmp_path: Path, conf: str) -> tuple[subprocess.Popen[str], int]:
+    """The launcher of machine 0 of two, the other of which does not come; and the port it waits at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options = f"torchrun --nnodes 2 --rdzv-conf {conf} --master-addr 127.0.0.1 --master-port {port}"
+    return start(options, tmp_path / "rank.py", LATHE_REQUEUE_FILE=str(tmp_path / "requeue.json"), **place), port
+
+
+@pytest.mark.ranks
+def test_a_launcher_that_waits_for_other_machines_hears_signals(tmp_path):
+    launcher, port = one_of_two(tmp_path, "timeout=120")
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            break
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.communicate(timeout=10)[0] == ""
+    assert launcher.returncode == 128 + signal.SIGUSR1
+    assert json.loads((tmp_path / "requeue.json").read_text())["signal"] == "SIGUSR1"
+
+
+@pytest.mark.ranks
+def test_machines_that_do_not_meet(tmp_path):
+    launcher, port = one_of_two(tmp_path, "timeout=2")
+    message, remedy = launcher.communicate(timeout=60)[0].splitlines()
+    assert message.startswith(f"error: node 0 of 2 has not met the others at 127.0.0.1:{port}: Timed out after")
+    assert remedy.startswith("  see that all nodes were started")
+    assert launcher.returncode == 1
