@@ -31,6 +31,7 @@ check: develop
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck launchers/*.sh .ci/run
+	$(BIN)/shfmt -i 2 -ci -d launchers .ci/run
 	$(BIN)/pytest -q tests/test_architecture.py
 
 format: develop

@@ -1,4 +1,4 @@
-"""A node's launcher: accelerate or torchrun, telling each error once and keeping the ranks' exit code.
+"""A node's launcher: accelerate, torchrun or DeepSpeed, telling each error once and keeping the ranks' exit code.
 
 Their own agent ends a failed run with exit code 1 and the stack of the agent, and a mistake that all ranks
 meet would be told by each. Here ranks leave their user errors in a folder (`report`), the launcher tells each once, and
@@ -176,7 +176,8 @@ def _tell(folder: Path, rank: int, exit_code: int, memory: str = "") -> int:
     ]
     causes = [error for error in errors if not error["secondary"]]
     if not causes and exit_code < 0:
-        _say(f"error: rank {rank} was ended by {signal.Signals(-exit_code).name}, and the other ranks with it")
+        who = "a rank" if rank == node.UNKNOWN else f"rank {rank}"
+        _say(f"error: {who} was ended by {signal.Signals(-exit_code).name}, and the other ranks with it")
         if memory and -exit_code == signal.SIGKILL:
             _say(f"  {memory}; {_LESS_MEMORY}")
         return 128 - exit_code

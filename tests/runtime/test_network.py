@@ -78,7 +78,7 @@ def test_a_name_that_appears_late_is_waited_for_and_told_once(monkeypatch, capsy
 
 def test_a_name_that_never_appears(monkeypatch):
     resolves_to(monkeypatch, socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
-    with pytest.raises(LatheError, match="^MASTER_ADDR=nod0 has no address on .*: Name or service not known") as told:
+    with pytest.raises(LatheError, match=r"^MASTER_ADDR=nod0 has no address on .*: Name or service not known") as told:
         network.wait_for_address("nod0", patience=0)
     assert told.value.exit_code == 1
 

@@ -1,4 +1,7 @@
-"""T6: whoever loses a rank ends with a clear message within the time-out: killed or stopped; cut off: test_several_machines.py."""
+"""T6: whoever loses a rank ends with a clear message within the time-out: killed, stopped.
+
+Cut off: test_several_machines.py.
+"""
 
 from __future__ import annotations
 
