@@ -75,7 +75,7 @@ def _by_agent(start: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
         if logger.name.startswith("torch.distributed"):  # each of them sets a level of its own
             logger.setLevel(logging.CRITICAL)
     patient = api.LocalElasticAgent  # type: ignore[attr-defined]
-    api.LocalElasticAgent = partial(patient, exit_barrier_timeout=_EXIT_BARRIER_SECONDS)  # type: ignore[attr-defined]
+    api.LocalElasticAgent = partial(patient, exit_barrier_timeout=_EXIT_BARRIER_SECONDS)  # type: ignore[attr-defined,assignment,misc]
     try:
         start(arguments)
     except ChildFailedError as failure:

@@ -8,6 +8,9 @@ import pytest
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
+from pipeline.errors import SetupError
+from pipeline.runtime import environment
+
 FOLDER = Path(__file__).parents[2] / "launchers/accelerate"
 
 
@@ -18,14 +21,14 @@ def read(name: str, *arguments: str):
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("cpu.yaml", 2), ("gpus.yaml", 8)])
-def test_one_machine(monkeypatch, name, ranks):
+def test_one_machine(name, ranks):
     found = read(name)
     assert (found.use_deepspeed, found.num_machines, found.mixed_precision) == (True, 1, "no")
     found.deepspeed_fields_from_accelerate_config = ""
-    command, environment = prepare_deepspeed_cmd_env(found)
+    command, variables = prepare_deepspeed_cmd_env(found)
     assert command is None  # no program on other machines
     assert found.nproc_per_node == str(ranks)
-    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert variables["ACCELERATE_MIXED_PRECISION"] == "no"
     assert (found.training_script, found.training_script_args) == ("pipeline", ["train", "run.yaml", "steps=5"])
     assert read(name, "--num_processes", "3").num_processes == 3
 
@@ -43,6 +46,12 @@ def test_several_machines():
 def test_several_machines_must_be_told():
     with pytest.raises(ValueError, match="num_processes"):
         read("several-machines.yaml")
+
+
+def test_what_the_run_file_decides_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_multinode_launcher,zero_stage,mixed_precision")
+    with pytest.raises(SetupError, match=r"^accelerate's .* sets zero_stage, mixed_precision, which the run file"):
+        environment.refuse_settings()
 
 
 def test_every_file_is_read_here():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def requeue_file(run: Run) -> Path:
     return run.file.with_name("requeue.json")
 
 
+@pytest.mark.long
 def test_deepspeeds_launcher_is_stopped_and_goes_on_as_any_other(tmp_path, latents, undisturbed):
     run = Run(tmp_path, latents)
     hostfile = tmp_path / "host file"
@@ -62,8 +64,6 @@ def test_accelerate_with_our_file_and_nothing_else(tmp_path, latents, undisturbe
 
 
 def free_port() -> str:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
