@@ -188,3 +188,29 @@ def test_machines_that_do_not_meet(tmp_path):
     assert message.startswith(f"error: node 0 of 2 has not met the others at 127.0.0.1:{port}: Timed out after")
     assert remedy.startswith("  see that all nodes were started")
     assert launcher.returncode == 1
+
+
+BARRIER = """
+import sys
+from pipeline.runtime import node
+node._EXIT_BARRIER_SECONDS = 1
+print(node.run("torchrun", sys.argv[1:]))
+"""
+
+
+@pytest.mark.ranks
+def test_a_launcher_whose_ranks_have_finished_does_not_wait_long_for_a_lost_machine(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import os, time\ntime.sleep(60 * int(os.environ['RANK']))\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = f"--nnodes 2 --master-addr 127.0.0.1 --master-port {port} --node-rank"
+    other = start(f"torchrun {options} 1", script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BARRIER, *options.split(), "0", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout == "{}\n"
+    assert other.poll() is None
+    other.send_signal(signal.SIGTERM)
+    assert "rank 1 was ended by SIGTERM" in other.communicate(timeout=30)[0]
