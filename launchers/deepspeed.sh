@@ -6,7 +6,7 @@
 # With NODE_RANK it starts the ranks of one machine, and has to be started on each, by hand or by a scheduler. Without,
 # DeepSpeed's runner starts those of all machines, by pdsh and ssh that ask for no password; Lathe, the run file and this
 # folder must be at the same places everywhere. LAUNCHER names another way (openmpi, mpich, impi, slurm, mvapich).
-# The runner keeps no exit codes and hears but SIGTERM; variables for its ranks stand in .deepspeed_env.
+# To stop what the runner has started, signal one of its ranks; variables for them stand in .deepspeed_env.
 #
 # From the environment, but NPROC and NODES are the hostfile's, MASTER_ADDR is its first machine where it is not set, and
 # MASTER_PORT 29500:

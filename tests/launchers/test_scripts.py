@@ -16,7 +16,7 @@ TWO = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "2
 INTERPRETER = """#!/bin/sh
 # Stands in for python: passes on what the script asks before the launch, and tells what it would launch.
 case "$2" in
-  pipeline.runtime.launch)
+  pipeline.runtime.launch | deepspeed.launcher.runner)
     echo "OMP_NUM_THREADS=$OMP_NUM_THREADS DS_ACCELERATOR=$DS_ACCELERATOR NODES=$NODES NODE_RANK=$NODE_RANK $*" ;;
   *) exec {python} "$@" ;;
 esac
@@ -127,6 +127,45 @@ def test_what_a_shell_would_take_for_its_own_arrives(tmp_path, config, script):
     output = 'output=it\'s $(date); "a b" *'
     done = launch(tmp_path, str(config), output, script=script)
     assert done.stdout.rstrip().endswith(f"-m pipeline train {config} {output}"), done.stderr
+
+
+@pytest.fixture
+def hostfile(tmp_path) -> str:
+    file = tmp_path / "hosts"
+    file.write_text("# ours\n\nnode0 slots=4 # the first\n  node1\tslots=4\n")
+    return str(file)
+
+
+def test_a_hostfile_that_is_none(tmp_path, config):
+    for given in ("", str(tmp_path), str(tmp_path / "absent")):
+        done = launch(tmp_path, str(config), script="deepspeed", HOSTFILE=given)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: HOSTFILE={given} is no file that can be read\n")
+
+
+def test_one_machine_of_a_hostfile(tmp_path, config, hostfile):
+    done = launch(tmp_path, str(config), "steps=5", script="deepspeed", HOSTFILE=hostfile, NODE_RANK="1")
+    assert "NODES=2 NODE_RANK=1 -m pipeline.runtime.launch deepspeed" in done.stdout, done.stderr
+    assert done.stdout.rstrip().endswith(f" deepspeed {hostfile} pipeline train {config} steps=5")
+    done = launch(tmp_path, str(config), script="deepspeed", HOSTFILE=hostfile, NODE_RANK="2")
+    assert done.stderr.startswith("error: NODE_RANK=2, but machines are counted from 0 to NODES - 1 = 1")
+
+
+def test_all_machines_of_a_hostfile(tmp_path, config, hostfile):
+    plain = config.rename(tmp_path / "run.yaml")
+    done = launch(tmp_path, str(plain), "steps=5", script="deepspeed", HOSTFILE=hostfile)
+    assert f"-m deepspeed.launcher.runner --hostfile {hostfile} --launcher pdsh" in done.stdout, done.stderr
+    assert "--master_addr node0 --master_port 29500 --no_local_rank" in done.stdout
+    assert done.stdout.rstrip().endswith(f"--module pipeline train {plain} steps=5")
+
+
+@pytest.mark.parametrize("value", ["a b", "$(date)", "a;b", "a\nb", "it's", "[1,2]", "~"])
+def test_what_the_shells_of_other_machines_would_change_is_refused(tmp_path, config, hostfile, value):
+    plain = config.rename(tmp_path / "run.yaml")
+    word = f"metrics.run=x{value}"
+    done = launch(tmp_path, str(plain), word, script="deepspeed", HOSTFILE=hostfile)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {word}: DeepSpeed gives it to a shell on each machine")
 
 
 def test_defaults(tmp_path, config):

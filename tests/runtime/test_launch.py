@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.runtime import launch
+from pipeline.runtime import launch, node
 from pipeline.runtime.launch import OtherRankError
 
 
@@ -100,6 +100,15 @@ def test_a_signal_before_there_are_ranks_asks_for_another_start(tmp_path, monkey
     with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)):
         launch._Signals().pass_on(signal.SIGUSR1, None)
     assert json.loads((tmp_path / "requeue.json").read_text())["signal"] == "SIGUSR1"
+
+
+@pytest.mark.parametrize("text", ["node0\n", "node0 slots=2\nnode0 slots=2\n", "# none\n"])
+def test_a_hostfile_that_deepspeed_does_not_take(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ConfigError, match=f"^HOSTFILE={tmp_path / 'hosts'}: Hostfile ") as told:
+        node.run("deepspeed", [str(tmp_path / "hosts"), "pipeline"])
+    assert told.value.remedy == "one line for each machine: NAME slots=RANKS"
 
 
 def test_without_this_launcher_a_rank_tells_its_error_itself(monkeypatch):
