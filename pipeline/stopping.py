@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command promptly, whatever it is at: a silent server, a long call of a library."""
+"""Signals that ask to stop end a command promptly, whatever it is at: a silent server, a long call of a library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.console import tell
 
 GRACE_SECONDS = 1.5
 SAID = "stopped; the same command goes on where it was"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SHOW_CURSOR = "\x1b[?25h"  # a live progress bar hides it
 _to_do: list[Callable[[], None]] = []
 _entered: list[PromptStop] = []
@@ -61,9 +61,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class PromptStop:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP raise `Stopped`, and leaving it by that tells so in one line.
+    """While it is entered, signals that ask to stop raise `Stopped`, and leaving it by that tells so in one line.
 
-    SIGHUP stays ignored where it was, as by nohup.
+    They are SIGINT, SIGTERM, SIGHUP, which stays ignored where it was, as by nohup, and what schedulers send ahead of a
+    limit, SIGUSR1 and SIGUSR2.
 
     A process that has not ended a moment later is ended, as `kill -9` would: only for work that survives that; what
     others must be told of the end, `when_stopped` sees to. Further signals change nothing, since launchers send them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -19,8 +20,16 @@ IN_A_LIBRARY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 WITH_A_THREAD_LEFT = "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("work", [IN_PYTHON, IN_A_LIBRARY, WITH_A_THREAD_LEFT])
+@pytest.mark.parametrize(
+    ("number", "work"),
+    [
+        *itertools.product(
+            [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], [IN_PYTHON, IN_A_LIBRARY, WITH_A_THREAD_LEFT]
+        ),
+        (signal.SIGUSR1, IN_A_LIBRARY),
+        (signal.SIGUSR2, IN_PYTHON),
+    ],
+)
 def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work: str) -> None:
     code = START + (
         "when_stopped(lambda: 1 / 0)()\n"
