@@ -3,13 +3,13 @@
 # make check      format, lint, types, architecture
 # make test-fast  tests that need no server and no process of their own, in two processes, under 3 minutes; ARGS="-n 0" for one
 # make test       check and all tests, the smoke demo among them; those with servers or ranks one at a time
-# make programs   what some of them talk to, from apt: Prometheus and its servers, a browser; part of make test
+# make programs   what some of them talk to, from apt: Prometheus and its servers, SLURM, a browser; part of make test
 # make test-long  heavier proofs
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 ARGS ?=
-ALONE := s3 or ranks or demo or tools or alone or prometheus or browser
+ALONE := s3 or ranks or demo or tools or alone or prometheus or browser or slurm
 FAST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not ($(ALONE)) and not long"
 
 .PHONY: demo install develop programs check format test-fast test test-long clean

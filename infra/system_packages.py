@@ -17,6 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent.parent / ".pytest_cache" / "system"
+LIBRARIES = FOLDER / "lib"
+"""Of programs that were unpacked: LD_LIBRARY_PATH."""
 TEMPLATES = Path("/usr/share/prometheus/alertmanager")
 UPDATE_SECONDS, DOWNLOAD_SECONDS, INSTALL_SECONDS = 120, 300, 600
 
@@ -28,13 +30,16 @@ class Package(NamedTuple):
         name: of the package.
         programs: as their projects call them.
         fixed: files that Debian's programs look for at these places alone, also where they are unpacked elsewhere.
+        libraries: packages that it does not run without, unpacked with it.
     """
 
     name: str
     programs: tuple[str, ...]
     fixed: tuple[Path, ...] = ()
+    libraries: tuple[str, ...] = ()
 
 
+_OF_SLURM = ("slurm-wlm-basic-plugins", "libmunge2", "libhwloc15", "liblua5.1-0")
 UNPACKED = {
     "prometheus": (
         Package("prometheus", ("prometheus", "promtool")),
@@ -44,16 +49,23 @@ UNPACKED = {
             ("alertmanager", "amtool"),
             (TEMPLATES / "default.tmpl", TEMPLATES / "email.tmpl"),
         ),
-    )
+    ),
+    "slurm": (
+        Package("munge", ("munged",), libraries=("libmunge2",)),
+        Package("slurmctld", ("slurmctld",), libraries=_OF_SLURM),
+        Package("slurmd", ("slurmd", "slurmstepd"), libraries=_OF_SLURM),
+        Package("slurm-client", ("sbatch", "srun", "scontrol", "scancel", "squeue"), libraries=_OF_SLURM),
+    ),
 }
 INSTALLED = {"browser": (Package("chromium", ("chromium",)),)}
 GROUPS = UNPACKED | INSTALLED
 """Packages by the mark of the tests that want them."""
+_PLACES = {"usr/bin": "bin", "usr/sbin": "bin", "usr/lib/*-linux-gnu*": LIBRARIES.name}
 _OTHER_NAMES = {
     "pushgateway": ("prometheus-pushgateway",),
     "alertmanager": ("prometheus-alertmanager",),
     "chromium": ("chromium-browser", "google-chrome"),
-}
+} | {name: (f"{name}-wlm",) for name in ("slurmctld", "slurmd", "slurmstepd")}
 
 
 def main(groups: Sequence[str]) -> int:
@@ -110,7 +122,8 @@ def _get(packages: Sequence[Package]) -> str:
 def _unpack(packages: Sequence[Package]) -> str:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=FOLDER) as place:
-        if problem := _apt("download", "-qq", *(p.name for p in packages), seconds=DOWNLOAD_SECONDS, folder=place):
+        names = sorted({name for package in packages for name in (package.name, *package.libraries)})
+        if problem := _apt("download", "-qq", *names, seconds=DOWNLOAD_SECONDS, folder=place):
             return problem
         root = Path(place) / "root"
         for archive in sorted(Path(place).glob("*.deb")):
@@ -122,10 +135,19 @@ def _unpack(packages: Sequence[Package]) -> str:
                 shutil.copy(root / file.relative_to("/"), file)
         except OSError as error:
             return str(error)
-        (FOLDER / "bin").mkdir(exist_ok=True)
-        for file in (root / "usr" / "bin").iterdir():
-            file.replace(FOLDER / "bin" / file.name)
+        _put_in_place(root)
     return ""
+
+
+def _put_in_place(root: Path) -> None:
+    """Move programs and libraries from where they were unpacked to; those that are there, and may run, are replaced."""
+    for pattern, where in _PLACES.items():
+        for folder in root.glob(pattern):
+            for file in folder.rglob("*"):
+                if file.is_symlink() or not file.is_dir():
+                    target = FOLDER / where / file.relative_to(folder)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
 
 
 def _apt(*arguments: str, seconds: int, folder: str | None = None) -> str:

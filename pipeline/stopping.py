@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command promptly, whatever it is at: a silent server, a long call of a library."""
+"""Signals that ask to stop end a command promptly, whatever it is at: a silent server, a long call of a library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.console import tell
 
 GRACE_SECONDS = 1.5
 SAID = "stopped; the same command goes on where it was"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SHOW_CURSOR = "\x1b[?25h"  # a live progress bar hides it
 _to_do: list[Callable[[], None]] = []
 _entered: list[PromptStop] = []
@@ -61,9 +61,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class PromptStop:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP raise `Stopped`, and leaving it by that tells so in one line.
+    """While it is entered, signals that ask to stop raise `Stopped`, and leaving it by that tells so in one line.
 
-    SIGHUP stays ignored where it was, as by nohup.
+    They are SIGINT, SIGTERM, SIGHUP, which stays ignored where it was, as by nohup, and what schedulers send ahead of a
+    limit, SIGUSR1 and SIGUSR2.
 
     A process that has not ended a moment later is ended, as `kill -9` would: only for work that survives that; what
     others must be told of the end, `when_stopped` sees to. Further signals change nothing, since launchers send them
@@ -93,6 +94,9 @@ class PromptStop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._signalled:
+            for each in _SIGNALS:  # a handler of ours would go before the interpreter does
+                signal.signal(each, signal.SIG_IGN)
         if isinstance(error, Stopped):
             self._others_told.wait(self._grace_seconds)
             self._tell()
@@ -110,8 +114,8 @@ class PromptStop:
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signalled = True
-        for each in _SIGNALS:  # a handler of ours would go before the interpreter does
-            signal.signal(each, signal.SIG_IGN)
+        for each in _SIGNALS:  # Python reports one that has come already, and is to be ignored from now on
+            signal.signal(each, _do_nothing)
         raise Stopped(number)
 
     def _watch(self, signals: int) -> None:
@@ -133,6 +137,10 @@ class PromptStop:
         if self._telling.acquire(blocking=False):
             with suppress(OSError):  # whoever watched may have gone
                 tell(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{SAID}")
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
 
 
 def _do_all() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def end_with_parent(signum: signal.Signals) -> None:
@@ -30,7 +30,7 @@ def start_tethered(command: Sequence[str], **options: Any) -> subprocess.Popen[A
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """SIGINT and SIGTERM take effect when the block is left.
+    """Signals that ask to stop take effect when the block is left.
 
     For what starts processes: Python drops an exception that a handler raises in one of the hooks around a fork, so
     that the signal is lost, and the lock that the hook was letting go of (logging's) is held for good.

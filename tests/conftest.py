@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from slurm import Slurm
 
 from infra.system_packages import GROUPS, missing
 from pipeline.demo.object_store import EmbeddedObjectStore
@@ -66,3 +67,10 @@ def s3_url(request: pytest.FixtureRequest, s3_server: EmbeddedObjectStore) -> st
     """A prefix on the S3 server that no other test uses."""
     assert request.node.get_closest_marker("s3"), "mark it s3: the fast tests start no server"
     return f"{s3_server.url}/test-{next(_numbers)}"
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A SLURM of two nodes."""
+    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -19,8 +20,16 @@ IN_A_LIBRARY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 WITH_A_THREAD_LEFT = "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("work", [IN_PYTHON, IN_A_LIBRARY, WITH_A_THREAD_LEFT])
+@pytest.mark.parametrize(
+    ("number", "work"),
+    [
+        *itertools.product(
+            [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], [IN_PYTHON, IN_A_LIBRARY, WITH_A_THREAD_LEFT]
+        ),
+        (signal.SIGUSR1, IN_A_LIBRARY),
+        (signal.SIGUSR2, IN_PYTHON),
+    ],
+)
 def test_a_process_ends_promptly_whatever_it_is_at(number: signal.Signals, work: str) -> None:
     code = START + (
         "when_stopped(lambda: 1 / 0)()\n"
@@ -64,6 +73,26 @@ def test_whoever_is_not_to_hear_of_his_terminals_end_does_not() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_two_signals_at_the_same_instant() -> None:
+    """As SLURM sends SIGTERM to a job whose script passes on what it hears."""
+    code = (
+        START + "import os, signal\n"
+        "both = {signal.SIGUSR1, signal.SIGTERM}\n"
+        "try:\n"
+        "    with PromptStop():\n"
+        "        signal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        "        for number in both:\n"
+        "            os.kill(os.getpid(), number)\n"
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\n"
+        "        time.sleep(60)\n"
+        "except Stopped as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    sys.exit(stop.exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGUSR1, f"{SAID}\n")
 
 
 def test_it_ends_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("name", "own", "code"), [("SIGTERM", True, 5), ("SIGINT", True, 5), ("SIGTERM", False, -15)])
+@pytest.mark.parametrize(
+    ("name", "own", "code"), [("SIGTERM", True, 5), ("SIGINT", True, 5), ("SIGUSR1", True, 5), ("SIGTERM", False, -15)]
+)
 def test_a_signal_in_the_midst_of_a_fork_is_neither_lost_nor_leaves_a_lock(name: str, own: bool, code: int) -> None:
     program = SIGNALLED_AT_THE_FORK.format(name=name, own=own)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

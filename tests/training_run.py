@@ -89,12 +89,13 @@ class Run:
     def wait_for_step(self, step: int, child: subprocess.Popen[str] | Command) -> None:
         started = psutil.Process(child.pid).create_time()
         deadline = time.monotonic() + 120
-        while not self._has_logged(step, started):
+        while not self.has_logged(step, started):
             assert child.poll() is None, child.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def _has_logged(self, step: int, since: float) -> bool:
+    def has_logged(self, step: int, since: float) -> bool:
+        """Whether there is a line of this step or a later one, from after a Unix time."""
         try:
             return any(line["step"] >= step and line["time"] > since for line in read_log(self.store))
         except StorageError:

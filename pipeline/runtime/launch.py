@@ -1,6 +1,6 @@
-"""`accelerate launch`, telling each error once and keeping the ranks' exit code.
+"""A node's launcher: accelerate, torchrun or DeepSpeed, telling each error once and keeping the ranks' exit code.
 
-The launcher's own agent ends a failed run with exit code 1 and the stack of the agent, and a mistake that all ranks
+Their own agent ends a failed run with exit code 1 and the stack of the agent, and a mistake that all ranks
 meet would be told by each. Here ranks leave their user errors in a folder (`report`), the launcher tells each once, and
 its exit code is that of the error (`pipeline.errors`), or 128 + signal. A signal that asks to stop goes on to the
 ranks, which are waited for as long as they take; the agent by itself would kill them half a minute later.
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,10 +24,11 @@ from typing import Any
 import psutil
 
 from pipeline.errors import LatheError
-from pipeline.runtime import kernel_kills, requeue
+from pipeline.runtime import kernel_kills, node, requeue
 from pipeline.tether import end_with_parent
 
 _FOLDER = "LATHE_ERROR_FOLDER"
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _PASSED_ON = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT")
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _NAMES = re.compile(r"\S*[\d/]\S*")  # of files, addresses, steps: in these, errors that are alike differ
@@ -68,45 +68,42 @@ def end_with_launcher() -> None:
     """Called by a rank: it is killed when its launcher is (Linux), rather than train on beside the run's next start."""
     if _FOLDER in os.environ:
         end_with_parent(signal.SIGKILL)
+        if not Path(os.environ[_FOLDER]).is_dir():  # the launcher ended before that
+            raise SystemExit(1)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `accelerate launch ARGUMENTS`; returns 0, the first error's exit code, or 128 + signal."""
-    import torch.distributed.elastic.multiprocessing.api as agent
-    import torch.distributed.run  # noqa: F401  for its loggers
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
-        if logger.name.startswith("torch.distributed"):  # each of them sets a level of its own
-            logger.setLevel(logging.CRITICAL)
-    requeue.clear()
+    """Run `PROGRAM ARGUMENTS` (`node.PROGRAMS`); returns 0, the first error's exit code, or 128 + signal."""
+    program, *arguments = arguments
+    for name in _OF_RANKS:  # another launcher around this one has set them; these ranks are not its ranks
+        os.environ.pop(name, None)
     killed = kernel_kills.counts()
-    signals = _Signals()
-    agent._terminate_process_handler = signals.pass_on  # type: ignore[assignment]  # which it installs as it starts the ranks
-    with tempfile.TemporaryDirectory(prefix="lathe-") as folder, signals:
+    with tempfile.TemporaryDirectory(prefix="lathe-") as folder, _Signals():
         os.environ[_FOLDER] = folder
         try:
-            launch_command(launch_command_parser().parse_args(list(arguments)))
-        except ChildFailedError as failure:
-            rank, first = _first(failure, Path(folder))
-            if -first.exitcode in _ASKING and not requeue.is_asked():  # there was nothing to save yet
-                requeue.ask(stopped_by=-first.exitcode)
-            return _tell(Path(folder), rank, first.exitcode, kernel_kills.since(killed, kernel_kills.counts()))
-    return 0
+            requeue.clear()
+            ends = node.run(program, arguments)
+        except LatheError as error:
+            _say_error(error.message, error.remedy)
+            return error.exit_code
+        if not ends:
+            return 0
+        rank, exit_code = _first(ends, Path(folder))
+        if -exit_code in _ASKING and not requeue.is_asked():  # there was nothing to save yet
+            requeue.ask(stopped_by=-exit_code)
+        return _tell(Path(folder), rank, exit_code, kernel_kills.since(killed, kernel_kills.counts()))
 
 
-def _first(failure: Any, folder: Path) -> tuple[int, Any]:
-    """The rank that ended first, and how. Where that one tells but of a loss, it is the one that was killed.
+def _first(ends: Mapping[int, int], folder: Path) -> tuple[int, int]:
+    """The rank that ended first, and its exit code. Where it tells but of a loss, it is the one that was killed.
 
     Otherwise who was killed is not asked: the agent kills ranks that do not leave, half a minute later.
     """
-    rank, first = failure.get_first_failure()
-    report = folder / f"{rank:06d}.json"
+    first = next(iter(ends))
+    report = folder / f"{first:06d}.json"
     if report.exists() and json.loads(report.read_text(encoding="utf-8"))["secondary"]:
-        killed = ((other, end) for other, end in failure.failures.items() if -end.exitcode in _KILLING)
-        return next(killed, (rank, first))
-    return rank, first
+        first = next((rank for rank, exit_code in ends.items() if -exit_code in _KILLING), first)
+    return first, ends[first]
 
 
 class _Signals:
@@ -140,7 +137,7 @@ class _Signals:
             self._busy = False
 
     def _give(self, number: int) -> None:
-        ranks = [child for child in psutil.Process().children() if _is_rank(child)]
+        ranks = list(_ranks(psutil.Process()))
         if not ranks and not self._passed_on:
             if number in _ASKING:
                 with contextlib.suppress(LatheError):  # nobody could be told
@@ -152,11 +149,17 @@ class _Signals:
                 rank.send_signal(signal.SIGTERM if number in _ENDING else number)
 
 
-def _is_rank(child: psutil.Process) -> bool:
-    try:
-        return "RANK" in child.environ()
-    except psutil.Error:  # it has ended
-        return False
+def _ranks(process: psutil.Process) -> Iterator[psutil.Process]:
+    """The ranks below a process, without what they have started."""
+    for child in process.children():
+        try:
+            is_rank = "RANK" in child.environ()
+        except psutil.Error:  # it has ended
+            continue
+        if is_rank:
+            yield child
+        else:
+            yield from _ranks(child)
 
 
 def _tell(folder: Path, rank: int, exit_code: int, memory: str = "") -> int:
@@ -173,7 +176,8 @@ def _tell(folder: Path, rank: int, exit_code: int, memory: str = "") -> int:
     ]
     causes = [error for error in errors if not error["secondary"]]
     if not causes and exit_code < 0:
-        _say(f"error: rank {rank} was ended by {signal.Signals(-exit_code).name}, and the other ranks with it")
+        who = "a rank" if rank == node.UNKNOWN else f"rank {rank}"
+        _say(f"error: {who} was ended by {signal.Signals(-exit_code).name}, and the other ranks with it")
         if memory and -exit_code == signal.SIGKILL:
             _say(f"  {memory}; {_LESS_MEMORY}")
         return 128 - exit_code
@@ -189,9 +193,21 @@ def _tell(folder: Path, rank: int, exit_code: int, memory: str = "") -> int:
     return int(causes[0]["exit_code"]) if causes else exit_code
 
 
+def _say_error(message: str, remedy: str) -> None:
+    _say(f"error: {message}")
+    if remedy:
+        _say(f"  {remedy}")
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an ordinary end would be aborted by an agent that still waits for other nodes

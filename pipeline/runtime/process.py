@@ -15,8 +15,6 @@ import hashlib
 import logging
 import os
 import re
-import socket
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ import torch.distributed as dist
 
 from pipeline.config import EngineConfig
 from pipeline.errors import SetupError
+from pipeline.runtime import environment
 from pipeline.runtime.deepspeed_config import choose_accelerator
 from pipeline.runtime.launch import LostRankError, OtherRankError, end_with_launcher
 from pipeline.runtime.watchdog import Watchdog
@@ -166,12 +165,13 @@ def start(config: EngineConfig) -> Process:
     """Join the other ranks. Without a launcher this is a world of one.
 
     Raises:
-        SetupError: the ranks are not those that the launcher or `engine.world_size` announced.
+        SetupError: the ranks are not those that the launcher or `engine.world_size` announced, or no network leads to
+            the other machines.
     """
     end_with_launcher()
     on_gpu = torch.cuda.is_available()
-    _prepare_environment()
-    threads = config.threads_per_rank or _threads()
+    environment.prepare()
+    threads = config.threads_per_rank or environment.threads()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     if not on_gpu:
@@ -204,6 +204,7 @@ def is_alone() -> bool:
 
 def _join_for_deepspeed(on_gpu: bool, timeout: timedelta) -> torch.device:
     """The process group as DeepSpeed wants it; returns where this rank computes."""
+    environment.refuse_settings()
     choose_accelerator()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     import deepspeed.ops
@@ -256,34 +257,6 @@ def _wrong_world(world: int, announced: int, wanted: int | None) -> SetupError |
             f"start {wanted} ranks (NPROC={wanted} launchers/accelerate.sh CONFIG), or set engine.world_size={world}",
         )
     return None
-
-
-def _prepare_environment() -> None:
-    """What a launcher sets, where there is none."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    prefer_loopback()
-
-
-def prefer_loopback() -> None:
-    """Where all ranks are on this machine, as the launcher's variables say, they talk over its loopback interface."""
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing for the network to see
-
-
-def _threads() -> int:
-    """CPU threads of this rank: what the environment says, or its share of the cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    share = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return max(1, int(said) if said.isdecimal() else share)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _be_quiet() -> None:

@@ -74,7 +74,8 @@ def ask(*, stopped_by: int, step: int | None = None, steps: int | None = None, c
 
 def _file() -> Path | None:
     name = os.environ.get(VARIABLE, "")
-    return Path(name).resolve() if name and os.environ.get("RANK", "0") == "0" else None
+    place = os.environ.get("RANK") or os.environ.get("NODE_RANK") or "0"  # of a rank, or of a node's launcher
+    return Path(name).resolve() if name and place == "0" else None
 
 
 def _partial(file: Path) -> Path:

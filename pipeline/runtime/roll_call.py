@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from pipeline.errors import SetupError
-from pipeline.runtime.process import prefer_loopback
+from pipeline.runtime import environment
 
 _LOOK_SECONDS = 0.05
 _LEAVE_SECONDS = 5.0
@@ -44,8 +44,6 @@ class RollCall:
                 "start it as training is: torchrun --nproc-per-node 2 -m pipeline doctor CONFIG --all-ranks",
             )
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-        prefer_loopback()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
@@ -67,8 +65,9 @@ class RollCall:
         """Add up a number over all ranks, by each backend that training uses; what was done, in words.
 
         Raises:
-            SetupError: it fails, or is not done in time.
+            SetupError: it fails, or is not done in time; or no interface leads to the first machine.
         """
+        environment.prepare()
         began = time.monotonic()
         backends = ["gloo", "nccl"] if torch.cuda.is_available() else ["gloo"]
         for name in backends:

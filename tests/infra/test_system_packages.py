@@ -18,6 +18,16 @@ case "$*" in
 esac
 exit {code}
 """
+OF_SLURM = """#!/bin/sh
+# stands for dpkg-deb --extract ARCHIVE ROOT, of SLURM's packages and munge
+mkdir -p $3/usr/bin $3/usr/sbin $3/usr/lib/riscv64-linux-gnu/slurm-wlm
+for name in bin/sbatch bin/srun bin/scontrol bin/scancel bin/squeue \\
+  sbin/munged sbin/slurmctld-wlm sbin/slurmd-wlm sbin/slurmstepd-wlm; do
+  echo '#!/bin/sh' > $3/usr/$name && chmod +x $3/usr/$name
+done
+touch $3/usr/lib/riscv64-linux-gnu/libmunge.so.2.0.0 $3/usr/lib/riscv64-linux-gnu/slurm-wlm/hash_k12.so
+ln -sf libmunge.so.2.0.0 $3/usr/lib/riscv64-linux-gnu/libmunge.so.2
+"""
 UNPACK = """#!/bin/sh
 # stands for dpkg-deb --extract ARCHIVE ROOT
 mkdir -p $3/usr/bin $3{templates}
@@ -41,7 +51,7 @@ class Machine:
         self.bin.mkdir()
         script(self.bin / "apt-get", PACKAGE.format(log=self.log, code=code))
         script(self.bin / "dpkg-deb", UNPACK.format(templates=self.templates))
-        for tool in ("mkdir", "chmod", "touch", "sh"):
+        for tool in ("mkdir", "chmod", "touch", "ln", "sh"):
             (self.bin / tool).symlink_to(next(p for p in (Path("/bin") / tool, Path("/usr/bin") / tool) if p.exists()))
         fixed = tuple(self.templates / name for name in ("default.tmpl", "email.tmpl"))
         *others, alertmanager = system_packages.UNPACKED["prometheus"]
@@ -49,6 +59,7 @@ class Machine:
         monkeypatch.setattr(system_packages, "UNPACKED", {"prometheus": servers})
         monkeypatch.setattr(system_packages, "GROUPS", {"prometheus": servers} | system_packages.INSTALLED)
         monkeypatch.setattr(system_packages, "FOLDER", place / "system")
+        monkeypatch.setattr(system_packages, "LIBRARIES", place / "system" / "lib")
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         monkeypatch.setenv("PATH", str(self.bin))
 
@@ -67,6 +78,27 @@ def test_servers_are_unpacked_once_and_not_installed(tmp_path, monkeypatch, caps
     assert system_packages.main(["prometheus"]) == 0
     assert machine.asked() == ["update", "download"]
     assert "not to be had" not in capsys.readouterr().out
+
+
+def test_libraries_are_unpacked_beside_the_programs_that_need_them(tmp_path, monkeypatch):
+    slurm = system_packages.UNPACKED["slurm"]
+    machine = Machine(tmp_path, monkeypatch)
+    script(machine.bin / "dpkg-deb", OF_SLURM)
+    monkeypatch.setattr(system_packages, "UNPACKED", {"slurm": slurm})
+    monkeypatch.setattr(system_packages, "GROUPS", {"slurm": slurm})
+    assert system_packages.main(["slurm"]) == 0
+    downloaded = machine.log.read_text().splitlines()[-1].split()
+    assert {"munge", "slurmctld", "slurmd", "slurm-client"} < set(downloaded)
+    assert downloaded.count("libmunge2") == 1
+    assert system_packages.missing("slurm") == []
+    assert Path(system_packages.program("slurmstepd") or "").name == "slurmstepd-wlm"
+    assert (system_packages.LIBRARIES / "slurm-wlm" / "hash_k12.so").exists()
+    assert (system_packages.LIBRARIES / "libmunge.so.2").is_symlink()
+    assert system_packages.main(["slurm"]) == 0
+    assert machine.asked() == ["update", "download"]
+    (system_packages.FOLDER / "bin" / "srun").unlink()
+    assert system_packages.main(["slurm"]) == 0
+    assert system_packages.missing("slurm") == []
 
 
 def test_what_is_on_the_path_is_taken_without_debians_files(tmp_path, monkeypatch):

@@ -13,7 +13,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-LAUNCH = ["-m", "pipeline.runtime.launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH = [
+    "-m",
+    "pipeline.runtime.launch",
+    "accelerate",
+    "--use_deepspeed",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 TIMEOUT = 1500  # seconds; the matrix takes five minutes of two cores
 

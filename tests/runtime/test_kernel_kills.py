@@ -67,7 +67,7 @@ def test_a_rank_that_takes_more_memory_than_there_is(tmp_path, group):
     script = tmp_path / "rank.py"
     script.write_text("taken = []\nwhile True:\n    taken.append(bytearray(16 << 20))\n")
     options = "--use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -m pipeline.runtime.launch {options}"
+    command = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -m pipeline.runtime.launch accelerate {options}"
     done = subprocess.run(
         ["bash", "-c", f"{command} --main_process_port 0 {script}"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},

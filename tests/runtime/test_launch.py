@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.runtime import launch
+from pipeline.runtime import launch, node
 from pipeline.runtime.launch import OtherRankError
 
 
@@ -79,23 +80,17 @@ def test_a_killed_rank_is_named_where_nothing_else_is_known(folder, monkeypatch,
     assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL, and the other ranks with it\n"
 
 
-def ends(**exit_codes: int) -> Any:
-    """How ranks ended, the first one first."""
-    found = {int(name.removeprefix("r")): SimpleNamespace(exitcode=code) for name, code in exit_codes.items()}
-    return SimpleNamespace(failures=found, get_first_failure=lambda: next(iter(found.items())))
-
-
 def test_the_rank_that_was_killed_counts_where_the_first_one_only_tells_of_its_loss(folder, monkeypatch):
     report(monkeypatch, 0, OtherRankError("lost another rank", ""))
-    assert launch._first(ends(r0=1, r1=-9), folder)[0] == 1
-    assert launch._first(ends(r0=1, r1=-15), folder)[0] == 0
+    assert launch._first({0: 1, 1: -9}, folder) == (1, -9)
+    assert launch._first({0: 1, 1: -15}, folder) == (0, 1)
 
 
 @pytest.mark.parametrize("code", [1, 3, -15])
 def test_a_rank_that_the_agent_kills_since_it_does_not_leave_is_not_the_cause(folder, monkeypatch, code):
     if code > 0:
         report(monkeypatch, 0, StorageError("disk full"))
-    assert launch._first(ends(r0=code, r1=-9), folder)[0] == 0
+    assert launch._first({0: code, 1: -9}, folder) == (0, code)
 
 
 def test_a_signal_before_there_are_ranks_asks_for_another_start(tmp_path, monkeypatch):
@@ -107,20 +102,34 @@ def test_a_signal_before_there_are_ranks_asks_for_another_start(tmp_path, monkey
     assert json.loads((tmp_path / "requeue.json").read_text())["signal"] == "SIGUSR1"
 
 
+@pytest.mark.parametrize("text", ["node0\n", "node0 slots=2\nnode0 slots=2\n", "# none\n"])
+def test_a_hostfile_that_deepspeed_does_not_take(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ConfigError, match=f"^HOSTFILE={tmp_path / 'hosts'}: Hostfile ") as told:
+        node.run("deepspeed", [str(tmp_path / "hosts"), "pipeline"])
+    assert told.value.remedy == "one line for each machine: NAME slots=RANKS"
+
+
 def test_without_this_launcher_a_rank_tells_its_error_itself(monkeypatch):
     monkeypatch.delenv("LATHE_ERROR_FOLDER", raising=False)
     assert not launch.report(ConfigError("x", "y"))
 
 
-def start(script: Path) -> subprocess.Popen[str]:
-    options = "--use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+ACCELERATE = "accelerate --use_deepspeed --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+ACCELERATE += " --main_process_port 0"
+TORCHRUN = "torchrun --nproc-per-node 1 --master-port 0"
+
+
+def start(options: str, script: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.runtime.launch", *options.split(), "--main_process_port", "0", str(script)],
+        [sys.executable, "-m", "pipeline.runtime.launch", *options.split(), str(script)],
         env={
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
+            **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -129,10 +138,11 @@ def start(script: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.ranks
-def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_launcher(tmp_path):
+@pytest.mark.parametrize("program", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
+def test_a_rank_that_fails_gives_the_launcher_its_exit_code_and_no_stack_of_the_launcher(tmp_path, program):
     script = tmp_path / "rank.py"
     script.write_text("import sys; print('said'); sys.exit(7)")
-    launcher = start(script)
+    launcher = start(program, script)
     assert launcher.communicate(timeout=60)[0] == "said\n"
     assert launcher.returncode == 7
 
@@ -148,9 +158,68 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
         "print(os.getpid(), flush=True)\n"
         "time.sleep(120)\n"
     )
-    launcher = start(script)
+    launcher = start(TORCHRUN, script)
     assert launcher.stdout is not None
     rank = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()
     launcher.wait(10)
     assert psutil.wait_procs([rank], timeout=10)[1] == []
+
+
+def one_of_two(tmp_path: Path, conf: str) -> tuple[subprocess.Popen[str], int]:
+    """The launcher of machine 0 of two, the other of which does not come; and the port it waits at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options = f"torchrun --nnodes 2 --rdzv-conf {conf} --master-addr 127.0.0.1 --master-port {port}"
+    return start(options, tmp_path / "rank.py", LATHE_REQUEUE_FILE=str(tmp_path / "requeue.json"), **place), port
+
+
+@pytest.mark.ranks
+def test_a_launcher_that_waits_for_other_machines_hears_signals(tmp_path):
+    launcher, port = one_of_two(tmp_path, "timeout=120")
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            break
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.communicate(timeout=10)[0] == ""
+    assert launcher.returncode == 128 + signal.SIGUSR1
+    assert json.loads((tmp_path / "requeue.json").read_text())["signal"] == "SIGUSR1"
+
+
+@pytest.mark.ranks
+def test_machines_that_do_not_meet(tmp_path):
+    launcher, port = one_of_two(tmp_path, "timeout=2")
+    message, remedy = launcher.communicate(timeout=60)[0].splitlines()
+    assert message.startswith(f"error: node 0 of 2 has not met the others at 127.0.0.1:{port}: Timed out after")
+    assert remedy.startswith("  see that all nodes were started")
+    assert launcher.returncode == 1
+
+
+BARRIER = """
+import sys
+from pipeline.runtime import node
+node._EXIT_BARRIER_SECONDS = 1
+print(node.run("torchrun", sys.argv[1:]))
+"""
+
+
+@pytest.mark.ranks
+def test_a_launcher_whose_ranks_have_finished_does_not_wait_long_for_a_lost_machine(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import os, time\ntime.sleep(60 * int(os.environ['RANK']))\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = f"--nnodes 2 --master-addr 127.0.0.1 --master-port {port} --node-rank"
+    other = start(f"torchrun {options} 1", script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BARRIER, *options.split(), "0", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout == "{}\n"
+    assert other.poll() is None
+    other.send_signal(signal.SIGTERM)
+    assert "rank 1 was ended by SIGTERM" in other.communicate(timeout=30)[0]

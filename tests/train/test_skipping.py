@@ -13,7 +13,16 @@ import pytest
 pytestmark = pytest.mark.ranks
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("skipping_ranks.py")
-LAUNCH = ["-m", "pipeline.runtime.launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH = [
+    "-m",
+    "pipeline.runtime.launch",
+    "accelerate",
+    "--use_deepspeed",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 BROKEN, STEPS, EPOCH = 7, 40, 5
 

@@ -115,7 +115,15 @@ def measure(bench: TrainBench, pairs: Pairs, folder: Path, kind: str, module: st
 
 def launch(ranks: int, job: Path, result: Path, module: str = RANK) -> None:
     """Start the ranks and wait for them. Raises SetupError with their last words."""
-    command = [sys.executable, "-m", "pipeline.runtime.launch", "--use_deepspeed", "--num_processes", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.runtime.launch",
+        "accelerate",
+        "--use_deepspeed",
+        "--num_processes",
+        str(ranks),
+    ]
     command += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", module, str(job), str(result)]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // ranks))

@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# What batch scripts of SLURM do about signals, and at the end of their one step. They source this with their arguments.
+#
+#   run_step OPTION ... COMMAND ...      srun; sets `code`, the step's exit code
+#   end_job MODULE ARGUMENT ...          ends the script: with `code`, or with 75 where the job was requeued
+# `asked` is the signal that was heard before this was read.
+# shellcheck disable=SC2154
+
+if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
+  sed -n '1d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "$0"
+  exit $(($# < 1 ? 2 : 0))
+fi
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  printf 'error: this is no SLURM job\n  start it with sbatch\n' >&2
+  exit 2
+fi
+
+signals=0 step='' code=0 options=()
+pass_on() {
+  asked=$1
+  signals=$((signals + 1))
+  if [[ -n $step && -z ${passing:-} ]]; then
+    # srun drops a signal that comes before its tasks run; these take the first one, and leave the others
+    while kill -USR1 "$step"; do sleep 10; done &>/dev/null &
+    passing=$!
+  fi
+}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+
+if [[ -n ${LATHE_SRUN_OPTIONS:-} ]]; then
+  mapfile -t options <<<"$LATHE_SRUN_OPTIONS"
+fi
+retries=${LATHE_RETRIES:-3}
+if [[ ! $retries =~ ^[0-9]+$ ]]; then
+  printf 'error: LATHE_RETRIES=%s is not a number of starts\n  set LATHE_RETRIES=3, or leave it out\n' "$retries" >&2
+  exit 2
+fi
+export PYTHON=${PYTHON:-python}
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then # of sbatch; srun by itself takes one CPU for a task since 22.05
+  export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+fi
+# of one task of an array alone: the last task's SLURM_JOB_ID stands for the whole array too
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+fi
+
+run_step() {
+  if [[ -n $asked ]]; then # before there was anything to stop
+    code=138
+    return
+  fi
+  srun --kill-on-bad-exit=0 --wait=0 "${options[@]}" "$@" &
+  step=$!
+  [[ -z $asked ]] || pass_on "$asked"
+  local heard='' now
+  while [[ $heard != "$signals" ]]; do # a trap ends `wait`, not the step
+    heard=$signals
+    now=0
+    wait "$step" || now=$?
+    ((now == 127 && heard > 0)) || code=$now # 127: it had been waited for
+  done
+  step=''
+  [[ -z ${passing:-} ]] || kill "$passing" 2>/dev/null || true
+}
+
+end_job() {
+  local record=$PWD/lathe-$job.attempts.json
+  if ((code == 0)); then
+    rm -f "$record"
+    exit 0
+  fi
+  local decide=("$PYTHON" -m "$1" --code "$code" --job "$job" --retries "$retries" --record "$record" "${@:2}")
+  if ((${#options[@]})); then # such as a container
+    decide=(srun --nodes=1 --ntasks=1 --overlap "${options[@]}" "${decide[@]}")
+  fi
+  local verdict=0 state
+  "${decide[@]}" || verdict=$?
+  ((verdict == 75)) || exit "$code"
+  # Cancelled by its user it is COMPLETING, and stays cancelled. So it is when its time has run out meanwhile.
+  state=$(squeue --noheader --jobs="$job" --format='%T %r') || state="unknown: squeue failed"
+  if [[ $state != 'RUNNING '* && $state != *' TimeLimit' ]]; then
+    printf 'not requeued: SLURM is ending this job itself (%s)\n' "$state" >&2
+    exit "$code"
+  fi
+  if ! scontrol requeue "$job"; then
+    printf 'error: SLURM did not requeue job %s\n  submit it with --requeue, or start it again by hand\n' "$job" >&2
+    exit "$code"
+  fi
+  exit 75
+}

@@ -1,0 +1,290 @@
+"""A real SLURM for tests: a controller and several nodes on this machine, in a folder, on ports of their own.
+
+Each node is a slurmd of its own on loopback, so names of nodes do not resolve: jobs need MASTER_ADDR=127.0.0.1. Nothing
+is shared with a SLURM or munge that the machine has, nor with that of another test session. SLURM 22.05 and later.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+from monitoring import wait_until
+
+from infra.system_packages import FOLDER, LIBRARIES, program
+from pipeline.tether import start_tethered
+
+HOST = "127.0.0.1"
+CONFIGURATION = """
+ClusterName=tests
+SlurmctldHost={machine}({host})
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={port}
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+{plugins}
+PlugStackConfig={folder}/plugstack.conf
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+SlurmctldDebug=info
+SlurmdDebug=info
+FirstJobId={first_job}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,batch_sched_delay=0,sched_interval=1
+MinJobAge=3600
+ReturnToService=2
+InactiveLimit=0
+KillWait={kill_wait}
+MessageTimeout=30
+SlurmdTimeout={node_timeout}
+JobRequeue=1
+PropagateResourceLimits=NONE
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+"""
+GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+
+
+class Slurm:
+    """A cluster that runs while its context lasts; jobs that are left are killed with it.
+
+    Args:
+        folder: its own.
+        nodes: how many, `node1` and so on.
+        cpus: of each node.
+        kill_wait: seconds between SIGTERM and SIGKILL for a job that ends.
+        node_timeout: seconds after which a node that does not answer is down.
+    """
+
+    def __init__(
+        self, folder: Path, nodes: int = 2, *, cpus: int = 2, kill_wait: int = 5, node_timeout: int = 10
+    ) -> None:
+        self.folder, self.nodes = folder, [f"node{number}" for number in range(1, nodes + 1)]
+        self._cpus, self._waits = cpus, {"kill_wait": kill_wait, "node_timeout": node_timeout}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        programs = {program(name) for name in ("sbatch", "scontrol")}
+        path = os.pathsep.join([*{str(Path(found).parent) for found in programs if found}, kept["PATH"]])
+        self.environment = {**kept, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
+        if self._is_unpacked():
+            self.environment["LD_LIBRARY_PATH"] = f"{LIBRARIES}:{LIBRARIES}/slurm-wlm"
+        self._daemons: dict[str, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Self:
+        self._configure()
+        try:
+            self._start_munge()
+            self._daemon("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
+            for node in self.nodes:
+                self.start_node(node)
+            wait_until(self._all_idle, 60, "the nodes to be idle")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in [*self.nodes, "slurmctld", "munged"]:
+            self._stop(name)
+        self._kill_jobs()
+
+    def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **environment: str) -> int:
+        """`sbatch OPTIONS SCRIPT ARGUMENTS`; returns the job's id. `environment` is added to that of this process."""
+        said = self.run("sbatch", "--parsable", *options, str(script), *arguments, environment=environment)
+        return int(said.strip())
+
+    def run(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+        """What a command of SLURM says; it succeeds."""
+        found = program(name)
+        assert found is not None
+        done = subprocess.run(
+            [found, *arguments],
+            env={**self.environment, **(environment or {})},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, f"{name} {arguments}: {done.stderr}{self.logs()}"
+        return done.stdout
+
+    def job(self, job: int | str) -> dict[str, str]:
+        """What is known of a job: JobState, Restarts, ExitCode, ..."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", str(job))))
+
+    def wait_for(self, job: int | str, *states: str, seconds: float = 240) -> dict[str, str]:
+        """The job once it is in one of the states; any that is final, if none are given."""
+        wanted = states or GONE
+        wait_until(lambda: self.job(job)["JobState"] in wanted, seconds, f"job {job} to be {' or '.join(wanted)}")
+        return self.job(job)
+
+    def wait_for_start(self, job: int | str, restarts: int, seconds: float = 120) -> None:
+        """Until a job runs that was started again so many times."""
+
+        def is_running() -> bool:
+            known = self.job(job)
+            assert known["JobState"] not in GONE, known
+            return known["JobState"] == "RUNNING" and int(known["Restarts"]) == restarts
+
+        wait_until(is_running, seconds, f"start {restarts} of job {job}")
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon."""
+        stepd = program("slurmstepd")
+        own = ["-d", stepd] if stepd is not None and self._is_unpacked() else []
+        self._daemon(node, "slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node, *own)
+
+    def lose_node(self, node: str) -> None:
+        """As if its machine had lost its power: daemon and processes are killed, what they kept in memory is gone."""
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
+        self._kill_jobs(node)
+        shutil.rmtree(self.folder / f"spool-{node}")  # else a requeued job finds its script there, and is held
+
+    def processes(self, node: str = "") -> list[psutil.Process]:
+        """Of jobs and their steps, on one node or on all."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                variables = process.environ()
+                if variables.get("SLURM_CONF") == self.environment["SLURM_CONF"] and process.pid != os.getpid():
+                    where = variables.get("SLURMD_NODENAME", variables.get("LATHE_TEST_NODE", ""))
+                    if not node or where == node:
+                        found.append(process)
+        return found
+
+    def logs(self) -> str:
+        """The end of what the daemons have said."""
+        return "".join(f"\n{file.name}:\n{file.read_text()[-2000:]}" for file in sorted(self.folder.glob("*.log")))
+
+    def _configure(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o755)
+        (self.folder / "state").mkdir()
+        (self.folder / "plugstack.conf").touch()
+        machine = socket.gethostname().split(".")[0]
+        port, *ports = _free_ports(1 + len(self.nodes))
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={machine} NodeAddr={HOST} Port={own} CPUs={self._cpus} State=UNKNOWN"
+            for node, own in zip(self.nodes, ports, strict=True)
+        )
+        (self.folder / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                machine=machine,
+                host=HOST,
+                user=getpass.getuser(),
+                port=port,
+                folder=self.folder,
+                plugins=f"PluginDir={LIBRARIES}/slurm-wlm" if self._is_unpacked() else "",
+                first_job=random.randrange(1, 60_000),
+                nodes=nodes,
+                **self._waits,
+            )
+        )
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        files = {"socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
+        options = [f"--{name}={self.folder / file}" for name, file in files.items()]
+        self._daemon("munged", "munged", "--foreground", "--force", f"--key-file={key}", *options)
+        wait_until((self.folder / "munge.socket").exists, 30, "munge's socket")
+
+    def _daemon(self, name: str, command: str, *options: str) -> None:
+        found = program(command)
+        assert found is not None
+        with (self.folder / f"{name}.out.log").open("a") as log:
+            self._daemons[name] = start_tethered(
+                [found, *options],
+                env={**self.environment, "LATHE_TEST_NODE": name},
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def _stop(self, name: str) -> None:
+        daemon = self._daemons.pop(name, None)
+        if daemon is None:
+            return
+        daemon.send_signal(signal.SIGTERM)
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+    def _kill_jobs(self, node: str = "") -> None:
+        """Kill what outlives the daemons, and tells nobody: first what watches over steps, then these."""
+        steps = self.processes(node)
+        for process in (*filter(None, {_watcher(step) for step in steps}), *steps):
+            with suppress(psutil.Error):
+                process.kill()
+
+    def _all_idle(self) -> bool:
+        for name, daemon in self._daemons.items():
+            assert daemon.poll() is None, f"{name} has ended{self.logs()}"
+        done = subprocess.run(
+            [str(program("scontrol")), "--oneliner", "show", "nodes"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.count("State=IDLE ") == len(self.nodes)
+
+    def _is_unpacked(self) -> bool:
+        found = program("slurmctld")
+        return found is not None and Path(found).is_relative_to(FOLDER)
+
+
+def _watcher(process: psutil.Process) -> psutil.Process | None:
+    """SLURM's own process above one of a job; it hides its environment."""
+    with suppress(psutil.Error):
+        parent = process.parent()
+        if parent is not None and parent.name().startswith("slurmstepd"):
+            return parent
+    return None
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
