@@ -21,7 +21,7 @@ from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import PER_LEVEL, AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
-from pipeline.config.site import ContainerConfig, SiteConfig, SlurmConfig
+from pipeline.config.site import ContainerConfig, KubernetesConfig, SiteConfig, SlurmConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
 from pipeline.config.training import (
     SIGMA_REL,
@@ -68,6 +68,7 @@ __all__ = [
     "ImagesConfig",
     "InitFromConfig",
     "JointOptimizerConfig",
+    "KubernetesConfig",
     "LaunchConfig",
     "LoaderConfig",
     "LossScaleConfig",

@@ -33,7 +33,7 @@ TOWERS = (
 )
 WEIGHTS = "an average by its name in ema.averages, or raw for the weights themselves; empty = the first average"
 
-StageName = Annotated[str, StringConstraints(pattern=r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$")]
+StageName = Annotated[str, StringConstraints(pattern=r"^[a-z]([a-z0-9-]{0,12}[a-z0-9])?$")]
 
 
 class RunConfig(Section):

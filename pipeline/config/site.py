@@ -66,6 +66,7 @@ def _one_line(text: str) -> str:
 
 Word = Annotated[str, AfterValidator(_scheduler_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
+_Command = Literal["pack", "train-vae", "encode", "train", "sample", "evaluate", "export"]
 _Text = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
@@ -93,11 +94,6 @@ class SlurmConfig(Section):
         (), description="further options of sbatch, such as --reservation=NAME"
     )
 
-    def with_changes(self, *changes: SlurmConfig) -> SlurmConfig:
-        """These settings, but for the fields that are set in `changes`; later ones win."""
-        set_fields = {name: getattr(one, name) for one in changes for name in one.model_fields_set}
-        return self.model_copy(update=set_fields)
-
 
 class ContainerConfig(Section):
     """The image that everything runs in."""
@@ -109,13 +105,35 @@ class ContainerConfig(Section):
     )
 
 
+class KubernetesConfig(Section):
+    """What jobs ask of Kubernetes."""
+
+    namespace: str = Field("", description="empty = that of kubectl's context")
+    context: str = Field("", description="of kubectl; empty = its current one")
+    kind: Literal["Job", "JobSet", "PyTorchJob"] = Field("Job", description="of train: what starts its pods together")
+    gpus: int = Field(0, ge=0, le=64, description="of a pod of train; a pod of encode takes one of them, others none")
+    cpus: Count = Field(4, description="of each pod")
+    memory: str = Field("16Gi", description="of each pod")
+    secrets: tuple[str, ...] = Field((), description="Secrets whose keys become variables: S3's keys")
+    service_account: str = Field("", description="empty = the namespace's default")
+    cache_size: str = Field("50Gi", description="disk of each pod, at /cache")
+    cache_class: str = Field("", description="storage class of that disk; empty = the node's own")
+    data_claim: str = Field(
+        "", description="PersistentVolumeClaim at /data, for runs that are kept there and not on S3"
+    )
+    metrics_port: int | None = Field(9400, ge=1, le=65535, description="where Prometheus asks; null = nowhere")
+    grace_seconds: Count = Field(600, description="a pod that is to end may take this long to save")
+
+
 class SiteConfig(Section):
     """One cluster, for all runs on it."""
 
     slurm: SlurmConfig = SlurmConfig()
-    slurm_by_command: dict[
-        Literal["pack", "train-vae", "encode", "train", "sample", "evaluate", "export"], SlurmConfig
-    ] = Field({}, description="what single commands ask instead, such as export: {partition: cpu}")
+    slurm_by_command: dict[_Command, SlurmConfig] = Field(
+        {}, description="what single commands ask instead, such as export: {partition: cpu}"
+    )
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    kubernetes_by_command: dict[_Command, KubernetesConfig] = Field({}, description="likewise")
     modules: tuple[Word, ...] = Field((), description="environment modules to load, in this order")
     container: ContainerConfig | None = None
     environment: dict[str, _Text] = Field({}, description="variables of every job; no secrets, since scripts are kept")

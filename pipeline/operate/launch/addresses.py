@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pipeline.config import (
     EncodeConfig,
@@ -54,10 +54,11 @@ def reads(config: RunConfig) -> dict[tuple[str, str], tuple[str, ...]]:
     return found
 
 
-def local_outputs(config: RunConfig) -> list[str]:
-    """Addresses that are local folders or files, of everything that a command reads and writes for others."""
-    addresses = [*_flat(writes(config).values()), *_flat(reads(config).values()), getattr(config, "output", "")]
-    return [address for address in dict.fromkeys(addresses) if address and "://" not in address]
+def local_addresses(config: RunConfig) -> list[str]:
+    """Folders and files of this machine that a command reads or writes; an autoencoder may be of the hub."""
+    found = [one for (field, _), addresses in reads(config).items() if field != "autoencoder" for one in addresses]
+    found.append(str(getattr(config, "output", "")))
+    return [address for address in dict.fromkeys(found) if address and "://" not in address]
 
 
 def check_addresses(stages: Sequence[tuple[str, RunConfig]]) -> None:
@@ -92,8 +93,9 @@ def check_addresses(stages: Sequence[tuple[str, RunConfig]]) -> None:
 def _check_captions(stages: Sequence[tuple[str, RunConfig]]) -> None:
     """As train does once it has the manifest, which here does not exist yet."""
     encoders = [(name, config) for name, config in stages if isinstance(config, EncodeConfig)]
-    for name, config in stages:
-        for earlier, encode in encoders if isinstance(config, TrainConfig) else []:
+    trainings = [(name, config) for name, config in stages if isinstance(config, TrainConfig)]
+    for name, config in trainings:
+        for earlier, encode in encoders:
             manifests = [source.manifest for source in config.sources]
             if not any(_is_within(mine, made) for mine in manifests for made in writes(encode)[_MANIFEST]):
                 continue
@@ -120,7 +122,3 @@ def _place(address: str) -> str:
     if "://" in address or not address:
         return address.rstrip("/")
     return os.path.abspath(os.path.expanduser(address))  # noqa: PTH100, PTH111  of text that may be a pattern
-
-
-def _flat(groups: Iterable[tuple[str, ...]]) -> list[str]:
-    return [one for group in groups for one in group]

@@ -105,6 +105,8 @@ def _variables(site: SiteConfig, asked: SlurmConfig, folder: Path, directory: Pa
         mounts = ",".join(_mounts(site.container, folder, directory))
         options = [f"--container-image={site.container.image}", f"--container-mounts={mounts}"]
         found["LATHE_SRUN_OPTIONS"] = "\n".join([*options, f"--container-workdir={directory}"])
+    if asked.cpus_per_task:
+        found["SRUN_CPUS_PER_TASK"] = str(asked.cpus_per_task)  # srun does not take it from the job
     if asked.gpus_per_node:
         found["NPROC"] = str(asked.gpus_per_node)
     if site.interface:

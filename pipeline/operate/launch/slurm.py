@@ -37,7 +37,9 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
     if code == 0:
         return out + (err if program == "sbatch" else "")
     if _NO_ANSWER.search(err):
-        raise SlurmError(f"SLURM does not answer: {programs.complaint(err)}", "try again later; sinfo tells when it does")
+        raise SlurmError(
+            f"SLURM does not answer: {programs.complaint(err)}", "try again later; sinfo tells when it does"
+        )
     raise SlurmError(f"{program}: {programs.complaint(err)}", "mend what it names")
 
 
@@ -123,8 +125,8 @@ def signal_warnings(pipeline: Pipeline, site: SiteConfig) -> list[str]:
         longest = max((one for one in seconds if isinstance(one, int | float)), default=0.0)
         if longest >= asked.signal_seconds:
             warnings.append(
-                f"stage {stage.name}: a checkpoint of {stage.config.output} has taken {longest:.0f} s, but the run is asked"
-                f" to save only {asked.signal_seconds} s before its time is over\n"
+                f"stage {stage.name}: a checkpoint of {stage.config.output} has taken {longest:.0f} s, but the run is"
+                f" asked to save only {asked.signal_seconds} s before its time is over\n"
                 f"  set slurm.signal_seconds of the site to {2 * longest:.0f} or more"
             )
     return warnings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.operate.launch.addresses import check_addresses
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 _FIELDS = tuple(LaunchConfig.model_fields)
-_LONGEST_NAME = 20
+_LONGEST_NAME = 14  # with stage and time, Kubernetes takes it
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Stage:
     tasks: int = 1
     at_once: int = 1
     finalizes: bool = False
-    slurm: SlurmConfig = SlurmConfig()
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property
     def command(self) -> str:
@@ -60,6 +60,15 @@ class Pipeline:
             stages.append(stage)
             if stage.tasks > 1:
                 stages.append(replace(stage, name=f"{stage.name}-finalize", tasks=1, at_once=1, finalizes=True))
+        return replace(self, stages=tuple(stages))
+
+    def on_one_machine(self, tasks: int | None) -> Pipeline:
+        """The stages without what a cluster is for: one node, and so many workers, by default one."""
+        count = {True: tasks or 1, False: 1}
+        sizes = [count[isinstance(stage.config, EncodeConfig)] for stage in self.stages]
+        stages = (
+            replace(stage, nodes=1, tasks=size, at_once=size) for stage, size in zip(self.stages, sizes, strict=True)
+        )
         return replace(self, stages=tuple(stages))
 
 
@@ -139,13 +148,13 @@ def _stage(name: str, config: RunConfig, told: StageConfig) -> Stage:
     if isinstance(config, LaunchConfig):
         raise ConfigError(f"stage {name}: {told.config} is a pipeline", "name a run file of one command")
     stage = Stage(name, config, told.nodes, told.tasks, told.at_once or told.tasks, slurm=told.slurm)
-    for field, number, kind, command in (
+    for what, number, kind, command in (
         ("nodes", told.nodes, TrainConfig, "train"),
         ("tasks", told.tasks, EncodeConfig, "encode"),
     ):
         if number > 1 and not isinstance(config, kind):
             raise ConfigError(
-                f"stage {name}: {field}: {number}, but lathe {stage.command} runs alone",
+                f"stage {name}: {what}: {number}, but lathe {stage.command} runs alone",
                 f"leave it out; only lathe {command} takes several",
             )
     return stage

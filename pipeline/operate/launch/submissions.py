@@ -62,6 +62,7 @@ class Record(BaseModel):
         created: UTC.
         directory: that relative paths in run files begin at.
         process: of `lathe launch` itself, while it starts stages one after the other: id, and when it was started.
+        machine: of that process.
         namespace: of Kubernetes.
         context: of kubectl.
         stages: in order.
@@ -73,6 +74,7 @@ class Record(BaseModel):
     created: datetime
     directory: str
     process: tuple[int, float] | None = None
+    machine: str = ""
     namespace: str = ""
     context: str = ""
     stages: list[StageRecord]
@@ -134,7 +136,7 @@ def plan(pipeline: Pipeline, place: Place, parent: Path | None, directory: Path)
         directory: that relative paths begin at.
     """
     now = datetime.now(UTC).replace(microsecond=0)
-    name = f"{pipeline.name}-{now.astimezone():%Y%m%d-%H%M%S}"
+    name = f"{pipeline.name}-{now.astimezone():%m%d-%H%M%S}"
     parent = (parent or FOLDER).absolute()
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     folder = next(parent / one for one in names if not (parent / one).exists())
@@ -162,7 +164,9 @@ def write(submission: Submission, pipeline: Pipeline, files: Sequence[tuple[str,
             path = submission.run_file(stage)
             path.write_text(runfile.dump(stage.config), encoding="utf-8")
             if runfile.load_any(str(path)) != stage.config:
-                raise ConfigError(f"stage {stage.name}: its run file holds a value that YAML does not keep", f"see {path}")
+                raise ConfigError(
+                    f"stage {stage.name}: its run file holds a value that YAML does not keep", f"see {path}"
+                )
     except OSError as error:
         raise _unwritable(submission.folder, error) from error
     submission.save()
@@ -194,10 +198,10 @@ def find(address: str | None) -> Submission:
     )
 
 
-def known() -> list[Path]:
-    """The submissions below `lathe-launches`, the newest last."""
+def known(parent: Path | None = None) -> list[Path]:
+    """The submissions below a folder, by default `lathe-launches` here; the newest last."""
     found = []
-    for path in FOLDER.glob(f"*/{RECORD}"):
+    for path in (parent or FOLDER).glob(f"*/{RECORD}"):
         with suppress(LatheError):  # of another version
             found.append((load(path.parent).record.created, path.parent))
     return [folder for _, folder in sorted(found)]
@@ -224,4 +228,3 @@ def age(moment: datetime) -> str:
 
 def _unwritable(folder: Path, error: OSError) -> StorageError:
     return StorageError(f"{folder} cannot be written: {error.strerror or error}", "choose another with --folder")
-
