@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import SiteConfig, TrainConfig
-from pipeline.errors import LatheError, SetupError
+from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.metrics import read_log
 from pipeline.operate.launch import programs, scripts
 from pipeline.operate.launch.stages import Pipeline, Stage
@@ -144,7 +144,9 @@ def _options(submission: Submission, stage: Stage, before: str | None) -> list[s
 
 
 def _literal(folder: Path) -> str:
-    """A folder in a pattern of SLURM's, in which % begins a field."""
+    """A folder in a pattern of SLURM's, in which % begins a field. Raises ConfigError: there is none for it."""
+    if "\\" in str(folder):
+        raise ConfigError(f"{folder}: SLURM writes no log below a folder with a backslash", "choose another with --folder")
     return str(folder).replace("%", "%%")
 
 

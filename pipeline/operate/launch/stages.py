@@ -124,7 +124,10 @@ def _from_pipeline(files: Sequence[str], overrides: Sequence[str]) -> Pipeline:
     for name, stage in config.stages.items():
         fields = [one.partition(".")[2] for one in overrides if _first(one) == name]
         root = [f"root={runfile.in_line(config.root)}"] if config.root else []
-        resolved = runfile.load_any(_beside(file, stage.config), [*root, *_dotted(stage.set), *fields])
+        run_file = _beside(file, stage.config)
+        if runfile.job_of(run_file) == "launch":
+            raise ConfigError(f"stage {name}: {stage.config} is a pipeline", "name a run file of one command")
+        resolved = runfile.load_any(run_file, [*root, *_dotted(stage.set), *fields])
         stages.append(_stage(name, resolved, stage))
     return Pipeline(_tidy(Path(file).stem), tuple(stages))
 
@@ -145,8 +148,6 @@ def _from_run_files(files: Sequence[str], overrides: Sequence[str]) -> Pipeline:
 
 
 def _stage(name: str, config: RunConfig, told: StageConfig) -> Stage:
-    if isinstance(config, LaunchConfig):
-        raise ConfigError(f"stage {name}: {told.config} is a pipeline", "name a run file of one command")
     stage = Stage(name, config, told.nodes, told.tasks, told.at_once or told.tasks, slurm=told.slurm)
     for what, number, kind, command in (
         ("nodes", told.nodes, TrainConfig, "train"),
