@@ -20,12 +20,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Configs = Annotated[
-    list[str],
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="Run file of the first stage, or a pipeline (`job: launch`).")
+]
+More = Annotated[
+    list[str] | None,
     typer.Argument(
-        metavar="CONFIG... [FIELD=VALUE]...",
-        help="Run files in the order of the stages, or one pipeline; then fields to set: `STAGE.FIELD=VALUE` in one of "
-        "them, such as `train.steps=500`, others in all, such as `root=s3://mine/run`.",
+        metavar="CONFIG|FIELD=VALUE",
+        help="Run files of the stages after it; and fields to set, `STAGE.FIELD=VALUE` in one of them, such as "
+        "`train.steps=500`, others in all, such as `root=s3://mine/run`.",
         show_default=False,
     ),
 ]
@@ -67,7 +70,8 @@ StageOption = Annotated[str | None, typer.Option("--stage", metavar="NAME", help
 
 @app.command("slurm")
 def launch_slurm(
-    configs: Configs,
+    config: Config,
+    more: More = None,
     *,
     site: Site = None,
     folder: Folder = None,
@@ -94,7 +98,7 @@ def launch_slurm(
     from pipeline.operate.launch.stages import read_pipeline
 
     settings = find_site(site)
-    pipeline = read_pipeline(configs, nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers()
+    pipeline = read_pipeline([config, *(more or [])], nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers()
     for warning in slurm.signal_warnings(pipeline, settings):
         tell(f"warning: {warning}")
     if dry_run:
@@ -111,7 +115,8 @@ def launch_slurm(
 
 @app.command("k8s")
 def launch_k8s(
-    configs: Configs,
+    config: Config,
+    more: More = None,
     *,
     site: Site = None,
     folder: Folder = None,
@@ -137,7 +142,7 @@ def launch_k8s(
     from pipeline.operate.launch.stages import read_pipeline
 
     settings = find_site(site)
-    pipeline = read_pipeline(configs, nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers()
+    pipeline = read_pipeline([config, *(more or [])], nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers()
     if dry_run:
         say(k8s.dry_run(pipeline, settings, folder, Path.cwd()).rstrip())
         return
@@ -149,7 +154,8 @@ def launch_k8s(
 
 @app.command("local")
 def launch_local(
-    configs: Configs,
+    config: Config,
+    more: More = None,
     folder: Folder = None,
     tasks: Annotated[
         int | None, typer.Option("--tasks", metavar="N", min=1, help="Workers of `encode`, side by side. Default: one.")
@@ -168,7 +174,7 @@ def launch_local(
     from pipeline.operate.launch import local
     from pipeline.operate.launch.stages import read_pipeline
 
-    pipeline = read_pipeline(configs).on_one_machine(tasks)
+    pipeline = read_pipeline([config, *(more or [])]).on_one_machine(tasks)
     if dry_run:
         say(local.dry_run(pipeline, folder, Path.cwd()))
         return

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import picture_files
 import psutil
 import pytest
 import yaml
@@ -21,13 +23,14 @@ from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.operate.launch import local, scripts, sequence, slurm, submissions
 from pipeline.operate.launch import states as states_module
 from pipeline.operate.launch.cancelling import cancel
-from pipeline.operate.launch.logs import Follower, last_line, show
+from pipeline.operate.launch.logs import Follower, ending, show
 from pipeline.operate.launch.reading import read
 from pipeline.operate.launch.scripts import job_name, render
 from pipeline.operate.launch.sites import find_site
 from pipeline.operate.launch.stages import Pipeline, Stage, read_pipeline
 from pipeline.operate.launch.states import is_well, page, states
 
+ROOT = Path(__file__).parents[2]
 FILES: dict[str, dict[str, Any]] = {
     "encode": {
         "images": {"shards": "${root}/images", "resolution": 64},
@@ -413,8 +416,25 @@ def test_states_of_slurm(submitted, monkeypatch):
     assert (export.state, export.said) == (
         "forgotten", "SLURM has no record of it any more; its log ends with: written to x")  # fmt: skip
     told = page(submitted, [encode, learn, export])
-    assert f"    killed for memory\n    lathe launch logs {submitted.name} --stage learn\n" in told
+    assert f"    step 5\n    killed for memory\n    lathe launch logs {submitted.name} --stage learn\n" in told
     assert not is_well([encode, learn, export])
+
+
+def test_tasks_that_slurm_forgets_while_others_run(submitted, monkeypatch):
+    name = job_name(submitted.name, "encode")
+    words = {"6": "RUNNING", "7": "COMPLETED"}
+    lines = [JOB.format(5, f"{name} ArrayTaskId={task}", word, "None", 0, "0:0") for task, word in words.items()]
+    monkeypatch.setattr(slurm, "ask", lambda *_, **__: "".join(lines))
+    encode = states(submitted)[0]
+    assert (encode.state, encode.said) == (
+        "running", "1 of 8 finished, 6 of 8 forgotten, 1 of 8 running, for 00:01:02 on n[1-2]")  # fmt: skip
+    del lines[0]
+    assert states(submitted)[0].state == "forgotten"
+
+
+@pytest.mark.parametrize(("told", "tasks"), [("5", 1), ("3-7%3", 5), ("0,2,5-6", 4), ("0,2,...", 3)])
+def test_tasks_of_a_line(told, tasks):
+    assert states_module._tasks_in(told) == tasks
 
 
 def test_what_slurm_has_forgotten_its_accounting_knows(submitted, monkeypatch):
@@ -483,7 +503,7 @@ def test_logs_show_the_last_lines_then_what_comes_each_line_once(tmp_path, capsy
     finally:
         module._STATE_SECONDS = pause
     assert capsys.readouterr().out.splitlines() == ["[0] line 48", "[0] line 49", "[0] more", "[1] \\x1b[31mred"]
-    assert last_line(first) == "half"
+    assert ending(first) == ["half"]
 
 
 @pytest.mark.parametrize("lines", [0, 1, 3, 99])
@@ -591,6 +611,34 @@ def test_one_that_is_under_way_is_not_begun_twice_and_can_be_cancelled(stand_ins
     submission.record.machine = "elsewhere"
     with pytest.raises(SetupError, match="is started by a process on elsewhere"):
         cancel(submission, None)
+
+
+@pytest.mark.alone
+def test_the_command_line_ends_with_the_code_of_the_stage_that_failed(tmp_path):
+    """Real commands: pack, and an export of a run that is not there."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(picture_files.file(picture_files.quarters()))
+    (tmp_path / "photos" / "a.txt").write_text("four quarters")
+    (tmp_path / "pack.yaml").write_text("job: pack\nsource: photos\noutput: images; $(touch owned)\n")
+    (tmp_path / "export.yaml").write_text("job: export\nrun: run\nautoencoder: vae\noutput: export\n")
+
+    def lathe(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline", "launch", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = lathe("local", "pack.yaml", "export.yaml")
+    assert done.returncode in (3, 4), done.stderr
+    assert f"error: stage export ended with exit code {done.returncode}; its output is in " in done.stderr
+    assert "1 pictures in 1 shards" in done.stdout
+    assert "error: " in done.stdout  # the stage's own
+    assert (tmp_path / "images; $(touch owned)" / "00000.tar").exists()
+    status = lathe("status")
+    assert status.returncode == 1
+    assert re.search(r"\n  pack +finished +took .*\n  export +failed +exit code", status.stdout)
+    assert "\n    error: " in status.stdout
+    assert "(finished earlier)" in lathe("local", "pack.yaml", "export.yaml").stderr
+    assert lathe("logs", "nix").stderr.startswith("error: nix: no such submission\n")
 
 
 def test_the_commands_of_stages_on_this_machine(place):

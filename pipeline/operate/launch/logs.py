@@ -74,15 +74,15 @@ def show(files: Callable[[], Mapping[str, Path]], lines: int, is_over: Callable[
     follower.show()
 
 
-def last_line(path: Path) -> str:
-    """The last line of a log that is not empty; "" where there is none."""
+def ending(path: Path, count: int = 1) -> list[str]:
+    """The last lines of a log that are not empty; none where there is no log."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
             said = file.read().decode(errors="replace")
     except OSError:
-        return ""
-    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
+        return []
+    return [line.rstrip() for line in said.splitlines() if line.strip()][-count:]
 
 
 def _last_lines(path: Path, count: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config import SiteConfig, TrainConfig
 from pipeline.errors import ConfigError, LatheError, SetupError
-from pipeline.metrics import read_log
+from pipeline.metrics import LogFollower
 from pipeline.operate.launch import programs, scripts
 from pipeline.operate.launch.stages import Pipeline, Stage
 from pipeline.operate.launch.submissions import Submission, plan, write
@@ -119,7 +119,8 @@ def signal_warnings(pipeline: Pipeline, site: SiteConfig) -> list[str]:
             continue
         asked = scripts.settings(stage, site)
         try:
-            seconds = [line.get("checkpoint_seconds") for line in read_log(open_store(stage.config.output))]
+            log = LogFollower(open_store(stage.config.output))
+            seconds = [line.get("checkpoint_seconds") for line in log.lines()]
         except LatheError:  # it has not begun, or its store is not reached from here
             continue
         longest = max((one for one in seconds if isinstance(one, int | float)), default=0.0)
@@ -146,7 +147,9 @@ def _options(submission: Submission, stage: Stage, before: str | None) -> list[s
 def _literal(folder: Path) -> str:
     """A folder in a pattern of SLURM's, in which % begins a field. Raises ConfigError: there is none for it."""
     if "\\" in str(folder):
-        raise ConfigError(f"{folder}: SLURM writes no log below a folder with a backslash", "choose another with --folder")
+        raise ConfigError(
+            f"{folder}: SLURM writes no log below a folder with a backslash", "choose another with --folder"
+        )
     return str(folder).replace("%", "%%")
 
 

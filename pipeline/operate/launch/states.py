@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 from collections import Counter
@@ -12,14 +13,14 @@ from typing import Literal
 from pipeline.console import duration
 from pipeline.errors import LatheError
 from pipeline.operate.launch import k8s, scripts, slurm
-from pipeline.operate.launch.logs import last_line
+from pipeline.operate.launch.logs import ending
 from pipeline.operate.launch.sequence import is_under_way
 from pipeline.operate.launch.submissions import NAMES, StageRecord, Submission, age
 
 State = Literal["waiting", "running", "finished", "failed", "cancelled", "stopped", "forgotten"]
 OVER: tuple[State, ...] = ("finished", "failed", "cancelled", "stopped", "forgotten")
 _BAD: tuple[State, ...] = ("failed", "cancelled", "stopped")
-_WORST_FIRST: tuple[State, ...] = ("failed", "cancelled", "running", "waiting", "finished")
+_WORST_FIRST: tuple[State, ...] = ("failed", "cancelled", "running", "waiting", "forgotten", "finished")
 _OF_SLURM: dict[str, State] = {
     "COMPLETED": "finished",
     "CANCELLED": "cancelled",
@@ -30,6 +31,7 @@ _OF_SLURM: dict[str, State] = {
     "SUSPENDED": "running",
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "PREEMPTED", "SPECIAL_EXIT"), "waiting"),
 }
+_MOST_LINES = 6
 _FIELD = re.compile(r"(\w[\w/:]*)=(\S*)")
 
 
@@ -78,8 +80,8 @@ def page(submission: Submission, found: Sequence[StageState]) -> str:
         cells = f"  {one.record.name:<{widths[0]}}  {one.record.id:<{widths[1]}}"
         lines.append(f"{cells.rstrip():<{widths[0] + widths[1] + 4}}  {one.state:<9}  {one.said}".rstrip())
         if one.state in ("failed", "stopped"):
-            logs = submission.logs(one.record).values()
-            lines += [f"    {said}" for said in dict.fromkeys(map(last_line, logs)) if said][:3]
+            endings = dict.fromkeys(tuple(ending(log, 2)) for log in submission.logs(one.record).values())
+            lines += [f"    {said}" for said in itertools.chain(*endings)][:_MOST_LINES]  # an error and its remedy
             lines.append(f"    lathe launch logs {submission.name} --stage {one.record.name}")
     return "\n".join(lines)
 
@@ -131,10 +133,8 @@ def _of_jobs(stage: StageRecord, jobs: Sequence[dict[str, str]]) -> StageState:
     """Of what scontrol tells: one job, or the tasks of an array, those still to begin in one line."""
     counts: Counter[State] = Counter()
     for job in jobs:
-        if stage.tasks == 1 or job.get("ArrayTaskId", "").isdecimal():
-            counts[_state(job.get("JobState", ""))] += 1
-    if missing := stage.tasks - counts.total():
-        counts[_state(next(job["JobState"] for job in jobs if not job.get("ArrayTaskId", "").isdecimal()))] += missing
+        counts[_state(job.get("JobState", ""))] += _tasks_in(job.get("ArrayTaskId", "")) if stage.tasks > 1 else 1
+    counts["forgotten"] = max(0, stage.tasks - counts.total())  # of an array, those that ended a while ago
     worst = next(one for one in _WORST_FIRST if counts[one])
     restarts = sum(int(job.get("Restarts", 0)) for job in jobs)
     notes = [f"{counts[one]} of {stage.tasks} {one}" for one in reversed(_WORST_FIRST) if counts[one]]
@@ -145,6 +145,15 @@ def _of_jobs(stage: StageRecord, jobs: Sequence[dict[str, str]]) -> StageState:
             break
     notes += [f"{restarts} restarts" if restarts > 1 else "1 restart"] if restarts else []
     return StageState(stage, worst, ", ".join(notes))
+
+
+def _tasks_in(identities: str) -> int:
+    """How many tasks of an array one line is about: `5`, or of those to come `3,5-7%2`."""
+    ends = [part.split("-") for part in identities.partition("%")[0].split(",")]
+    try:
+        return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    except ValueError:  # a list that SLURM has cut short
+        return len(ends)
 
 
 def _notes(job: dict[str, str], found: State) -> list[str]:
@@ -177,8 +186,9 @@ def _of_accounting(submission: Submission, stage: StageRecord, name: str) -> Sta
 
 def _without_record(submission: Submission, stage: StageRecord) -> str:
     logs = submission.logs(stage)
-    said = last_line(list(logs.values())[-1]) if logs else ""
-    return "SLURM has no record of it any more; " + (f"its log ends with: {said}" if said else "it has written no log")
+    last = ending(list(logs.values())[-1]) if logs else []
+    said = f"its log ends with: {last[0].strip()}" if last else "it has written no log"
+    return f"SLURM has no record of it any more; {said}"
 
 
 def _state(word: str) -> State:
