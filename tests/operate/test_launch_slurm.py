@@ -32,7 +32,7 @@ ODD = 'it\'s; a "run" $(touch owned) 100%j\nof two lines'
 FAST = """#!/bin/sh
 # Stands in for the interpreter, and takes no time to start.
 printf '%s\\n' "$*" >>{seen}
-case "$*" in *{failing}*) echo "it went wrong" >&2; exit 7 ;; esac
+case "$* task=$SLURM_ARRAY_TASK_ID" in *{failing}*) echo "it went wrong" >&2; exit 7 ;; esac
 """
 
 
@@ -160,6 +160,27 @@ def test_a_stage_that_fails_ends_what_waits_for_it(cluster, tmp_path, quick):
         f"-m pipeline pack {folder}/pack.yaml",
         f"-m pipeline sample {folder}/sample.yaml",
     ]
+
+
+def test_a_task_that_fails_leaves_the_rest_to_the_last_worker(cluster, tmp_path, quick):
+    _, site = quick(failing="task=1")
+    write_run_files(tmp_path, "out")
+    pipeline = read_pipeline(["pack.yaml", "encode.yaml", "export.yaml", "encode.images.shards=images"], tasks=2)
+    submission = submitting.launch(pipeline.with_finalizers(), site, None, tmp_path)
+    wait_for(submission, are_over)
+    found = {one.record.name: one for one in states(submission)}
+    assert {one.state for one in found.values()} == {"finished"}, logs(submission)
+    assert found["encode"].said.startswith("1 of 2 finished, 1 of 2 failed, ")
+    assert found["encode"].said.endswith("; encode-finalize did the rest")
+
+
+def test_the_last_worker_does_not_begin_where_the_array_could_not(cluster, tmp_path, quick):
+    _, site = quick(failing="pack")
+    write_run_files(tmp_path, "out")
+    pipeline = read_pipeline(["pack.yaml", "encode.yaml", "encode.images.shards=images"], tasks=2)
+    submission = submitting.launch(pipeline.with_finalizers(), site, None, tmp_path)
+    wait_for(submission, are_over)
+    assert state_of(submission) == {"pack": "failed", "encode": "cancelled", "encode-finalize": "cancelled"}
 
 
 def test_what_waits_is_cancelled_and_nothing_of_others(cluster, tmp_path, quick):

@@ -78,15 +78,15 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
     programs.found("sbatch", _HERE)
     submission, files = prepared(pipeline, site, parent, directory)
     write(submission, pipeline, list(files.items()))
-    before: str | None = None
+    jobs: list[str] = []
     try:
         for stage in pipeline.stages:
             record = submission.stage(stage.name)
-            options = _options(submission, stage, before)
+            options = _options(submission, stage, jobs)
             script = str(submission.folder / f"{stage.name}.sh")
             record.commands = [["sbatch", *options, script]]
-            before = _id(ask("sbatch", *options, script, folder=directory))
-            record.id, record.started = before, submission.record.created
+            jobs.append(_id(ask("sbatch", *options, script, folder=directory)))
+            record.id, record.started = jobs[-1], submission.record.created
             submission.save()
     except BaseException as error:
         _take_back(submission, error)
@@ -102,11 +102,12 @@ def dry_run(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory
     """
     submission, files = prepared(pipeline, site, parent, directory)
     parts = [f"==> {submission.folder / name} <==\n{text}" for name, text in files.items()]
-    commands, before = [], None
+    commands: list[str] = []
+    jobs: list[str] = []
     for stage in pipeline.stages:
         script = str(submission.folder / f"{stage.name}.sh")
-        commands.append(shlex.join(["sbatch", *_options(submission, stage, before), script]))
-        before = f"JOB-OF-{stage.name}"
+        commands.append(shlex.join(["sbatch", *_options(submission, stage, jobs), script]))
+        jobs.append(f"JOB-OF-{stage.name}")
     parts.append("==> commands <==\n" + "\n".join(commands))
     return "\n".join(parts), _tested(pipeline, files, directory)
 
@@ -133,14 +134,21 @@ def signal_warnings(pipeline: Pipeline, site: SiteConfig) -> list[str]:
     return warnings
 
 
-def _options(submission: Submission, stage: Stage, before: str | None) -> list[str]:
-    """What of a job stands in no script: paths, which a script's lines could not hold whole, and dependencies."""
+def _options(submission: Submission, stage: Stage, jobs: Sequence[str]) -> list[str]:
+    """What of a job stands in no script: paths, which a script's lines could not hold whole, and dependencies.
+
+    Args:
+        submission: has the logs.
+        stage: whose job it is.
+        jobs: ids of those before it.
+    """
     log = submission.log(stage, "%a" if stage.tasks > 1 else None).name
     options = ["--parsable", f"--output={_literal(submission.folder)}/{log}"]
-    if before is not None:
-        # the finalizer does what tasks that failed have left, and tells if it cannot
-        condition = "afterany" if stage.finalizes else "afterok"
-        options += [f"--dependency={condition}:{before}", "--kill-on-invalid-dep=yes"]
+    conditions = [f"afterok:{job}" for job in jobs[-1:]]
+    if stage.finalizes:  # it does what tasks that failed have left, but not where there was nothing to encode with
+        conditions = [f"afterany:{jobs[-1]}", *(f"afterok:{job}" for job in jobs[-2:-1])]
+    if conditions:
+        options += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
     return options
 
 
@@ -202,8 +210,3 @@ def _tested(pipeline: Pipeline, files: dict[str, str], directory: Path) -> list[
             raise
         told.append(f"{stage.name}: {programs.complaint(said)}")
     return told
-
-
-def stages_to_cancel(submission: Submission) -> Sequence[tuple[str, str]]:
-    """Names and ids of what was submitted, the last first, so that none begins meanwhile."""
-    return [(stage.name, stage.id) for stage in reversed(submission.record.stages) if stage.id]

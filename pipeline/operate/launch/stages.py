@@ -13,6 +13,8 @@ from pipeline.config import EncodeConfig, LaunchConfig, RunConfig, SlurmConfig, 
 from pipeline.errors import ConfigError
 from pipeline.operate.launch.addresses import check_addresses
 
+FINALIZE = "-finalize"
+"""How the name ends of the stage behind an encode of several tasks."""
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 _FIELDS = tuple(LaunchConfig.model_fields)
 _LONGEST_NAME = 14  # with stage and time, Kubernetes takes it
@@ -59,7 +61,7 @@ class Pipeline:
         for stage in self.stages:
             stages.append(stage)
             if stage.tasks > 1:
-                stages.append(replace(stage, name=f"{stage.name}-finalize", tasks=1, at_once=1, finalizes=True))
+                stages.append(replace(stage, name=f"{stage.name}{FINALIZE}", tasks=1, at_once=1, finalizes=True))
         return replace(self, stages=tuple(stages))
 
     def on_one_machine(self, tasks: int | None) -> Pipeline:

@@ -7,7 +7,7 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.console import duration
@@ -15,6 +15,7 @@ from pipeline.errors import LatheError
 from pipeline.operate.launch import k8s, scripts, slurm
 from pipeline.operate.launch.logs import ending
 from pipeline.operate.launch.sequence import is_under_way
+from pipeline.operate.launch.stages import FINALIZE
 from pipeline.operate.launch.submissions import NAMES, StageRecord, Submission, age
 
 State = Literal["waiting", "running", "finished", "failed", "cancelled", "stopped", "forgotten"]
@@ -58,7 +59,12 @@ def states(submission: Submission) -> list[StageState]:
         LatheError: the scheduler does not answer.
     """
     of_place = {"slurm": _of_slurm, "k8s": _of_kubernetes, "local": _of_local}[submission.record.place]
-    return [of_place(submission, stage) for stage in submission.record.stages]
+    found = [of_place(submission, stage) for stage in submission.record.stages]
+    for place, (array, finalizer) in enumerate(itertools.pairwise(found)):
+        is_its_own = finalizer.record.name == f"{array.record.name}{FINALIZE}"
+        if is_its_own and array.state in ("failed", "cancelled") and finalizer.state == "finished":
+            found[place] = replace(array, state="finished", said=f"{array.said}; {finalizer.record.name} did the rest")
+    return found
 
 
 def state(submission: Submission, stage: StageRecord) -> StageState:
