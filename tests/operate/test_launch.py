@@ -123,6 +123,7 @@ def test_run_files_in_a_row_are_a_pipeline_and_one_alone_too(place):
         (["pipe line.yaml", "stages.learn.config=pipe line.yaml"], {}, "stage learn: pipe line.yaml is a pipeline"),
         (["pipe line.yaml", "stages.export.nodes=2"], {}, "stage export: nodes: 2, but lathe export runs alone"),
         (["pipe line.yaml", "stages.learn.tasks=2"], {}, "stage learn: tasks: 2, but lathe train runs alone"),
+        (["pipe line.yaml", "stages.learn.at_once=2"], {}, "stage learn: at_once: 2, but lathe train runs alone"),
         (["pipe line.yaml", "stages.learn.nodse=2"], {}, "stages.learn.nodse: unknown field"),
         (["pipe line.yaml", "stages.learn.slurm={partitoin: x}"], {}, "stages.learn.slurm.partitoin: unknown field"),
         (["pipe line.yaml", "stages.Learn={config: x}"], {}, "stages.Learn"),
@@ -639,6 +640,37 @@ def test_the_command_line_ends_with_the_code_of_the_stage_that_failed(tmp_path):
     assert "\n    error: " in status.stdout
     assert "(finished earlier)" in lathe("local", "pack.yaml", "export.yaml").stderr
     assert lathe("logs", "nix").stderr.startswith("error: nix: no such submission\n")
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from pipeline.operate.launch import local
+from pipeline.operate.launch.stages import read_pipeline
+
+code = "import time; print('under way', flush=True); time.sleep(100)"
+local._commands = lambda submission, stage: [[sys.executable, "-c", code]]
+local.launch(read_pipeline(["export.yaml"]), None, Path.cwd())
+"""
+
+
+@pytest.mark.alone
+def test_a_launch_that_is_asked_to_end_ends_its_stage(place):
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "under way\n"
+    (stage,) = psutil.Process(child.pid).children()
+    submission = submissions.find(None)
+    assert states(submission)[0].state == "running"
+    assert cancel(submission, None) == ["export"]
+    child.wait(60)
+    stage.wait(10)
+    assert [one.state for one in states(submissions.find(None))] == ["stopped"]
 
 
 def test_the_commands_of_stages_on_this_machine(place):

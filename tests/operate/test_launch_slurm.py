@@ -20,12 +20,14 @@ from training_run import ROOT, SMALL
 
 from pipeline import runfile
 from pipeline.config import SiteConfig
-from pipeline.errors import SetupError
+from pipeline.errors import SetupError, StorageError
+from pipeline.metrics import read_log
 from pipeline.operate.launch import slurm as submitting
 from pipeline.operate.launch.cancelling import cancel
 from pipeline.operate.launch.stages import Pipeline, read_pipeline
 from pipeline.operate.launch.states import StageState, states
 from pipeline.operate.launch.submissions import Submission, load
+from pipeline.storage import open_store
 
 pytestmark = pytest.mark.slurm
 ODD = 'it\'s; a "run" $(touch owned) 100%j\nof two lines'
@@ -83,15 +85,46 @@ def logs(submission: Submission) -> str:
     return "\n".join(f"{file.name}:\n{file.read_text()}" for file in sorted(submission.folder.glob("*.log")))
 
 
+NODES = {"interface": "lo", "environment": {"MASTER_ADDR": HOST, "NPROC": 1}}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    folder = tmp_path / ODD
+    folder.mkdir()
+    write_pictures(folder / "images")
+    save_autoencoder(folder / "vae")
+    return folder
+
+
 @pytest.mark.ranks
-def test_a_pipeline_runs_to_an_export_on_two_nodes(cluster, tmp_path):
-    place = tmp_path / ODD
-    place.mkdir()
-    write_pictures(place / "images")
-    save_autoencoder(place / "vae")
+@pytest.mark.long
+def test_a_pipeline_whose_training_is_preempted_ends_like_another(cluster, place, monkeypatch):
+    monkeypatch.chdir(place)
+    pipeline = read_pipeline([str(write_run_files(place, "out")), "train.steps=60"]).with_finalizers()
+    submission = submitting.launch(pipeline, SiteConfig.model_validate(NODES), None, place)
+    run = open_store("out/run")
+
+    def steps() -> int:
+        try:
+            return max((line["step"] for line in read_log(run)), default=0)
+        except StorageError:
+            return 0
+
+    wait_until(lambda: steps() >= 5, 400, "five steps")
+    cluster.run("scancel", "--batch", "--signal=USR1", submission.stage("train").id)
+    wait_until(lambda: are_over(states(submission)), 400, "the pipeline to be over")
+    assert set(state_of(submission).values()) == {"finished"}, logs(submission)
+    assert "1 restart" in states(submission)[2].said
+    assert read_log(run)[-1]["step"] == 60
+    assert (place / "out/export/model_index.json").exists()
+
+
+@pytest.mark.ranks
+def test_a_pipeline_runs_to_an_export_on_two_nodes(cluster, tmp_path, place):
     pipeline = write_run_files(place, "out; $(touch owned)")
     site = place / "site.yaml"
-    site.write_text(yaml.safe_dump({"interface": "lo", "environment": {"MASTER_ADDR": HOST, "NPROC": 1}}))
+    site.write_text(yaml.safe_dump(NODES))
 
     def lathe(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(

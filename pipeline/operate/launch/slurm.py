@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config import SiteConfig, TrainConfig
@@ -15,7 +16,7 @@ from pipeline.operate.launch.stages import Pipeline, Stage
 from pipeline.operate.launch.submissions import Submission, plan, write
 from pipeline.storage import open_store
 
-_HERE = "launch from a machine of the cluster where sbatch works; --dry-run shows what would run"
+_HERE = "use a machine of the cluster; lathe launch slurm --dry-run shows anywhere what would run"
 _NO_ANSWER = re.compile(r"[Uu]nable to contact|[Cc]onnection refused|[Cc]ommunication connection failure|timed out")
 
 
@@ -183,7 +184,8 @@ def _take_back(submission: Submission, error: BaseException) -> None:
         error.message += told
         return
     for stage in jobs:
-        cancel(submission, stage.name, stage.id)
+        with suppress(LatheError):
+            cancel(submission, stage.name, stage.id)
 
 
 def cancel(submission: Submission, stage: str, job: str) -> None:

@@ -154,6 +154,7 @@ def _stage(name: str, config: RunConfig, told: StageConfig) -> Stage:
     for what, number, kind, command in (
         ("nodes", told.nodes, TrainConfig, "train"),
         ("tasks", told.tasks, EncodeConfig, "encode"),
+        ("at_once", told.at_once or 1, EncodeConfig, "encode"),
     ):
         if number > 1 and not isinstance(config, kind):
             raise ConfigError(
