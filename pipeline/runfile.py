@@ -11,10 +11,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import JOBS, RunConfig
-from pipeline.config.base import LOGIN
+from pipeline.config.base import LOGIN, Section
 from pipeline.errors import ConfigError
 
 _Run = TypeVar("_Run", bound=RunConfig)
+_Fields = TypeVar("_Fields", bound=Section)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -57,10 +58,17 @@ def load(kind: type[_Run], path: str, overrides: list[str] | None = None) -> _Ru
 def load_any(path: str, overrides: list[str] | None = None) -> RunConfig:
     """Read a run file of whichever command its `job` names. Raises ConfigError."""
     tree = _read(path)
-    job = tree.get("job")
-    if not isinstance(job, str) or job not in JOBS:
-        raise ConfigError(f"{path}: job: {job!r} is no command", f"use one of: {', '.join(JOBS)}")
-    return _build(JOBS[job], tree, path, overrides or [])
+    return _build(JOBS[_job(path, tree)], tree, path, overrides or [])
+
+
+def job_of(path: str) -> str:
+    """The command that a run file is for, as it says itself. Raises ConfigError where that is none."""
+    return _job(path, _read(path))
+
+
+def load_settings(kind: type[_Fields], path: str) -> _Fields:
+    """Read a YAML file that is none of a command, such as a site's. Raises ConfigError, as `load`."""
+    return _build(kind, _read(path), path, [])
 
 
 def dump(config: RunConfig) -> str:
@@ -115,7 +123,14 @@ def _read(path: str) -> dict[str, Any]:
     return tree
 
 
-def _build(kind: type[_Run], tree: dict[str, Any], path: str, overrides: list[str]) -> _Run:
+def _job(path: str, tree: dict[str, Any]) -> str:
+    job = tree.get("job")
+    if not isinstance(job, str) or job not in JOBS:
+        raise ConfigError(f"{path}: job: {job!r} is no command", f"use one of: {', '.join(JOBS)}")
+    return job
+
+
+def _build(kind: type[_Fields], tree: dict[str, Any], path: str, overrides: list[str]) -> _Fields:
     for override in overrides:
         _override(tree, override)
     try:
@@ -201,7 +216,8 @@ def explain(kind: type[BaseModel], path: str, error: ValidationError, *, in_file
         remedy = f"did you mean {near!r}?" if near else f"known fields: {', '.join(known)}"
         return ConfigError(f"{path}: {field}: unknown field", remedy)
     if first["type"] == "missing":
-        remedy = f"set it in the file, or add {field}=... to the command" if in_file else "give it"
+        or_so = f", or add {field}=... to the command" if issubclass(kind, RunConfig) else ""
+        remedy = f"set it in the file{or_so}" if in_file else "give it"
         return ConfigError(f"{path}: {field}: missing", remedy)
     more = len(error.errors()) - 1
     remedy = f"mend this field; {more} more are wrong" if more else "mend this field"
@@ -237,8 +253,10 @@ def _nearest(name: str, known: list[str]) -> str | None:
 
 
 def _fields_at(kind: type[BaseModel], place: list[str]) -> list[str]:
+    is_name = False  # of one of several sections
     for part in place:
-        if part.isdecimal():  # place in a list
+        if is_name or part.isdecimal():  # place in a list
+            is_name = False
             continue
         if part not in kind.model_fields:
             return []
@@ -247,5 +265,5 @@ def _fields_at(kind: type[BaseModel], place: list[str]) -> list[str]:
         inner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if inner is None:
             return []
-        kind = inner
+        kind, is_name = inner, get_origin(annotation) is dict
     return list(kind.model_fields)

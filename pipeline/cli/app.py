@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline import __version__
-from pipeline.cli import bench, data, doctor, looking, runs, training
+from pipeline.cli import bench, data, doctor, launching, looking, runs, training
 from pipeline.console import printable, say, tell, without_logins
 from pipeline.errors import LatheError
 from pipeline.stopping import SAID, Stopped
@@ -62,6 +62,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(launching.app, name="launch")
 app.add_typer(bench.app, name="bench")
 
 

@@ -10,15 +10,18 @@ from pipeline.config.jobs import (
     FirstStageConfig,
     GenerateConfig,
     InitFromConfig,
+    LaunchConfig,
     PackConfig,
     RunConfig,
     SampleConfig,
+    StageConfig,
     TrainConfig,
 )
 from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import PER_LEVEL, AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
+from pipeline.config.site import ContainerConfig, KubernetesConfig, SiteConfig, SlurmConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
 from pipeline.config.training import (
     SIGMA_REL,
@@ -48,6 +51,7 @@ __all__ = [
     "BucketsConfig",
     "Byte",
     "CheckpointConfig",
+    "ContainerConfig",
     "Count",
     "DataSetConfig",
     "EMAConfig",
@@ -64,6 +68,8 @@ __all__ = [
     "ImagesConfig",
     "InitFromConfig",
     "JointOptimizerConfig",
+    "KubernetesConfig",
+    "LaunchConfig",
     "LoaderConfig",
     "LossScaleConfig",
     "MetricsConfig",
@@ -77,6 +83,9 @@ __all__ = [
     "Section",
     "Seed",
     "ShardsConfig",
+    "SiteConfig",
+    "SlurmConfig",
+    "StageConfig",
     "TextConfig",
     "Threads",
     "TowerConfig",

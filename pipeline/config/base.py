@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -50,6 +50,10 @@ class Section(BaseModel):
         if is_found and _WORDS not in _kinds_of(cls, info.field_name or ""):
             raise PydanticCustomError(LOGIN, "an address with a user, a password or a query in it")
         return value
+
+    def with_changes(self, *changes: Self) -> Self:
+        """These settings, but for the fields that are set in `changes`; later ones win."""
+        return self.model_copy(update={name: getattr(one, name) for one in changes for name in one.model_fields_set})
 
 
 def _holds_login(text: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from pipeline.config.base import Count, Fraction, Positive, Section, Seed, Threads, Words
 from pipeline.config.images import EncodeImagesConfig, ImagesConfig
@@ -12,6 +12,7 @@ from pipeline.config.latents import DataSetConfig, LoaderConfig
 from pipeline.config.models import AutoencoderModelConfig, UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.sampling import SamplingConfig
+from pipeline.config.site import SlurmConfig
 from pipeline.config.text import EncodeTextConfig, TextConfig, TowerConfig
 from pipeline.config.training import (
     CheckpointConfig,
@@ -31,6 +32,8 @@ TOWERS = (
     " have moved"
 )
 WEIGHTS = "an average by its name in ema.averages, or raw for the weights themselves; empty = the first average"
+
+StageName = Annotated[str, StringConstraints(pattern=r"^[a-z]([a-z0-9-]{0,12}[a-z0-9])?$")]
 
 
 class RunConfig(Section):
@@ -251,6 +254,32 @@ class ExportConfig(RunConfig):
     guidance: float = Field(2.0, ge=1, description="guidance scale noted in the exported model card")
 
 
+class StageConfig(Section):
+    """One command of a pipeline."""
+
+    config: str = Field(min_length=1, description="its run file, beside the pipeline's, or a bundled one")
+    set: dict[str, Any] = Field({}, description="fields of the run file, which win over it")
+    nodes: Count = Field(1, description="of train: machines")
+    tasks: Count = Field(1, description="of encode: workers")
+    at_once: Count | None = Field(None, description="of encode: workers at the same time at most; null = all")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="what this stage asks of SLURM instead of the site's")
+
+
+class LaunchConfig(RunConfig):
+    """`lathe launch`: stages, each of which begins once the one before has finished; all are given `root`."""
+
+    job: Literal["launch"] = "launch"
+    stages: dict[StageName, StageConfig] = Field(min_length=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_are_no_fields(cls, stages: dict[str, StageConfig]) -> dict[str, StageConfig]:
+        for name in ("job", "root", "stages"):
+            if name in stages:
+                raise ValueError(f"{name} is a field of the pipeline; give the stage another name")
+        return stages
+
+
 JOBS: dict[str, type[RunConfig]] = {
     "pack": PackConfig,
     "train-vae": FirstStageConfig,
@@ -259,4 +288,5 @@ JOBS: dict[str, type[RunConfig]] = {
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "launch": LaunchConfig,
 }

@@ -21,10 +21,10 @@ from pipeline import runfile
 from pipeline.config import RunConfig
 from pipeline.demo.lock import only_one
 from pipeline.demo.object_store import EmbeddedObjectStore
-from pipeline.demo.processes import run_together
 from pipeline.demo.state import DemoState
 from pipeline.errors import ConfigError, SetupError
 from pipeline.memory import MemoryPeak
+from pipeline.operate.processes import run_together
 from pipeline.storage import open_store
 
 BUCKET = "lathe-demo"
@@ -141,7 +141,9 @@ class _GuidedRun:
                 note(NOTE_SECONDS)
                 self.alive()
 
-            run_together(self._commands(name), self.environment, self.folder / "logs", name, check)
+            logs = self.folder / "logs"
+            commands = {logs / f"{name}-{n}.log" if n else None: one for n, one in enumerate(self._commands(name))}
+            run_together(commands, self.environment, name, check)
 
     def _commands(self, name: str) -> list[Sequence[str]]:
         arguments = [self.run_file(name), *self.overrides(name)]

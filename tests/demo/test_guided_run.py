@@ -12,10 +12,10 @@ import pytest
 
 from pipeline.demo import guided_run
 from pipeline.demo.lock import only_one
-from pipeline.demo.processes import run_together
 from pipeline.demo.state import DemoState
 from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.memory import MemoryPeak
+from pipeline.operate.processes import run_together
 
 
 def test_an_unknown_preset_is_told_with_the_known_ones(tmp_path: Path) -> None:
@@ -119,12 +119,11 @@ def test_children_that_fail_end_the_others_and_their_log_is_named(tmp_path: Path
     started = time.monotonic()
     with pytest.raises(LatheError, match=r"exit code 7.*encode-1\.log") as caught:
         run_together(
-            [
-                [sys.executable, "-c", "import time; time.sleep(60)"],
-                [sys.executable, "-c", "print('x'); raise SystemExit(7)"],
-            ],
+            {
+                None: [sys.executable, "-c", "import time; time.sleep(60)"],
+                tmp_path / "encode-1.log": [sys.executable, "-c", "print('x'); raise SystemExit(7)"],
+            },
             {"PATH": ""},
-            tmp_path,
             "encode",
             lambda: None,
         )
@@ -139,7 +138,7 @@ def test_a_dead_server_ends_the_children(tmp_path: Path) -> None:
 
     started = time.monotonic()
     with pytest.raises(SetupError, match="server gone"):
-        run_together([[sys.executable, "-c", "import time; time.sleep(60)"]], {"PATH": ""}, tmp_path, "x", dead)
+        run_together({None: [sys.executable, "-c", "import time; time.sleep(60)"]}, {"PATH": ""}, "x", dead)
     assert time.monotonic() - started < 30
 
 

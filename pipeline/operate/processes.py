@@ -1,4 +1,4 @@
-"""Child processes of the guided run: they end with it, their memory is counted, their failure is told in one line."""
+"""Commands as child processes: they end with the one that started them, and their failure is told in one line."""
 
 from __future__ import annotations
 
@@ -19,39 +19,44 @@ STOP_GRACE_SECONDS = 60.0
 
 
 def run_together(
-    commands: Sequence[Sequence[str]], environment: Mapping[str, str], logs: Path, name: str, alive: Callable[[], None]
+    commands: Mapping[Path | None, Sequence[str]],
+    environment: Mapping[str, str],
+    name: str,
+    alive: Callable[[], None],
+    stop_grace_seconds: float = STOP_GRACE_SECONDS,
 ) -> None:
-    """Run commands side by side; the first shows on the terminal, the others write to `logs`.
+    """Run commands side by side.
 
     Args:
-        commands: argument lists.
+        commands: argument lists, by the file that their output goes to; None = the terminal.
         environment: the whole environment of the children.
-        logs: folder for the output of the second command and further ones.
         name: the stage, for messages.
         alive: called twice a second; what it raises ends the children and is raised here.
+        stop_grace_seconds: how long they may take to leave where one failed, or Ctrl-C was pressed.
 
     Raises:
         LatheError: a command failed; with its exit code.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    for folder in {log.parent for log in commands if log is not None}:
+        folder.mkdir(parents=True, exist_ok=True)
     children: list[subprocess.Popen[bytes]] = []
     grace_seconds = 0.0  # what they would still save has nowhere to go when `alive` raises
     try:
         with signals_deferred():  # a child that is not in the list would not be waited for
-            for number, command in enumerate(commands):
-                children.append(_start(command, environment, logs / f"{name}-{number}.log" if number else None))
+            for log, command in commands.items():
+                children.append(_start(command, environment, log))
         while None in (codes := [child.poll() for child in children]) and not any(codes):
             alive()
             time.sleep(0.5)
-        grace_seconds = STOP_GRACE_SECONDS
+        grace_seconds = stop_grace_seconds
     except KeyboardInterrupt:
-        grace_seconds = STOP_GRACE_SECONDS
+        grace_seconds = stop_grace_seconds
         raise
     finally:
         _stop(children, grace_seconds)
-    for number, code in enumerate(codes):
+    for log, code in zip(commands, codes, strict=True):
         if code:
-            where = f"; its output is in {logs / f'{name}-{number}.log'}" if number else ""
+            where = f"; its output is in {log}" if log else ""
             error = LatheError(
                 f"stage {name} ended with exit code {code}{where}",
                 "what is finished is kept: mend what the lines above say, and start the same command again",

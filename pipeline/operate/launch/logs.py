@@ -1,0 +1,101 @@
+"""What the stages of a submission have said, and go on to say."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pipeline.console import say
+
+_TAIL_BYTES = 1 << 20
+_POLL_SECONDS = 0.5
+_STATE_SECONDS = 5.0
+
+
+class Follower:
+    """Shows whole lines of files that grow, each once; of several files, with the file's name before it.
+
+    Args:
+        files: those that are there at the moment, by name.
+        from_end: what they hold already is left out.
+    """
+
+    def __init__(self, files: Callable[[], Mapping[str, Path]], *, from_end: bool = False) -> None:
+        self._files = files
+        self._places: dict[Path, int] = {}
+        self._rests: dict[Path, bytes] = {}
+        if from_end:
+            self._places = {path: path.stat().st_size for path in files().values()}
+
+    def show(self) -> None:
+        """Print the lines that have come."""
+        for name, path in self._files().items():
+            for line in self._lines(path):
+                say(f"[{name}] {line}" if name else line)
+
+    def begin_at(self, path: Path, place: int) -> None:
+        """Leave out what a file holds before a byte."""
+        self._places[path] = place
+
+    def _lines(self, path: Path) -> list[str]:
+        with path.open("rb") as file:
+            place = self._places.get(path, 0)
+            if place > os.fstat(file.fileno()).st_size:  # begun anew
+                place, self._rests[path] = 0, b""
+            file.seek(place)
+            new = file.read()
+        self._places[path] = place + len(new)
+        *lines, self._rests[path] = (self._rests.get(path, b"") + new).split(b"\n")
+        return [line.decode(errors="replace").rstrip("\r") for line in lines]
+
+
+def show(files: Callable[[], Mapping[str, Path]], lines: int, is_over: Callable[[], bool] | None = None) -> None:
+    """Print the last lines of each file, and if `is_over` is given, what comes until then.
+
+    Args:
+        files: those that are there at the moment, by name; more may come.
+        lines: of each, to begin with.
+        is_over: asked every few seconds.
+    """
+    follower = Follower(files)
+    for path in files().values():
+        follower.begin_at(path, _last_lines(path, lines))
+    follower.show()
+    asked = -_STATE_SECONDS
+    while is_over is not None:
+        if time.monotonic() - asked > _STATE_SECONDS:
+            asked = time.monotonic()
+            if is_over():
+                break
+        time.sleep(_POLL_SECONDS)
+        follower.show()
+    follower.show()
+
+
+def ending(path: Path, count: int = 1) -> list[str]:
+    """The last lines of a log that are not empty; none where there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            said = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in said.splitlines() if line.strip()][-count:]
+
+
+def _last_lines(path: Path, count: int) -> int:
+    """Where the last so many lines begin, within the last mebibyte."""
+    size = path.stat().st_size
+    begin = max(0, size - _TAIL_BYTES)
+    with path.open("rb") as file:
+        file.seek(begin)
+        tail = file.read()
+    place = len(tail) - tail.endswith(b"\n")
+    for _ in range(count):
+        found = tail.rfind(b"\n", 0, max(0, place))
+        if found < 0:
+            return begin
+        place = found
+    return begin + place + 1

@@ -1,0 +1,201 @@
+"""How far the stages of a submission are: told by SLURM, Kubernetes, or the processes of this machine."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pipeline.console import duration
+from pipeline.errors import LatheError
+from pipeline.operate.launch import k8s, scripts, slurm
+from pipeline.operate.launch.logs import ending
+from pipeline.operate.launch.sequence import is_under_way
+from pipeline.operate.launch.stages import FINALIZE
+from pipeline.operate.launch.submissions import NAMES, StageRecord, Submission, age
+
+State = Literal["waiting", "running", "finished", "failed", "cancelled", "stopped", "forgotten"]
+OVER: tuple[State, ...] = ("finished", "failed", "cancelled", "stopped", "forgotten")
+_BAD: tuple[State, ...] = ("failed", "cancelled", "stopped")
+_WORST_FIRST: tuple[State, ...] = ("failed", "cancelled", "running", "waiting", "forgotten", "finished")
+_OF_SLURM: dict[str, State] = {
+    "COMPLETED": "finished",
+    "CANCELLED": "cancelled",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "CONFIGURING": "running",
+    "STAGE_OUT": "running",
+    "SUSPENDED": "running",
+    **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "PREEMPTED", "SPECIAL_EXIT"), "waiting"),
+}
+_MOST_LINES = 6
+_FIELD = re.compile(r"(\w[\w/:]*)=(\S*)")
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage now.
+
+    Args:
+        record: of the stage.
+        state: of all its tasks together; failed as soon as one has.
+        said: more of it: tasks, nodes, reasons.
+    """
+
+    record: StageRecord
+    state: State
+    said: str = ""
+
+
+def states(submission: Submission) -> list[StageState]:
+    """Every stage as it is now.
+
+    Raises:
+        SetupError: the scheduler's programs are not here.
+        LatheError: the scheduler does not answer.
+    """
+    of_place = {"slurm": _of_slurm, "k8s": _of_kubernetes, "local": _of_local}[submission.record.place]
+    found = [of_place(submission, stage) for stage in submission.record.stages]
+    for place, (array, finalizer) in enumerate(itertools.pairwise(found)):
+        is_its_own = finalizer.record.name == f"{array.record.name}{FINALIZE}"
+        if is_its_own and array.state in ("failed", "cancelled") and finalizer.state == "finished":
+            found[place] = replace(array, state="finished", said=f"{array.said}; {finalizer.record.name} did the rest")
+    return found
+
+
+def state(submission: Submission, stage: StageRecord) -> StageState:
+    """One stage as it is now. Raises as `states`."""
+    return next(one for one in states(submission) if one.record is stage)
+
+
+def is_well(found: Sequence[StageState]) -> bool:
+    """Whether no stage has failed or was stopped."""
+    return not any(one.state in _BAD for one in found)
+
+
+def page(submission: Submission, found: Sequence[StageState]) -> str:
+    """The states for a person."""
+    record = submission.record
+    lines = [f"{submission.name} on {NAMES[record.place]}, launched {age(record.created)}, in {submission.folder}"]
+    widths = (max(len(one.record.name) for one in found), max(len(one.record.id) for one in found))
+    for one in found:
+        cells = f"  {one.record.name:<{widths[0]}}  {one.record.id:<{widths[1]}}"
+        lines.append(f"{cells.rstrip():<{widths[0] + widths[1] + 4}}  {one.state:<9}  {one.said}".rstrip())
+        if one.state in ("failed", "stopped"):
+            endings = dict.fromkeys(tuple(ending(log, 2)) for log in submission.logs(one.record).values())
+            lines += [f"    {said}" for said in itertools.chain(*endings)][:_MOST_LINES]  # an error and its remedy
+            lines.append(f"    lathe launch logs {submission.name} --stage {one.record.name}")
+    return "\n".join(lines)
+
+
+def _of_local(submission: Submission, stage: StageRecord) -> StageState:
+    if stage.exit_code is not None:
+        took = duration((stage.ended - stage.started).total_seconds()) if stage.started and stage.ended else ""
+        if stage.exit_code == 0:
+            return StageState(stage, "finished", f"took {took}")
+        return StageState(stage, "failed", f"exit code {stage.exit_code} after {took}")
+    if stage.started is None:
+        return StageState(stage, "waiting")
+    if stage.ended is None and is_under_way(submission):
+        elsewhere = submission.record.machine != socket.gethostname()
+        where = f"on {submission.record.machine}, " if elsewhere else ""
+        return StageState(stage, "running", f"{where}started {age(stage.started)}")
+    return StageState(stage, "stopped", "the same launch goes on from here")
+
+
+def _of_kubernetes(submission: Submission, stage: StageRecord) -> StageState:
+    if not stage.id:
+        watched = "" if is_under_way(submission) else "nobody makes it: start the same launch again"
+        return StageState(stage, "waiting", watched)
+    try:
+        found, said = k8s.state_of(submission, stage.id)
+    except k8s.GoneError:
+        if stage.exit_code == 0:
+            return StageState(stage, "finished", "its Job is deleted since")
+        return StageState(stage, "cancelled", "its Job is deleted")
+    return StageState(stage, found, said)  # type: ignore[arg-type]  # it is one of these
+
+
+def _of_slurm(submission: Submission, stage: StageRecord) -> StageState:
+    if not stage.id:
+        return StageState(stage, "cancelled", "it was never submitted")
+    try:
+        said = slurm.ask("scontrol", "--oneliner", "show", "job", stage.id)
+    except slurm.SlurmError as error:
+        if "Invalid job id" not in error.message:
+            raise
+        said = ""
+    name = scripts.job_name(submission.name, stage.name)
+    jobs = [dict(reversed(_FIELD.findall(line))) for line in said.splitlines()]  # the first of a name counts
+    jobs = [job for job in jobs if job.get("JobName") == name]
+    return _of_jobs(stage, jobs) if jobs else _of_accounting(submission, stage, name)
+
+
+def _of_jobs(stage: StageRecord, jobs: Sequence[dict[str, str]]) -> StageState:
+    """Of what scontrol tells: one job, or the tasks of an array, those still to begin in one line."""
+    counts: Counter[State] = Counter()
+    for job in jobs:
+        counts[_state(job.get("JobState", ""))] += _tasks_in(job.get("ArrayTaskId", "")) if stage.tasks > 1 else 1
+    counts["forgotten"] = max(0, stage.tasks - counts.total())  # of an array, those that ended a while ago
+    worst = next(one for one in _WORST_FIRST if counts[one])
+    restarts = sum(int(job.get("Restarts", 0)) for job in jobs)
+    notes = [f"{counts[one]} of {stage.tasks} {one}" for one in reversed(_WORST_FIRST) if counts[one]]
+    notes = notes if stage.tasks > 1 else []
+    for job in jobs:
+        if _state(job.get("JobState", "")) == worst:
+            notes += _notes(job, worst)
+            break
+    notes += [f"{restarts} restarts" if restarts > 1 else "1 restart"] if restarts else []
+    return StageState(stage, worst, ", ".join(notes))
+
+
+def _tasks_in(identities: str) -> int:
+    """How many tasks of an array one line is about: `5`, or of those to come `3,5-7%2`."""
+    ends = [part.split("-") for part in identities.partition("%")[0].split(",")]
+    try:
+        return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    except ValueError:  # a list that SLURM has cut short
+        return len(ends)
+
+
+def _notes(job: dict[str, str], found: State) -> list[str]:
+    reason = job.get("Reason", "None")
+    if found == "running":
+        return [f"for {job.get('RunTime', '?')} on {job.get('NodeList', '?')}"]
+    if found == "waiting":
+        return [reason] if reason != "None" else []
+    if found == "failed":
+        code, _, number = job.get("ExitCode", "").partition(":")
+        ended = f"signal {number}" if number not in ("", "0") else f"exit code {code}"
+        return [job.get("JobState", "").lower().replace("_", " "), ended] + ([reason] if reason != "None" else [])
+    return [f"took {job['RunTime']}"] if found == "finished" and "RunTime" in job else []
+
+
+def _of_accounting(submission: Submission, stage: StageRecord, name: str) -> StageState:
+    """SLURM keeps finished jobs for minutes; its accounting, where there is one, for good."""
+    forgotten = StageState(stage, "forgotten", _without_record(submission, stage))
+    try:
+        columns = "--format=JobName%64,State,Elapsed"
+        said = slurm.ask("sacct", "-X", "--noheader", "--parsable2", columns, "--jobs", stage.id)
+    except LatheError:
+        return forgotten
+    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 2]
+    jobs = [{"JobState": of.split()[0], "RunTime": took} for who, of, took in rows if who == name and of]
+    if not jobs:
+        return forgotten
+    return _of_jobs(stage, [{**job, "ArrayTaskId": str(number)} for number, job in enumerate(jobs)])
+
+
+def _without_record(submission: Submission, stage: StageRecord) -> str:
+    logs = submission.logs(stage)
+    last = ending(list(logs.values())[-1]) if logs else []
+    said = f"its log ends with: {last[0].strip()}" if last else "it has written no log"
+    return f"SLURM has no record of it any more; {said}"
+
+
+def _state(word: str) -> State:
+    return _OF_SLURM.get(word, "failed")
