@@ -87,7 +87,7 @@ class Run:
         return child
 
     def wait_for_step(self, step: int, child: subprocess.Popen[str] | Command) -> None:
-        started = psutil.Process(child.pid).create_time()
+        started = _started(child.pid)
         deadline = time.monotonic() + 120
         while not self.has_logged(step, started):
             assert child.poll() is None, child.communicate()[0]
@@ -121,6 +121,12 @@ class Run:
         prefix = f"{checkpoint.step_name(step)}/"
         names = [entry.name for entry in self.store.list(prefix) if entry.name.endswith(".safetensors")]
         return {name.removeprefix(prefix): self.store.read(name) for name in names}
+
+
+def _started(pid: int) -> float:
+    """When a process was started, on the clock of the log: the kernel's own time of its start is up to a second off."""
+    since_boot = psutil.Process(pid).create_time() - psutil.boot_time()
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
 
 
 def _environment() -> dict[str, str]:

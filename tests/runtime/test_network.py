@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import sys
@@ -40,7 +41,8 @@ def test_the_interface_that_has_the_address():
     assert network.interface_to("localhost") == "lo"
     for name, addresses in psutil.net_if_addrs().items():
         for place in addresses:
-            if place.family == socket.AF_INET and psutil.net_if_stats()[name].isup:
+            known = place.family in (socket.AF_INET, socket.AF_INET6) and psutil.net_if_stats()[name].isup
+            if known and not ipaddress.ip_address(place.address).is_link_local:
                 assert network.interface_to(place.address) == name
 
 
