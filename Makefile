@@ -32,7 +32,7 @@ check: develop
 	$(BIN)/mypy
 	$(BIN)/shellcheck launchers/*.sh .ci/run
 	$(BIN)/shfmt -d -i 2 -ci launchers/*.sh .ci/run
-	$(BIN)/yamllint -s infra configs .yamllint
+	$(BIN)/yamllint -s infra configs launchers .yamllint
 	$(BIN)/pytest -q tests/test_architecture.py
 
 format: develop
