@@ -33,6 +33,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 _ALIKE = 0.5
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # of YAML 1.1, and of nobody else
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
@@ -73,13 +74,20 @@ def load_settings(kind: type[_Fields], path: str) -> _Fields:
 
 def dump(config: RunConfig) -> str:
     """The resolved run file as YAML text that `load` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
+    return _dump(config.model_dump(mode="json"), width=110)
 
 
 def in_line(value: Any) -> str:
     """A field's value as an override has it: YAML on one line."""
-    lines = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
+    lines = _dump(value, default_flow_style=True, width=float("inf"))
     return lines.removesuffix("...\n").rstrip("\n")
+
+
+def _dump(value: Any, **options: Any) -> str:
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **options)
+    if _LINE_ENDS.search(text):  # read back, they would be others
+        text = yaml.safe_dump(value, sort_keys=False, **options)
+    return text
 
 
 def bundled(name: str) -> Path:

@@ -38,6 +38,15 @@ def test_every_bundled_run_file_is_valid_and_survives_a_round_trip(name: str, tm
     assert runfile.load_any(str(copy)) == config
 
 
+@pytest.mark.parametrize("text", ["a\x85", "\x85b", "a\u2028b", "\u2029", "é\x85'\n"])
+def test_line_ends_that_are_yamls_alone_survive_a_round_trip(text: str, tmp_path: Path) -> None:
+    config = PackConfig(source=text, output=f"x{text}")
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(runfile.dump(config))
+    assert runfile.load_any(str(copy)) == config
+    assert runfile.load_any(write(tmp_path), [f"init_from={{run: {runfile.in_line(text)}}}"]).init_from.run == text
+
+
 def test_every_job_has_a_demo_run_file() -> None:
     assert {runfile.load_any(name).model_dump()["job"] for name in runfile.bundled_configs()} == set(JOBS)
 
