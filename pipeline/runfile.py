@@ -84,7 +84,7 @@ def in_line(value: Any) -> str:
 
 
 def _dump(value: Any, **options: Any) -> str:
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **options)
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **options)
     if _LINE_ENDS.search(text):  # read back, they would be others
         text = yaml.safe_dump(value, sort_keys=False, **options)
     return text
