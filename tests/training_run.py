@@ -38,7 +38,7 @@ SMALL = {
     "checkpoint": {"every": 4, "keep": 2},
     "log_every": 1,
 }
-_started: list[subprocess.Popen[str] | Command] = []
+_commands: list[subprocess.Popen[str] | Command] = []
 
 
 class Run:
@@ -70,7 +70,7 @@ class Run:
             text=True,
             cwd=self.file.parent,
         )
-        _started.append(child)
+        _commands.append(child)
         return child
 
     def start(self, *overrides: str, ranks: int = 2) -> Command:
@@ -83,7 +83,7 @@ class Run:
             environment=_environment(),
             folder=self.file.parent,
         )
-        _started.append(child)
+        _commands.append(child)
         return child
 
     def wait_for_step(self, step: int, child: subprocess.Popen[str] | Command) -> None:
@@ -146,8 +146,8 @@ def _is_rank(process: psutil.Process) -> bool:
 
 def end_all() -> None:
     """Kill the commands that a failed test left behind; their ranks end with them."""
-    while _started:
-        child = _started.pop()
+    while _commands:
+        child = _commands.pop()
         if child.poll() is None:
             child.kill()
             child.wait()

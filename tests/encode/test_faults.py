@@ -537,6 +537,7 @@ class TestSignals:
         assert (tmp_path / "log").read_text() == f"{SAID}\n"
 
 
+@pytest.mark.alone
 class TestDisks:
     @pytest.mark.long
     @pytest.mark.s3

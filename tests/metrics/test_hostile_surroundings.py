@@ -21,6 +21,8 @@ from pipeline.config import MetricsConfig
 from pipeline.errors import SetupError
 from pipeline.metrics import Metrics, Place, discovery, pushing, serving
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(autouse=True)
 def _servers_look_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from pipeline.operate.bench.runs import job_config, timed_job, told
 from pipeline.operate.bench.sd_autoencoder import AutoencoderSizes
 from pipeline.storage import open_store
 
+pytestmark = pytest.mark.alone
+
 TINY = EncodeBench(
     repeats=2,
     simulated=SimulatedSizes(shards=2, per_shard=6, naive_shards=1, batch_size=4, picture_side=48, resolution=32),
@@ -150,7 +152,6 @@ def test_finished_shards_are_taken_for_finished(tmp_path):
     assert len(load_manifest(f"{tmp_path}/latents/manifest.json").buckets()) == 4
 
 
-@pytest.mark.alone
 def test_a_jobs_peak_is_measured_in_a_process_of_its_own(tmp_path):
     write_finished(tmp_path, shards=2, samples=10)
     assert 2**26 < memory._measured(tmp_path, encoded=0) < 2**32

@@ -483,6 +483,7 @@ def test_two_submissions_within_a_second_have_folders_of_their_own(place):
 # logs
 
 
+@pytest.mark.alone
 def test_logs_show_the_last_lines_then_what_comes_each_line_once(tmp_path, capsys):
     first, second = tmp_path / "encode-0.log", tmp_path / "encode-1.log"
     first.write_text("".join(f"line {i}\n" for i in range(50)))
@@ -555,6 +556,7 @@ def here(tasks: int = 2) -> Pipeline:
     return read_pipeline(["pipe line.yaml"]).on_one_machine(tasks)
 
 
+@pytest.mark.alone
 def test_stages_on_this_machine_go_on_where_one_has_failed(stand_ins, place, capsys):
     stand_ins["learn"] = "print('out of luck'); raise SystemExit(4)"
     with pytest.raises(LatheError, match=r"stage learn ended with exit code 4; its output is in .*learn.log") as caught:
@@ -577,6 +579,7 @@ def test_stages_on_this_machine_go_on_where_one_has_failed(stand_ins, place, cap
     assert local.launch(here(), None, place).folder != failed.folder  # all is finished: begun anew
 
 
+@pytest.mark.alone
 def test_other_settings_are_another_submission(stand_ins, place):
     stand_ins["export"] = "raise SystemExit(1)"
     folders = set()
@@ -587,6 +590,7 @@ def test_other_settings_are_another_submission(stand_ins, place):
     assert len(folders) == 2
 
 
+@pytest.mark.alone
 def test_one_that_is_under_way_is_not_begun_twice_and_can_be_cancelled(stand_ins, place):
     stand_ins["export"] = "raise SystemExit(1)"
     with pytest.raises(LatheError):

@@ -19,6 +19,8 @@ from pipeline.storage import GIVE_UP_VARIABLE, Store, counters, open_store, s3_c
 from pipeline.storage.s3_pace import Pace, pace
 
 DATA = bytes(range(256)) * 160
+pytestmark = pytest.mark.alone
+
 RETRY, RATE = "LATHE_STORAGE_RETRY_SECONDS", "LATHE_STORAGE_MIN_KIB_PER_SECOND"
 WAYS = pytest.mark.parametrize("way", ["direct", "usual", "whole"])
 LISTING = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"

@@ -114,6 +114,7 @@ def test_a_process_that_can_open_no_files_tells_what_it_knows():
     assert found == {}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_one_that_is_stopped_before_its_first_step_says_so_and_is_not_missed(tmp_path, latents, number):
     targets = tmp_path / "targets"
@@ -129,6 +130,7 @@ def test_one_that_is_stopped_before_its_first_step_says_so_and_is_not_missed(tmp
     assert not list(targets.iterdir())
 
 
+@pytest.mark.alone
 def test_one_that_is_asked_to_stop_after_its_last_step_has_finished(tmp_path, latents):
     class Gateway(BaseHTTPRequestHandler):
         def do_PUT(self):

@@ -88,6 +88,7 @@ def port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.ranks
 def test_a_rank_that_never_comes(train_file, monkeypatch, port):
     for name, value in environment(0, port).items():
         monkeypatch.setenv(name, value)
@@ -102,6 +103,7 @@ def test_a_rank_that_never_comes(train_file, monkeypatch, port):
     assert found["manifest"].verdict == "pass"
 
 
+@pytest.mark.ranks
 def test_a_first_machine_that_cannot_be_reached(monkeypatch, port):
     for name, value in environment(1, port).items():
         monkeypatch.setenv(name, value)
