@@ -87,7 +87,7 @@ class Run:
         return child
 
     def wait_for_step(self, step: int, child: subprocess.Popen[str] | Command) -> None:
-        started = _started(child.pid)
+        started = _start_time(child.pid)
         deadline = time.monotonic() + 120
         while not self.has_logged(step, started):
             assert child.poll() is None, child.communicate()[0]
@@ -123,7 +123,7 @@ class Run:
         return {name.removeprefix(prefix): self.store.read(name) for name in names}
 
 
-def _started(pid: int) -> float:
+def _start_time(pid: int) -> float:
     """When a process was started, on the clock of the log: the kernel's own time of its start is up to a second off."""
     since_boot = psutil.Process(pid).create_time() - psutil.boot_time()
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
