@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import socket
+import time
 
 import pytest
 import torch
@@ -58,11 +60,15 @@ def test_sizes():
 
 def test_memory_that_is_held_for_a_while_is_seen():
     with MemoryPeak(0.01, alone=True) as before:
-        torch.ones(10).sum()
-        while not before.bytes:
-            pass
-    with MemoryPeak(0.01, alone=True) as during:
-        held = torch.ones(30_000_000)
-        while during.bytes < before.bytes + 100_000_000:
-            held.add_(1)
-    assert during.bytes - before.bytes >= 100_000_000
+        wait_until(lambda: before.bytes > 0)
+    with MemoryPeak(0.01, alone=True) as during, mmap.mmap(-1, 120_000_000) as held:  # of the kernel, not of malloc
+        for page in range(0, len(held), mmap.PAGESIZE):
+            held[page] = 1
+        wait_until(lambda: during.bytes >= before.bytes + 100_000_000)
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
