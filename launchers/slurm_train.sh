@@ -31,6 +31,8 @@ if [[ ! -e $step ]]; then
     exit 5
   }
 fi
+LATHE_LAUNCHERS=$(cd "$(dirname "$step")" && pwd)
+export LATHE_LAUNCHERS
 # shellcheck source=launchers/slurm_step.sh
 source "$step"
 
@@ -41,9 +43,10 @@ export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST
 export MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 20000))}
 rm -f "$LATHE_REQUEUE_FILE"
 
-# In a container the launcher lies elsewhere.
+# In a container the launcher lies elsewhere; where the interpreter alone is in one (Apptainer), it is not to be seen.
 read -r -d '' node <<'NODE' || true
 launcher=$("$PYTHON" -c 'from pipeline.runfile import bundled; print(bundled("launchers/accelerate.sh"))') || exit 5
+[[ -e $launcher ]] || launcher=$LATHE_LAUNCHERS/accelerate.sh
 NODE_RANK=$SLURM_NODEID exec bash "$launcher" "$@"
 NODE
 run_step --ntasks="$NODES" --ntasks-per-node=1 bash -c "$node" lathe "$@"

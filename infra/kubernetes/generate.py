@@ -50,9 +50,11 @@ def files() -> dict[str, list[dict[str, Any]]]:
 
 
 def _job(stage: Stage, sizes: dict[str, dict[str, Any]], kind: Kind = "Job") -> KubernetesJob:
-    """A stage with the demo's run file, all in the bucket; what needs another's result waits until it is let begin."""
+    """A stage with the demo's run file, all in the bucket, and where the roles of infra/terraform reach; what needs
+    another's result waits until it is let begin.
+    """
     text = (ROOT / "configs/demo" / f"{stage}.yaml").read_text(encoding="utf-8")
-    run_file = re.sub("(?m)^(output): lathe-demo/", r"\1: ${root}/", text)
+    run_file = re.sub("(?m)^(output): lathe-demo/", r"\1: ${root}/run/", text)
     return KubernetesJob(
         name=f"lathe-{stage}",
         stage=stage,

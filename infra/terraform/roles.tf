@@ -5,8 +5,9 @@ locals {
       service_accounts = ["lathe-encode"]
       read             = [var.prefixes.images, var.prefixes.autoencoder, var.prefixes.latents]
       write            = [var.prefixes.latents]
-      # The empty prompt's files alone, where an output that holds nothing yet is begun with other settings.
-      delete = ["${var.prefixes.latents}*empty."]
+      # The empty prompt's files, where an output that holds nothing yet is begun with other settings, and what lathe
+      # doctor writes to see whether it may.
+      delete = ["${var.prefixes.latents}*empty.", "${var.prefixes.latents}*.lathe-doctor-"]
     }
     train = {
       service_accounts = ["lathe-train", "lathe-export"]

@@ -110,7 +110,7 @@ def launch_slurm(
     submission = slurm.launch(pipeline, settings, folder, Path.cwd())
     for stage in submission.record.stages:
         say(f"{stage.name:<16}job {stage.id}")
-    tell(f"submitted as {submission.name}, in {submission.folder}\n  lathe launch status {_shown(submission.folder)}")
+    tell(f"submitted as {submission.name}, in {submission.folder}\n  lathe launch status {submission.shown}")
 
 
 @app.command("k8s")
@@ -149,7 +149,7 @@ def launch_k8s(
     submission = k8s.launch(pipeline, settings, folder, Path.cwd(), waits=watch)
     for stage in submission.record.stages:
         say(f"{stage.name:<16}{stage.id}")
-    tell(f"in {submission.folder}\n  lathe launch status {_shown(submission.folder)}")
+    tell(f"in {submission.folder}\n  lathe launch status {submission.shown}")
 
 
 @app.command("local")
@@ -243,10 +243,3 @@ def cancel(submission: Submission = None, stage: StageOption = None) -> None:
     found = find(submission)
     ended = run(found, stage)
     say(f"cancelled of {found.name}: {', '.join(ended)}" if ended else f"nothing of {found.name} is left to cancel")
-
-
-def _shown(folder: Path) -> str:
-    """By what a person finds a submission again: its name, where it is in the usual place."""
-    from pipeline.operate.launch.submissions import FOLDER
-
-    return folder.name if folder.parent == FOLDER.absolute() else str(folder)

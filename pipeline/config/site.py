@@ -13,6 +13,7 @@ _ONE_WORD = re.compile(r"""[!-~]+""")  # printable ASCII without spaces
 _UNSAFE = re.compile(r"""["'\\#`$]""")
 _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 _MEMORY = re.compile(r"\d+[KMGT]?")
+_QUANTITY = r"^\d+(\.\d+)?(m|k|[MGTPE]|[KMGTPE]i)?$"  # of Kubernetes
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*(=.*)?", re.DOTALL)
 _OURS_ALREADY = re.compile(
     r"--(array|chdir|dependency|error|export|job-name|kill-on-invalid-dep|nodes|ntasks(-per-node)?|open-mode|output"
@@ -101,7 +102,7 @@ class ContainerConfig(Section):
     image: Line = Field(description="address or file of the image, as the runtime takes it")
     runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="what starts it on SLURM's nodes")
     mounts: tuple[Line, ...] = Field(
-        (), description="SOURCE:TARGET; the submission's folder and the current one are there anyway"
+        (), description="SOURCE:TARGET; the submission's folder, the current one and scratch are there anyway"
     )
 
 
@@ -113,10 +114,10 @@ class KubernetesConfig(Section):
     kind: Literal["Job", "JobSet", "PyTorchJob"] = Field("Job", description="of train: what starts its pods together")
     gpus: int = Field(0, ge=0, le=64, description="of a pod of train; a pod of encode takes one of them, others none")
     cpus: Count = Field(4, description="of each pod")
-    memory: str = Field("16Gi", description="of each pod")
+    memory: str = Field("16Gi", pattern=_QUANTITY, description="of each pod")
     secrets: tuple[str, ...] = Field((), description="Secrets whose keys become variables: S3's keys")
     service_account: str = Field("", description="empty = the namespace's default")
-    cache_size: str = Field("50Gi", description="disk of each pod, at /cache")
+    cache_size: str = Field("50Gi", pattern=_QUANTITY, description="disk of each pod, at /cache")
     cache_class: str = Field("", description="storage class of that disk; empty = the node's own")
     data_claim: str = Field(
         "", description="PersistentVolumeClaim at /data, for runs that are kept there and not on S3"

@@ -19,6 +19,7 @@ from hcl2.utils import SerializationOptions
 
 from pipeline.data.manifest import EMPTY_PREFIX
 from pipeline.operate.bench.own_environment import own_environment
+from pipeline.operate.doctor.stores import PROBE_PREFIX
 
 pytestmark = pytest.mark.infra
 ROOT = Path(__file__).parents[2]
@@ -227,11 +228,21 @@ def test_roles_reach_what_is_theirs(role, reads, writes, deletes):
     assert may(role, "head_bucket")
 
 
-def test_encode_deletes_the_empty_prompt_alone():
+def test_encode_deletes_the_empty_prompt_and_the_doctors_probe_alone():
     for folder in ("latents/", "latents/sd15-512/"):
         assert may("encode", "delete_objects", f"{folder}{EMPTY_PREFIX}tokens.clip.npy")
+        assert may("encode", "delete_objects", f"{folder}{PROBE_PREFIX}0123456789abcdef")
         assert not may("encode", "delete_objects", f"{folder}00000.tar")
         assert not may("encode", "delete_objects", f"{folder}manifest.json")
+
+
+def test_roles_reach_what_the_stages_of_kubernetes_write():
+    for stage, role in (("encode", "encode"), ("train", "train"), ("export", "train")):
+        objects = yaml.safe_load_all((ROOT / f"infra/kubernetes/base/{stage}.yaml").read_text())
+        text = next(one["data"]["run.yaml"] for one in objects if one["kind"] == "ConfigMap")
+        output = re.search(r"^output: \$\{root\}/(.*)$", text, re.MULTILINE)
+        key = f"{output[1]}/x".replace("run/", PREFIXES["runs"], 1)  # docs/cloud.md: prefixes = { runs = "run/" }
+        assert may(role, "put_object", key), key
 
 
 def test_roles_are_taken_by_named_principals_only():

@@ -112,6 +112,16 @@ def test_a_copy_finds_what_lies_beside_the_script(cluster, script):
     assert call.endswith(" <run.yaml> <caption=it's; $(false)\n*>\n")
 
 
+def test_where_the_interpreter_alone_is_in_a_container_the_launcher_is_the_machines(cluster):
+    """As with Apptainer: the image's launcher is a path that nobody outside has."""
+    cluster.stand_in("srun", 'while [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=1 exec "$@"')
+    cluster.stand_in("python", 'case "$*" in *bundled*) echo /in/the/image/accelerate.sh ;; esac')
+    cluster.run(TRAIN, "run.yaml")
+    (started,) = (call for call in cluster.calls("python") if "runtime.launch" in call)
+    assert started.startswith("<-m> <pipeline.runtime.launch> <accelerate> ")
+    assert started.endswith(" <train> <run.yaml>")
+
+
 def test_where_ranks_meet_and_on_how_many_cpus(cluster):
     cluster.run(TRAIN, "run.yaml")
     cluster.run(TRAIN, "run.yaml", SLURM_RESTART_COUNT="1")

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline import runfile
 from pipeline.config import ExportConfig, SampleConfig, SiteConfig
-from pipeline.errors import ConfigError, LatheError, SetupError
+from pipeline.errors import ConfigError, LatheError, SetupError, StorageError
 from pipeline.operate.launch import local, scripts, sequence, slurm, submissions
 from pipeline.operate.launch import states as states_module
 from pipeline.operate.launch.cancelling import cancel
@@ -151,6 +152,17 @@ def test_what_does_not_fit_is_told_before_anything_starts(place, arguments, size
     assert said in problem(*arguments, **sizes).message
 
 
+def test_an_override_may_be_longer_than_the_name_of_a_file(place):
+    (train,) = read_pipeline(["train.yaml", f"manifest={'m' * 900}"]).stages
+    assert train.config.manifest == "m" * 900
+
+
+def test_names_begin_with_a_letter_whatever_the_file_is_called(place):
+    for name, tidy in (("512px", "run-512px"), ("_a B", "a-b"), ("-", "run"), ("a" * 30, "a" * 14)):
+        (place / f"{name}.yaml").write_bytes((place / "train.yaml").read_bytes())
+        assert read_pipeline([f"./{name}.yaml"]).name == tidy
+
+
 def test_typos_are_told_with_the_right_name(place):
     assert problem("pipe line.yaml", "stages.learn.slurm={partitoin: x}").remedy == "did you mean 'partition'?"
     assert "encode, learn, export" in problem("pipe line.yaml", "train.steps=1").remedy
@@ -192,6 +204,8 @@ def site(**fields: Any) -> SiteConfig:
         ("environment: {PYTHON: x}", "PYTHON: set the field python instead"),
         ("container: {runtime: pyxis}", "container.image: missing"),
         ("modules: [a b]", "modules.0"),
+        ("kubernetes: {memory: 16GB}", "kubernetes.memory"),
+        ("kubernetes_by_command: {export: {cache_size: lots}}", "kubernetes_by_command.export.cache_size"),
     ],
 )
 def test_a_sites_mistakes_are_told_with_their_field(tmp_path, text, said):
@@ -277,13 +291,13 @@ def test_modules_variables_and_containers(tmp_path):
         "SRUN_CPUS_PER_TASK": 4,
     }.items():
         assert f"\nexport {name}={value}\n" in script
-    mounts = f"{tmp_path}/f:{tmp_path}/f,{tmp_path}:{tmp_path},/data:/data"
+    mounts = f"{tmp_path}/f:{tmp_path}/f,{tmp_path}:{tmp_path},/scratch:/scratch,/data:/data"
     options = f"--container-image=reg#lathe:1\n--container-mounts={mounts}\n--container-workdir={tmp_path}"
     assert f"export LATHE_SRUN_OPTIONS={shlex.quote(options)}\n" in script
     apptainer = site(container={**pyxis, "runtime": "apptainer"}, python="/opt/python")
     script = render(export_stage(), apptainer, name="n", folder=tmp_path / "f", directory=tmp_path)
     assert f"export PYTHON={tmp_path}/f/{scripts.PYTHON}\n" in script
-    inside = scripts.python_in_container(apptainer.container, tmp_path / "f", tmp_path, "/opt/python")
+    inside = scripts.python_in_container(apptainer, apptainer.container, tmp_path / "f", tmp_path)
     assert inside.splitlines()[1].endswith("--bind /data:/data 'reg#lathe:1' /opt/python \"$@\"")
     with pytest.raises(ConfigError, match="a container cannot mount a folder with a colon"):
         render(export_stage(), cluster, name="n", folder=tmp_path / "a:b", directory=tmp_path)
@@ -373,6 +387,73 @@ def test_a_checkpoint_that_takes_longer_than_the_signal_gives(place):
     (warning,) = slurm.signal_warnings(pipeline, site())
     assert "a checkpoint of r/run has taken 400 s, but the run is asked to save only 300 s before" in warning
     assert not slurm.signal_warnings(pipeline, site(slurm={"signal_seconds": 401}))
+
+
+def test_a_store_that_is_away_does_not_hold_up_a_launch(place, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("pipeline.operate.runs.find._GIVE_UP_SECONDS", "0")
+    begun = time.monotonic()
+    assert slurm.signal_warnings(read_pipeline(["train.yaml", "root=s3://bucket/run"]), site()) == []
+    assert time.monotonic() - begun < 20
+
+
+def test_jobs_are_cancelled_where_the_record_cannot_be_written(place, monkeypatch):
+    """At the last stage too, when none is left that could not be submitted."""
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*arguments: str, **_: Any) -> str:
+        asked.append(arguments)
+        return f"{len(asked)}\n"
+
+    saved = submissions.Submission.save
+
+    def save(submission: submissions.Submission) -> None:
+        if all(stage.id for stage in submission.record.stages):
+            raise StorageError("the disk is full")
+        saved(submission)
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(slurm.programs, "found", lambda program, remedy: program)
+    monkeypatch.setattr(submissions.Submission, "save", save)
+    with pytest.raises(StorageError, match=r"^the disk is full; the 3 submitted before were cancelled$"):
+        slurm.launch(read_pipeline(["pipe line.yaml"]), site(), None, place)
+    assert [(arguments[0], arguments[-1]) for arguments in asked[3:]] == [("scancel", str(job)) for job in (1, 2, 3)]
+
+
+def test_jobs_know_nothing_of_the_job_that_they_are_submitted_from(tmp_path, monkeypatch):
+    """Another array's task id, or the CPUs that srun has bound a shell to, would be taken for their own."""
+    program = tmp_path / "sbatch"
+    program.write_text("#!/bin/sh\nexec env\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("SLURM_CONF", "SLURM_ARRAY_TASK_ID", "SLURM_CPU_BIND", "OTHERS"):
+        monkeypatch.setenv(name, "x")
+
+    def handed_on() -> set[str]:
+        names = {line.partition("=")[0] for line in slurm.ask("sbatch").splitlines()}
+        return {name for name in names if name.startswith(("SLURM_", "OTHERS"))}
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert handed_on() == {"SLURM_CONF", "SLURM_ARRAY_TASK_ID", "SLURM_CPU_BIND", "OTHERS"}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert handed_on() == {"SLURM_CONF", "OTHERS"}
+
+
+def test_a_job_whose_number_was_lost_is_cancelled_by_its_name(place, monkeypatch):
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*arguments: str, **_: Any) -> str:
+        asked.append(arguments)
+        if arguments[0] == "sbatch":
+            raise slurm.SlurmError("SLURM does not answer: Socket timed out on send/recv operation")
+        return ""
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(slurm.programs, "found", lambda program, remedy: program)
+    with pytest.raises(slurm.SlurmError, match=r"^stage encode was not submitted: SLURM does not answer"):
+        slurm.launch(read_pipeline(["pipe line.yaml"]), site(), None, place)
+    name = job_name(submissions.find(None).name, "encode")
+    assert asked[-1] == ("scancel", f"--name={name}", f"--user={os.getuid()}")
 
 
 # what SLURM says
@@ -504,12 +585,18 @@ def test_logs_show_the_last_lines_then_what_comes_each_line_once(tmp_path, capsy
         show(lambda: {str(i): path for i, path in enumerate((first, second)) if path.exists()}, 2, is_over)
     finally:
         module._STATE_SECONDS = pause
-    assert capsys.readouterr().out.splitlines() == ["[0] line 48", "[0] line 49", "[0] more", "[1] \\x1b[31mred"]
+    assert capsys.readouterr().out.splitlines() == [
+        "[0] line 48",
+        "[0] line 49",
+        "[0] more",
+        "[1] \\x1b[31mred",
+        "[0] half",
+    ]
     assert ending(first) == ["half"]
 
 
 @pytest.mark.parametrize("lines", [0, 1, 3, 99])
-@pytest.mark.parametrize("text", ["", "a\n", "a\nb\nc\nd\n"])
+@pytest.mark.parametrize("text", ["", "a\n", "a\nb\nc\nd\n", "a\nb\nno end"])
 def test_the_last_lines_of_a_log(tmp_path, capsys, lines, text):
     log = tmp_path / "x.log"
     log.write_text(text)
@@ -535,6 +622,28 @@ def test_a_stage_without_a_log(submitted, monkeypatch):
         read(submitted, "lern", None, 5, follow=False)
     with pytest.raises(ConfigError, match="--task 8: stage encode has 8"):
         read(submitted, "encode", 8, 5, follow=False)
+
+
+def test_a_scheduler_that_is_away_for_a_moment_ends_no_watching(submitted, monkeypatch, capsys):
+    """And of other stages than the one that is followed nobody is asked."""
+    name = job_name(submitted.name, "learn")
+    answers = iter(["RUNNING", None, "COMPLETED", "COMPLETED"])
+    asked = set()
+
+    def ask(program: str, *arguments: str, **_: Any) -> str:
+        asked.add(arguments[-1])
+        if (word := next(answers)) is None:
+            raise slurm.SlurmError("SLURM does not answer: Unable to contact slurm controller")
+        return JOB.format(6, name, word, "None", 0, "0:0")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr("pipeline.operate.launch.logs._STATE_SECONDS", 0.0)
+    submitted.log(submitted.record.stages[1]).write_text("step 5\n")
+    read(submitted, "learn", None, 5, follow=True)
+    said = capsys.readouterr()
+    assert said.out == "step 5\n"
+    assert said.err == "stage learn: finished, took 00:01:02\n"
+    assert asked == {"6"}
 
 
 # on this machine
@@ -604,6 +713,12 @@ def test_one_that_is_under_way_is_not_begun_twice_and_can_be_cancelled(stand_ins
         assert [one.state for one in states(submission)] == ["finished", "finished", "running"]
         with pytest.raises(SetupError, match="is under way already"):
             local.launch(here(), None, place)
+        submission.stage("learn").exit_code = submission.stage("learn").ended = None
+        submission.stage("export").started = None
+        with pytest.raises(ConfigError, match="stage learn is under way, and on this machine one process runs all"):
+            cancel(submission, "export")
+        assert child.poll() is None
+        submission = submissions.find(None)
         assert cancel(submission, None) == ["export"]
         assert child.wait(10) == -15
     finally:
@@ -693,3 +808,17 @@ def test_the_commands_of_stages_on_this_machine(place):
 def test_states_are_told_by_scontrol_words_that_slurm_has():
     assert states_module._state("NODE_FAIL") == "failed"
     assert states_module._state("REQUEUED") == "waiting"
+    assert states_module._state("SIGNALING") == "running"
+    assert states_module._state("PREEMPTED") == "failed"  # for good: one that is queued again is PENDING
+
+
+def test_a_submission_elsewhere_is_told_by_its_folder(place):
+    pipeline = read_pipeline(["export.yaml"])
+    submission = submissions.plan(pipeline, "local", place / "else where", place)
+    submissions.write(submission, pipeline)
+    stage = submission.stage("export")
+    told = page(submission, [states_module.StageState(stage, "failed", "exit code 1")])
+    *words, option, name = shlex.split(told.splitlines()[-1])
+    assert words[:-1] == ["lathe", "launch", "logs"]
+    assert submissions.find(words[-1]).folder == submission.folder
+    assert (option, name) == ("--stage", "export")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,11 @@ from pipeline.errors import ConfigError, SetupError
 from pipeline.operate.launch import k8s, submissions
 from pipeline.operate.launch.cancelling import cancel
 from pipeline.operate.launch.reading import read
+from pipeline.operate.launch.sequence import is_under_way
 from pipeline.operate.launch.stages import Pipeline, read_pipeline
 from pipeline.operate.launch.states import states
 
+ROOT = Path(__file__).parents[2]
 KUBECTL = '''#!{python}
 """Keeps what is applied in a file; a Job ends as `verdicts` says of it, once it has been asked about twice."""
 import json, os, sys, yaml
@@ -50,6 +56,10 @@ else:
         verdict = jobs[name].get("verdict") or told
         jobs[name]["verdict"] = verdict
         status = {{"conditions": [{{"type": verdict, "status": "True", "message": "too many failed pods"}}]}}
+    if "away" in verdicts:
+        verdicts.pop("away")
+        (folder / "verdicts").write_text(json.dumps(verdicts))
+        sys.exit("The connection to the server 10.0.0.1:6443 was refused")
     print(json.dumps({{"status": status}}))
 (folder / "jobs").write_text(json.dumps(jobs))
 '''
@@ -176,6 +186,90 @@ def test_stages_are_made_one_after_the_other_and_go_on_after_a_failure(cluster, 
     run_file = runfile.load_any(str(done.folder / "train.yaml"))
     applied = list(yaml.safe_load_all((done.folder / "train.kubernetes.yaml").read_text()))
     assert yaml.safe_load(applied[0]["data"]["run.yaml"]) == run_file.model_dump(mode="json")
+
+
+def test_a_cluster_that_is_away_for_a_moment_ends_no_wait(cluster, tmp_path, capsys, monkeypatch):
+    cluster.end(away="once")
+    done = k8s.launch(pipeline(), site(), None, tmp_path, waits=True)
+    assert [one.state for one in states(done)] == ["finished"] * 4
+    assert "encode: unknown: the cluster does not answer" in capsys.readouterr().err
+    cluster.end(away="once")
+    monkeypatch.setattr(k8s, "PATIENCE_SECONDS", -1.0)
+    with pytest.raises(k8s.KubernetesError, match="the cluster does not answer"):
+        k8s.launch(pipeline("train.seed=8"), site(), None, tmp_path, waits=True)
+
+
+def test_text_that_other_readers_of_yaml_take_for_something_else_is_quoted(tmp_path):
+    odd = {"A": "y", "B": "1e3", "C": "0o17", "D": "12:30:00", "E": "-1_000.5", "F": "N", "G": "+.inf", "H": "plain"}
+    text = k8s.dry_run(pipeline(), site(environment=odd), None, tmp_path)
+    for name, value in odd.items():
+        (written,) = set(re.findall(rf"- name: {name}\n +value: (.*)\n", text))
+        assert written in (f'"{value}"', f"'{value}'") or name == "H"
+    for job in yaml.safe_load_all(text):
+        if job["kind"] == "Job":
+            (container,) = job["spec"]["template"]["spec"]["containers"]
+            told = {one["name"]: one["value"] for one in container["env"] if "value" in one}
+            assert {name: told[name] for name in odd} == odd
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ({"active": 2, "ready": 0}, ("waiting", "2 active")),
+        ({"active": 2, "ready": 1, "failed": 1}, ("running", "2 active, 1 ready, 1 failed")),
+        ({"replicatedJobsStatus": [{"name": "node", "active": 1, "ready": 1}]}, ("running", "1 active, 1 ready")),
+        ({"conditions": [{"type": "Running", "status": "True"}]}, ("running", "")),
+        ({}, ("waiting", "")),
+    ],
+)
+def test_pods_that_have_no_place_yet_do_not_run(tmp_path, monkeypatch, status, told):
+    submission = submissions.plan(pipeline(), "k8s", None, tmp_path)
+    monkeypatch.setattr(k8s, "ask", lambda *_, **__: json.dumps({"status": status}))
+    assert k8s.state_of(submission, "job.batch/x") == told
+
+
+def test_a_job_that_has_ended_long_ago_was_not_cancelled(cluster, tmp_path):
+    alone = read_pipeline(["configs/demo/train.yaml", "root=s3://b/x"])
+    submission = k8s.launch(alone, site(), None, tmp_path, waits=False)
+    (cluster.folder / "jobs").write_text("{}")
+    assert states(submission)[0].state == "cancelled"
+    submission.record.stages[0].started -= timedelta(days=8)
+    assert states(submission)[0].state == "forgotten"
+
+
+WAITING = """
+from pathlib import Path
+from pipeline.config import SiteConfig
+from pipeline.operate.launch import k8s
+from pipeline.operate.launch.stages import read_pipeline
+
+site = SiteConfig.model_validate({"container": {"image": "x"}})
+pipeline = read_pipeline(["configs/demo/encode.yaml", "configs/demo/train.yaml", "root=s3://b/x"])
+k8s.POLL_SECONDS = 100.0
+k8s.launch(pipeline, site, None, Path.cwd(), waits=True)
+"""
+
+
+@pytest.mark.alone
+def test_a_launch_that_waits_leaves_a_record_of_its_end(cluster, tmp_path):
+    """Machines that cannot see its process would take it for one that goes on."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    while "job.batch" not in child.stderr.readline():
+        pass
+    submission = submissions.find(None)
+    assert cancel(submission, None) == ["encode", "train"]
+    child.wait(20)
+    assert cluster.jobs() == []
+    after = submissions.find(None)
+    assert after.record.stages[0].ended is not None
+    after.record.machine = "elsewhere"
+    assert not is_under_way(after)
 
 
 def test_one_stage_is_not_waited_for_and_is_begun_anew_once_it_has_finished(cluster, tmp_path):

@@ -16,6 +16,8 @@ _S3 = "s3://"
 _RETRY_VARIABLE, _RETRY_SECONDS = "LATHE_STORAGE_RETRY_SECONDS", 4.0
 _SKEW_FAILS_SECONDS = 600.0  # S3 refuses requests beyond 15 minutes, and clocks drift
 _SKEW_WARNS_SECONDS = 30.0
+PROBE_PREFIX = ".lathe-doctor-"
+"""How names of probes begin; the encode role may delete these (infra/terraform)."""
 _PROBE = b"written by lathe doctor, and deleted at once\n"
 _SECONDS = 30.0
 
@@ -91,7 +93,7 @@ def rights(url: str) -> str:
         StorageError: it cannot; it says which.
     """
     missing = [] if is_remote(url) else _missing_folders(local_path(url))
-    store, name = open_store(url), f".lathe-doctor-{secrets.token_hex(8)}"
+    store, name = open_store(url), f"{PROBE_PREFIX}{secrets.token_hex(8)}"
     try:
         store.write(name, _PROBE, if_absent=True)
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
+import re
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,8 +25,10 @@ from pipeline.operate.launch.kubernetes_job import Stage as Command
 from pipeline.operate.launch.sequence import begin, run_in_order
 from pipeline.operate.launch.stages import Pipeline, Stage
 from pipeline.operate.launch.submissions import Submission, plan
+from pipeline.stopping import not_ignored
 
-POLL_SECONDS = 5.0
+POLL_SECONDS, PATIENCE_SECONDS = 5.0, 3600.0  # between questions; for a cluster that answers none
+_NO_TEXT_TO_OTHERS = re.compile(r"[yYnN]|[-+.\d][\w.+-]*")  # to kubectl y is true, and 1e3 a number
 _COMMANDS = ("encode", "train", "export")
 _DATA = "/data/"
 _RESOURCES = {"Job": "job.batch", "JobSet": "jobset.jobset.x-k8s.io", "PyTorchJob": "pytorchjob.kubeflow.org"}
@@ -63,6 +66,8 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
     submission.record.namespace = site.kubernetes.namespace
     submission.record.context = site.kubernetes.context
     last = pipeline.stages[-1]
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):  # so that the record tells that nobody waits
+        signal.signal(number, signal.default_int_handler)
     tell("Ctrl-C leaves the Jobs alone; the same command goes on waiting, and makes those that are still to come")
 
     def run(stage: Stage) -> bool:
@@ -126,9 +131,11 @@ def state_of(submission: Submission, resource: str) -> tuple[str, str]:
         if condition in holding:
             why = holding[condition].get("message", "") if state == "failed" else ""
             return state, why
-    counts = {name: status.get(name, 0) for name in ("active", "succeeded", "failed")}
+    parts = [status, *status.get("replicatedJobsStatus", ())]  # a JobSet counts its Jobs
+    counts = {name: sum(part.get(name) or 0 for part in parts) for name in ("active", "ready", "succeeded", "failed")}
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return ("running" if counts["active"] or "Running" in holding else "waiting"), said
+    begun = counts["ready" if any("ready" in part for part in parts) else "active"]  # pods are active unplaced too
+    return ("running" if begun or "Running" in holding else "waiting"), said
 
 
 def _note_finished(submission: Submission) -> None:
@@ -216,16 +223,39 @@ def _make(submission: Submission, stage: Stage, site: SiteConfig) -> None:
 
 def _wait(submission: Submission, stage: Stage) -> None:
     record = submission.stage(stage.name)
-    told = ("", "")
-    while (now := state_of(submission, record.id))[0] not in ("finished", "failed"):
+    told, heard = ("", ""), time.monotonic()
+    while True:
+        try:
+            now, heard = state_of(submission, record.id), time.monotonic()
+        except GoneError:
+            raise
+        except LatheError as error:  # an API server that is started anew ends no wait of days
+            if time.monotonic() - heard > PATIENCE_SECONDS:
+                raise
+            now = "unknown", error.message
+        if now[0] in ("finished", "failed"):
+            break
         if now != told:
             tell(f"  {record.id}: {': '.join(filter(None, now))}")
             told = now
         time.sleep(POLL_SECONDS)
     if now[0] == "failed":
-        logs = shlex.join(["lathe", "launch", "logs", str(submission.folder), "--stage", stage.name])
+        logs = f"lathe launch logs {submission.shown} --stage {stage.name}"
         raise KubernetesError(f"stage {stage.name}: {record.id} has failed: {now[1]}", f"see {logs}")
 
 
 def _text(objects: Sequence[dict[str, Any]]) -> str:
-    return "---\n".join(yaml.safe_dump(one, sort_keys=False, width=110, allow_unicode=True) for one in objects)
+    texts = (yaml.dump(one, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True) for one in objects)
+    return "---\n".join(texts)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text is text to other readers of YAML too."""
+
+
+def _scalar(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _NO_TEXT_TO_OTHERS.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _scalar)

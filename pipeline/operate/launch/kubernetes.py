@@ -15,7 +15,8 @@ from pipeline.operate.launch.kubernetes_pod import MASTER_PORT, template
 __all__ = ["KubernetesJob", "manifests"]
 
 RETRIES = 3
-_WEEK_SECONDS = 7 * 24 * 3600
+KEPT_SECONDS = 7 * 24 * 3600
+"""For so long a Job that has ended can be asked about."""
 _NO_START_MENDS = sorted({ConfigError.exit_code, DataError.exit_code, SetupError.exit_code})
 _STOPPED = [129, 130, 138, 140, 143]  # 128 + SIGHUP, SIGINT, SIGUSR1, SIGUSR2, SIGTERM: a checkpoint was saved
 
@@ -68,7 +69,7 @@ def _job_spec(job: KubernetesJob) -> Object:
             ]
         },
         "suspend": job.suspended,
-        "ttlSecondsAfterFinished": _WEEK_SECONDS,
+        "ttlSecondsAfterFinished": KEPT_SECONDS,
         "template": template(job, master=f"{job.name}-0.{job.name}"),
     }
 
@@ -90,7 +91,7 @@ def _job_set(job: KubernetesJob) -> Object:
             "network": {"enableDNSHostnames": True, "subdomain": job.name, "publishNotReadyAddresses": True},
             "failurePolicy": {"maxRestarts": RETRIES, "rules": [user_error]},
             "suspend": job.suspended,
-            "ttlSecondsAfterFinished": _WEEK_SECONDS,
+            "ttlSecondsAfterFinished": KEPT_SECONDS,
             "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": spec}}],
         }
     }
@@ -105,7 +106,7 @@ def _pytorch_job(job: KubernetesJob) -> Object:
                 "backoffLimit": RETRIES * job.nodes,
                 "cleanPodPolicy": "None",
                 "suspend": job.suspended,
-                "ttlSecondsAfterFinished": _WEEK_SECONDS,
+                "ttlSecondsAfterFinished": KEPT_SECONDS,
             },
             "pytorchReplicaSpecs": {
                 role: {"replicas": count, "restartPolicy": "OnFailure", "template": _operated(job)}

@@ -51,7 +51,7 @@ def _run(submission: Submission, stage: Stage) -> bool:
     try:
         run_together(logs, {**os.environ, "PYTHON": sys.executable}, stage.name, shown.show, _SAVING_SECONDS)
     finally:
-        shown.show()
+        shown.show(last=True)
     return True
 
 

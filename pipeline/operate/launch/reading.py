@@ -12,7 +12,7 @@ from pipeline.operate.launch.logs import show
 from pipeline.operate.launch.states import OVER, state
 from pipeline.operate.launch.submissions import StageRecord, Submission
 
-_MOST_PODS = 256
+_MOST_PODS = 1024
 
 
 def read(submission: Submission, name: str | None, task: int | None, lines: int, *, follow: bool) -> None:
@@ -45,10 +45,19 @@ def read(submission: Submission, name: str | None, task: int | None, lines: int,
             f"stage {stage.name} of {submission.name} has no log yet: it is {state(submission, stage).state}",
             "--follow waits for it; lathe launch status tells more",
         )
-    show(files, lines, (lambda: state(submission, stage).state in OVER) if follow else None)
+    if follow:
+        state(submission, stage)  # told at once where the scheduler cannot be asked
+    show(files, lines, (lambda: _is_over(submission, stage)) if follow else None)
     if follow:
         now = state(submission, stage)
         tell(f"stage {stage.name}: {', '.join(filter(None, (now.state, now.said)))}")
+
+
+def _is_over(submission: Submission, stage: StageRecord) -> bool:
+    try:
+        return state(submission, stage).state in OVER
+    except LatheError:  # it may answer the next time
+        return False
 
 
 def _last_begun(submission: Submission) -> StageRecord:

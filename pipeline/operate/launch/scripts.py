@@ -57,10 +57,10 @@ def render(stage: Stage, site: SiteConfig, *, name: str, folder: Path, directory
     return "\n".join(lines) + "\n"
 
 
-def python_in_container(container: ContainerConfig, folder: Path, directory: Path, python: str) -> str:
+def python_in_container(site: SiteConfig, container: ContainerConfig, folder: Path, directory: Path) -> str:
     """The script that is the interpreter where Apptainer runs everything. Raises ConfigError."""
-    binds = [part for mount in _mounts(container, folder, directory) for part in ("--bind", mount)]
-    words = ["apptainer", "exec", "--nv", *binds, container.image, python]
+    binds = [part for mount in _mounts(site, container, folder, directory) for part in ("--bind", mount)]
+    words = ["apptainer", "exec", "--nv", *binds, container.image, site.python or "python"]
     return f'#!/usr/bin/env bash\nexec {shlex.join(words)} "$@"\n'
 
 
@@ -102,7 +102,7 @@ def _variables(site: SiteConfig, asked: SlurmConfig, folder: Path, directory: Pa
     if site.container is not None and site.container.runtime == "apptainer":
         found["PYTHON"] = str(folder / PYTHON)
     elif site.container is not None:
-        mounts = ",".join(_mounts(site.container, folder, directory))
+        mounts = ",".join(_mounts(site, site.container, folder, directory))
         options = [f"--container-image={site.container.image}", f"--container-mounts={mounts}"]
         found["LATHE_SRUN_OPTIONS"] = "\n".join([*options, f"--container-workdir={directory}"])
     if asked.cpus_per_task:
@@ -116,15 +116,15 @@ def _variables(site: SiteConfig, asked: SlurmConfig, folder: Path, directory: Pa
     return found
 
 
-def _mounts(container: ContainerConfig, folder: Path, directory: Path) -> list[str]:
-    own = [str(place) for place in dict.fromkeys((folder, directory))]
+def _mounts(site: SiteConfig, container: ContainerConfig, folder: Path, directory: Path) -> list[str]:
+    own = list(dict.fromkeys([str(folder), str(directory), *([site.scratch] if site.scratch else [])]))
     for place in own:
         if any(sign in place for sign in ":,\n"):
             raise ConfigError(
                 f"{place}: a container cannot mount a folder with a colon, a comma or a line end in its name",
                 "launch from another folder, and choose one with --folder",
             )
-    return [*(f"{place}:{place}" for place in own), *container.mounts]
+    return list(dict.fromkeys([*(f"{place}:{place}" for place in own), *container.mounts]))
 
 
 def _program(stage: Stage, folder: Path) -> list[str]:

@@ -40,14 +40,14 @@ def begin(
     for folder in reversed(known(parent)):
         submission = load(folder)
         if submission.record.place == place and _is_of(submission, pipeline, directory):
-            refresh(submission)
-            if all(stage.exit_code == 0 for stage in submission.record.stages):
-                break
             if is_under_way(submission):
                 raise SetupError(
                     f"{submission.name} is under way already, on {submission.record.machine}",
-                    f"lathe launch logs {submission.name} --follow, or lathe launch cancel {submission.name}",
+                    f"lathe launch logs {submission.shown} --follow, or lathe launch cancel {submission.shown}",
                 )
+            refresh(submission)
+            if all(stage.exit_code == 0 for stage in submission.record.stages):
+                break
             tell(f"goes on with {submission.name}")
             return submission
     submission = plan(pipeline, place, parent, directory)

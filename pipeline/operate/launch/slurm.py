@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from pipeline.metrics import LogFollower
 from pipeline.operate.launch import programs, scripts
 from pipeline.operate.launch.stages import Pipeline, Stage
 from pipeline.operate.launch.submissions import Submission, plan, write
-from pipeline.storage import open_store
+from pipeline.operate.runs.find import open_to_look
 
 _HERE = "use a machine of the cluster; lathe launch slurm --dry-run shows anywhere what would run"
+_OF_CLUSTERS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _NO_ANSWER = re.compile(r"[Uu]nable to contact|[Cc]onnection refused|[Cc]ommunication connection failure|timed out")
 
 
@@ -34,7 +36,9 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
         SlurmError: SLURM does not answer, or refuses.
     """
     path = programs.found(program, _HERE)
-    code, out, err = programs.said_by([path, *arguments], stdin=stdin, folder=str(folder) if folder else None)
+    code, out, err = programs.said_by(
+        [path, *arguments], stdin=stdin, folder=str(folder) if folder else None, environment=_outside_of_jobs()
+    )
     if code == 0:
         return out + (err if program == "sbatch" else "")
     if _NO_ANSWER.search(err):
@@ -42,6 +46,16 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
             f"SLURM does not answer: {programs.complaint(err)}", "try again later; sinfo tells when it does"
         )
     raise SlurmError(f"{program}: {programs.complaint(err)}", "mend what it names")
+
+
+def _outside_of_jobs() -> dict[str, str]:
+    """The environment without what a job around this process was told of itself: sbatch would hand it on."""
+    inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not (inside and name.startswith("SLURM_")) or name in _OF_CLUSTERS
+    }
 
 
 def prepared(
@@ -52,9 +66,7 @@ def prepared(
     files = {}
     container = site.container
     if container is not None and container.runtime == "apptainer":
-        python = site.python or "python"
-        text = scripts.python_in_container(container, submission.folder, directory, python)
-        files[scripts.PYTHON] = text
+        files[scripts.PYTHON] = scripts.python_in_container(site, container, submission.folder, directory)
     for stage in pipeline.stages:
         files[f"{stage.name}.sh"] = scripts.render(
             stage, site, name=submission.name, folder=submission.folder, directory=directory
@@ -121,7 +133,7 @@ def signal_warnings(pipeline: Pipeline, site: SiteConfig) -> list[str]:
             continue
         asked = scripts.settings(stage, site)
         try:
-            log = LogFollower(open_store(stage.config.output))
+            log = LogFollower(open_to_look(stage.config.output))
             seconds = [line.get("checkpoint_seconds") for line in log.lines()]
         except LatheError:  # it has not begun, or its store is not reached from here
             continue
@@ -172,20 +184,18 @@ def _id(said: str) -> str:
 def _take_back(submission: Submission, error: BaseException) -> None:
     """Cancel what was submitted: half a pipeline is of no use."""
     jobs = [stage for stage in submission.record.stages if stage.id]
-    if isinstance(error, LatheError):
-        told = f"; the {len(jobs)} submitted before were cancelled" if jobs else ""
-        failed = next(stage.name for stage in submission.record.stages if not stage.id)
-        error.message = f"stage {failed} was not submitted: {error.message}"
-        for stage in jobs:
-            try:
-                cancel(submission, stage.name, stage.id)
-            except LatheError:
-                told = f"; cancel those submitted before: scancel {' '.join(job.id for job in jobs)}"
-        error.message += told
-        return
+    failed = next((stage.name for stage in submission.record.stages if not stage.id), None)
+    told = f"; the {len(jobs)} submitted before were cancelled" if jobs else ""
     for stage in jobs:
-        with suppress(LatheError):
+        try:
             cancel(submission, stage.name, stage.id)
+        except LatheError:
+            told = f"; cancel those submitted before: scancel {' '.join(job.id for job in jobs)}"
+    if failed is not None:  # a submission whose answer was lost may have been one
+        with suppress(LatheError):
+            ask("scancel", f"--name={scripts.job_name(submission.name, failed)}", f"--user={os.getuid()}")
+    if isinstance(error, LatheError):
+        error.message = (f"stage {failed} was not submitted: " if failed else "") + error.message + told
 
 
 def cancel(submission: Submission, stage: str, job: str) -> None:

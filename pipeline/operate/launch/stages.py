@@ -107,7 +107,12 @@ def read_pipeline(
 
 
 def _is_override(argument: str) -> bool:
-    return _OVERRIDE.match(argument) is not None and not Path(argument).is_file()
+    if _OVERRIDE.match(argument) is None:
+        return False
+    try:
+        return not Path(argument).is_file()
+    except OSError:  # longer than a file's name may be
+        return True
 
 
 def _from_pipeline(files: Sequence[str], overrides: Sequence[str]) -> Pipeline:
@@ -200,4 +205,7 @@ def _distinct(names: Iterable[str]) -> Iterable[str]:
 
 def _tidy(name: str) -> str:
     """A name that files, SLURM and Kubernetes take."""
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:_LONGEST_NAME].strip("-") or "run"
+    tidy = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not tidy[:1].isalpha():  # Kubernetes' names begin with a letter
+        tidy = f"run-{tidy}"
+    return tidy[:_LONGEST_NAME].strip("-")

@@ -8,11 +8,13 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Literal
 
 from pipeline.console import duration
 from pipeline.errors import LatheError
 from pipeline.operate.launch import k8s, scripts, slurm
+from pipeline.operate.launch.kubernetes import KEPT_SECONDS
 from pipeline.operate.launch.logs import ending
 from pipeline.operate.launch.sequence import is_under_way
 from pipeline.operate.launch.stages import FINALIZE
@@ -29,8 +31,8 @@ _OF_SLURM: dict[str, State] = {
     "COMPLETING": "running",
     "CONFIGURING": "running",
     "STAGE_OUT": "running",
-    "SUSPENDED": "running",
-    **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "PREEMPTED", "SPECIAL_EXIT"), "waiting"),
+    **dict.fromkeys(("SUSPENDED", "SIGNALING", "STOPPED", "RESIZING"), "running"),
+    **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"), "waiting"),
 }
 _MOST_LINES = 6
 _FIELD = re.compile(r"(\w[\w/:]*)=(\S*)")
@@ -58,18 +60,23 @@ def states(submission: Submission) -> list[StageState]:
         SetupError: the scheduler's programs are not here.
         LatheError: the scheduler does not answer.
     """
+    return _asked(submission, submission.record.stages)
+
+
+def state(submission: Submission, stage: StageRecord) -> StageState:
+    """One stage as it is now; of others nobody is asked. Raises as `states`."""
+    names = (stage.name, f"{stage.name}{FINALIZE}")
+    return _asked(submission, [one for one in submission.record.stages if one.name in names])[0]
+
+
+def _asked(submission: Submission, stages: Sequence[StageRecord]) -> list[StageState]:
     of_place = {"slurm": _of_slurm, "k8s": _of_kubernetes, "local": _of_local}[submission.record.place]
-    found = [of_place(submission, stage) for stage in submission.record.stages]
+    found = [of_place(submission, stage) for stage in stages]
     for place, (array, finalizer) in enumerate(itertools.pairwise(found)):
         is_its_own = finalizer.record.name == f"{array.record.name}{FINALIZE}"
         if is_its_own and array.state in ("failed", "cancelled") and finalizer.state == "finished":
             found[place] = replace(array, state="finished", said=f"{array.said}; {finalizer.record.name} did the rest")
     return found
-
-
-def state(submission: Submission, stage: StageRecord) -> StageState:
-    """One stage as it is now. Raises as `states`."""
-    return next(one for one in states(submission) if one.record is stage)
 
 
 def is_well(found: Sequence[StageState]) -> bool:
@@ -88,7 +95,7 @@ def page(submission: Submission, found: Sequence[StageState]) -> str:
         if one.state in ("failed", "stopped"):
             endings = dict.fromkeys(tuple(ending(log, 2)) for log in submission.logs(one.record).values())
             lines += [f"    {said}" for said in itertools.chain(*endings)][:_MOST_LINES]  # an error and its remedy
-            lines.append(f"    lathe launch logs {submission.name} --stage {one.record.name}")
+            lines.append(f"    lathe launch logs {submission.shown} --stage {one.record.name}")
     return "\n".join(lines)
 
 
@@ -116,7 +123,9 @@ def _of_kubernetes(submission: Submission, stage: StageRecord) -> StageState:
     except k8s.GoneError:
         if stage.exit_code == 0:
             return StageState(stage, "finished", "its Job is deleted since")
-        return StageState(stage, "cancelled", "its Job is deleted")
+        if stage.started and (datetime.now(UTC) - stage.started).total_seconds() > KEPT_SECONDS:
+            return StageState(stage, "forgotten", "there is no Job of it any more: deleted, or ended a week ago")
+        return StageState(stage, "cancelled", "there is no Job of it: deleted, or never made")
     return StageState(stage, found, said)  # type: ignore[arg-type]  # it is one of these
 
 

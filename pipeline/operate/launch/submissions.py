@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,6 +92,11 @@ class Submission:
     def name(self) -> str:
         """By which commands find it: its folder's."""
         return self.folder.name
+
+    @property
+    def shown(self) -> str:
+        """What a shell is given to find it again: its name, where it is in the usual place, else its folder."""
+        return shlex.quote(self.name if self.folder.parent == FOLDER.absolute() else str(self.folder))
 
     def save(self) -> None:
         """Write the record whole. Raises StorageError."""

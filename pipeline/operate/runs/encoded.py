@@ -94,7 +94,7 @@ class Encoded:
         if not (MANIFEST in beside and self._is_whole(prefix, receipts)):
             self._count(prefix, receipts, progress)
         if ENCODING in beside:
-            self._encoding = read_or_tell(self.store, prefix + ENCODING, dict, self.problems) or {}
+            self._encoding = read_or_tell(self.store, prefix + ENCODING, dict, self.problems) or self._encoding
         self.examples = self._examples(prefix) if REJECTS in beside else []
         self._seen = {**receipts, **beside}
         return True
