@@ -29,10 +29,13 @@ class Follower:
         if from_end:
             self._places = {path: path.stat().st_size for path in files().values()}
 
-    def show(self) -> None:
-        """Print the lines that have come."""
+    def show(self, *, last: bool = False) -> None:
+        """Print the lines that have come; at the last also one that has no end."""
         for name, path in self._files().items():
-            for line in self._lines(path):
+            lines = self._lines(path)
+            if last and (rest := self._rests.pop(path)):
+                lines.append(_text(rest))
+            for line in lines:
                 say(f"[{name}] {line}" if name else line)
 
     def begin_at(self, path: Path, place: int) -> None:
@@ -48,7 +51,7 @@ class Follower:
             new = file.read()
         self._places[path] = place + len(new)
         *lines, self._rests[path] = (self._rests.get(path, b"") + new).split(b"\n")
-        return [line.decode(errors="replace").rstrip("\r") for line in lines]
+        return [_text(line) for line in lines]
 
 
 def show(files: Callable[[], Mapping[str, Path]], lines: int, is_over: Callable[[], bool] | None = None) -> None:
@@ -62,7 +65,8 @@ def show(files: Callable[[], Mapping[str, Path]], lines: int, is_over: Callable[
     follower = Follower(files)
     for path in files().values():
         follower.begin_at(path, _last_lines(path, lines))
-    follower.show()
+    if is_over is not None:
+        follower.show()
     asked = -_STATE_SECONDS
     while is_over is not None:
         if time.monotonic() - asked > _STATE_SECONDS:
@@ -71,7 +75,7 @@ def show(files: Callable[[], Mapping[str, Path]], lines: int, is_over: Callable[
                 break
         time.sleep(_POLL_SECONDS)
         follower.show()
-    follower.show()
+    follower.show(last=True)
 
 
 def ending(path: Path, count: int = 1) -> list[str]:
@@ -83,6 +87,10 @@ def ending(path: Path, count: int = 1) -> list[str]:
     except OSError:
         return []
     return [line.rstrip() for line in said.splitlines() if line.strip()][-count:]
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r")
 
 
 def _last_lines(path: Path, count: int) -> int:
@@ -98,4 +106,4 @@ def _last_lines(path: Path, count: int) -> int:
         if found < 0:
             return begin
         place = found
-    return begin + place + 1
+    return min(size, begin + place + 1)

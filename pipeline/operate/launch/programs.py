@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.errors import SetupError
 
@@ -21,7 +21,13 @@ def found(program: str, remedy: str) -> str:
     return path
 
 
-def said_by(command: Sequence[str], *, stdin: str | None = None, folder: str | None = None) -> tuple[int, str, str]:
+def said_by(
+    command: Sequence[str],
+    *,
+    stdin: str | None = None,
+    folder: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[int, str, str]:
     """Run a program to its end: exit code, standard output, standard error.
 
     Raises:
@@ -33,6 +39,7 @@ def said_by(command: Sequence[str], *, stdin: str | None = None, folder: str | N
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             cwd=folder,
+            env=environment,
             capture_output=True,
             text=True,
             errors="replace",

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config import SiteConfig, TrainConfig
+from pipeline.console import tell
 from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.metrics import LogFollower
 from pipeline.operate.launch import programs, scripts
 from pipeline.operate.launch.stages import Pipeline, Stage
-from pipeline.operate.launch.submissions import Submission, plan, write
+from pipeline.operate.launch.submissions import Submission, claim, plan, write
+from pipeline.stopping import not_ignored
 from pipeline.storage import open_store
+from pipeline.tether import signals_deferred
 
 _HERE = "use a machine of the cluster; lathe launch slurm --dry-run shows anywhere what would run"
 _NO_ANSWER = re.compile(r"[Uu]nable to contact|[Cc]onnection refused|[Cc]ommunication connection failure|timed out")
+_OVERRULING = tuple(  # what scripts say; names, and arrays that are none, would not be known again
+    f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT")
+)
+_OF_CLUSTERS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 class SlurmError(LatheError):
@@ -34,7 +43,9 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
         SlurmError: SLURM does not answer, or refuses.
     """
     path = programs.found(program, _HERE)
-    code, out, err = programs.said_by([path, *arguments], stdin=stdin, folder=str(folder) if folder else None)
+    code, out, err = programs.said_by(
+        [path, *arguments], stdin=stdin, folder=str(folder) if folder else None, environment=_outside_of_jobs()
+    )
     if code == 0:
         return out + (err if program == "sbatch" else "")
     if _NO_ANSWER.search(err):
@@ -42,6 +53,16 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
             f"SLURM does not answer: {programs.complaint(err)}", "try again later; sinfo tells when it does"
         )
     raise SlurmError(f"{program}: {programs.complaint(err)}", "mend what it names")
+
+
+def _outside_of_jobs() -> dict[str, str]:
+    """The environment without what a job around this process was told of itself, which sbatch would hand on."""
+    inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if (not (inside and name.startswith("SLURM_")) or name in _OF_CLUSTERS) and name not in _OVERRULING
+    }
 
 
 def prepared(
@@ -78,7 +99,11 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
     """
     programs.found("sbatch", _HERE)
     submission, files = prepared(pipeline, site, parent, directory)
+    while not claim(submission):  # another launch of this second has the name
+        submission, files = prepared(pipeline, site, parent, directory)
     write(submission, pipeline, list(files.items()))
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):
+        signal.signal(number, signal.default_int_handler)
     jobs: list[str] = []
     try:
         for stage in pipeline.stages:
@@ -86,11 +111,13 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
             options = _options(submission, stage, jobs)
             script = str(submission.folder / f"{stage.name}.sh")
             record.commands = [["sbatch", *options, script]]
-            jobs.append(_id(ask("sbatch", *options, script, folder=directory)))
-            record.id, record.started = jobs[-1], submission.record.created
-            submission.save()
+            with signals_deferred():  # a job is submitted and noted, or neither
+                jobs.append(_id(ask("sbatch", *options, script, folder=directory)))
+                record.id, record.started = jobs[-1], submission.record.created
+                submission.save()
     except BaseException as error:
-        _take_back(submission, error)
+        with signals_deferred():
+            _take_back(submission, error)
         raise
     return submission
 
@@ -172,20 +199,20 @@ def _id(said: str) -> str:
 def _take_back(submission: Submission, error: BaseException) -> None:
     """Cancel what was submitted: half a pipeline is of no use."""
     jobs = [stage for stage in submission.record.stages if stage.id]
-    if isinstance(error, LatheError):
-        told = f"; the {len(jobs)} submitted before were cancelled" if jobs else ""
-        failed = next(stage.name for stage in submission.record.stages if not stage.id)
-        error.message = f"stage {failed} was not submitted: {error.message}"
-        for stage in jobs:
-            try:
-                cancel(submission, stage.name, stage.id)
-            except LatheError:
-                told = f"; cancel those submitted before: scancel {' '.join(job.id for job in jobs)}"
-        error.message += told
-        return
+    failed = next((stage.name for stage in submission.record.stages if not stage.id), None)
+    told = f"; the {len(jobs)} submitted before were cancelled" if jobs else ""
     for stage in jobs:
-        with suppress(LatheError):
+        try:
             cancel(submission, stage.name, stage.id)
+        except LatheError:
+            told = f"; cancel those submitted before: scancel {' '.join(job.id for job in jobs)}"
+    if failed is not None:  # a submission whose answer was lost may have been one
+        with suppress(LatheError):
+            ask("scancel", f"--name={scripts.job_name(submission.name, failed)}", f"--user={os.getuid()}")
+    if isinstance(error, LatheError):
+        error.message = (f"stage {failed} was not submitted: " if failed else "") + error.message + told
+    elif jobs:
+        tell(f"{submission.name}: stopped while it was submitted{told}")
 
 
 def cancel(submission: Submission, stage: str, job: str) -> None:
@@ -195,6 +222,17 @@ def cancel(submission: Submission, stage: str, job: str) -> None:
         SlurmError: SLURM does not answer.
     """
     ask("scancel", f"--name={scripts.job_name(submission.name, stage)}", job)
+
+
+def find(submission: Submission, stage: str) -> str:
+    """The id of a job that waits or runs, but was not noted, since the launch was killed; empty = there is none.
+
+    Raises:
+        SlurmError: SLURM does not answer.
+    """
+    name = f"--name={scripts.job_name(submission.name, stage)}"
+    said = ask("squeue", "--noheader", name, f"--user={os.getuid()}", "--format=%F")
+    return next(iter(said.split()), "")
 
 
 def _tested(pipeline: Pipeline, files: dict[str, str], directory: Path) -> list[str]:
