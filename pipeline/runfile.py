@@ -127,7 +127,7 @@ def _read(path: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply", "a run file has two levels") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no fields", "a run file is a YAML mapping that begins with `job: ...`")
+        raise ConfigError(f"{path} holds no fields", "write NAME: VALUE lines; a run file begins with `job: ...`")
     return tree
 
 
