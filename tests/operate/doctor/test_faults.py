@@ -231,7 +231,9 @@ class TestTheNetwork:
         assert training()["master-port"].said == f"{port} is free"
 
     def test_an_address_of_another_machine(self, training):
-        failed(training("metrics.host=node..0"), "metrics-port", "it is no name of a machine", "metrics.prometheus=false")
+        failed(
+            training("metrics.host=node..0"), "metrics-port", "it is no name of a machine", "metrics.prometheus=false"
+        )
         failed(training("metrics.host=192.0.2.7"), "metrics-port", "metrics.host=192.0.2.7", "metrics.prometheus=false")
 
     @pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LATHE_INTERFACE"])
