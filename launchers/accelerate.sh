@@ -7,7 +7,7 @@
 # From the environment:
 set -euo pipefail
 # shellcheck source=launchers/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/environment.sh"
 
 # `accelerate launch`, through a wrapper that keeps the ranks' exit code. An elastic rendezvous would change the number
 # of ranks without a word; here all nodes come, or none starts.

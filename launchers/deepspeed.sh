@@ -17,15 +17,19 @@ if [[ $# -gt 0 && $1 != -h && $1 != --help ]]; then
     exit 2
   fi
   mapfile -t hosts < <(sed -E '/^[[:space:]]*(#|$)/d; s/^[[:space:]]*([^[:space:]]+).*/\1/' "$HOSTFILE")
+  if ((${#hosts[@]} == 0)); then
+    printf 'error: HOSTFILE=%s names no machine\n  a line for each machine: NAME slots=RANKS\n' "$HOSTFILE" >&2
+    exit 2
+  fi
   by_runner=0
   if ((${#hosts[@]} > 1)) && [[ -z ${NODE_RANK:-} ]]; then
     by_runner=1
   fi
   NODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]:-}} MASTER_PORT=${MASTER_PORT:-29500}
-  NPROC=$(sed -nE '/^[[:space:]]*#/d; s/.*slots=([0-9]+).*/\1/p' "$HOSTFILE" | head -n 1)
+  NPROC=$(sed -nE '/^[[:space:]]*#/d; /slots=[0-9]/{s/.*slots=([0-9]+).*/\1/p; q}' "$HOSTFILE")
 fi
 # shellcheck source=launchers/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/environment.sh"
 
 if ((! by_runner)); then
   exec "$python" -m pipeline.runtime.launch deepspeed "$HOSTFILE" pipeline train "$@"

@@ -16,7 +16,7 @@
 
 refuse() {
   printf 'error: %s\n  %s\n' "$1" "$2" >&2
-  exit 2
+  exit "${3:-2}"
 }
 
 # Usage: the comment at the head of the script, and the one above.
@@ -28,10 +28,10 @@ fi
 
 python=${PYTHON:-python}
 
-[[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NPROC=$NPROC is not a number of ranks" 'set NPROC=2, or leave it out'
+[[ ${NPROC:-1} =~ ^[1-9][0-9]{0,3}$ ]] || refuse "NPROC=$NPROC is not a number of ranks" 'set NPROC=2, or leave it out'
 export NODES=${NODES:-1} NODE_RANK=${NODE_RANK:-0}
-[[ $NODES =~ ^[1-9][0-9]*$ ]] || refuse "NODES=$NODES is not a number of machines" 'set NODES=2, or leave it out for one'
-[[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ ]] ||
+[[ $NODES =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NODES=$NODES is not a number of machines" 'set NODES=2, or leave it out for one'
+[[ $NODE_RANK =~ ^(0|[1-9][0-9]{0,4})$ ]] ||
   refuse "NODE_RANK=$NODE_RANK is not the number of a machine" "set NODE_RANK=0 to $((NODES - 1)), another one on each"
 ((NODE_RANK < NODES)) ||
   refuse "NODE_RANK=$NODE_RANK, but machines are counted from 0 to NODES - 1 = $((NODES - 1))" \
@@ -42,7 +42,7 @@ if ((NODES > 1)); then
   [[ -n ${MASTER_PORT:-} ]] ||
     refuse "NODES=$NODES needs MASTER_PORT" 'set it to a port that is free on machine 0 (29500), the same on all'
   MASTER_ADDR=${MASTER_ADDR#[} MASTER_ADDR=${MASTER_ADDR%]}
-  [[ $MASTER_ADDR =~ ^[[:alnum:]_.:%-]+$ ]] ||
+  [[ $MASTER_ADDR =~ ^[[:alnum:]_.:][[:alnum:]_.:%-]*$ ]] ||
     refuse "MASTER_ADDR=$MASTER_ADDR is no name or address of a machine" 'give it as node0, 10.0.0.1 or fd00::1'
 else
   MASTER_ADDR=127.0.0.1
@@ -51,6 +51,10 @@ if [[ -n ${MASTER_PORT:-} ]] && { [[ ! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || (
   refuse "MASTER_PORT=$MASTER_PORT is no port" 'set a number from 1024 to 65535, such as 29500'
 fi
 
+command -v "$python" >/dev/null ||
+  refuse "PYTHON=$python is no program here" 'set PYTHON to the interpreter that has Lathe, alone' 5
+"$python" -c 'import importlib.util; raise SystemExit(importlib.util.find_spec("pipeline.cli") is None)' 2>/dev/null ||
+  refuse "PYTHON=$python has no Lathe" 'set PYTHON to the interpreter that has it, or install it there' 5
 # A mistake in the run file is told once, before any rank starts.
 "$python" -m pipeline config "$@" >/dev/null
 

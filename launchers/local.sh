@@ -4,4 +4,4 @@
 #   launchers/local.sh CONFIG [FIELD=VALUE ...]
 set -euo pipefail
 unset NODES NODE_RANK MASTER_ADDR MASTER_PORT
-exec bash "$(dirname "${BASH_SOURCE[0]}")/accelerate.sh" "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/accelerate.sh" "$@"

@@ -28,9 +28,9 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-if [[ -n ${LATHE_SRUN_OPTIONS:-} ]]; then
-  mapfile -t options <<<"$LATHE_SRUN_OPTIONS"
-fi
+while read -r option; do
+  [[ -z $option ]] || options+=("$option")
+done <<<"${LATHE_SRUN_OPTIONS:-}"
 retries=${LATHE_RETRIES:-3}
 if [[ ! $retries =~ ^[0-9]+$ ]]; then
   printf 'error: LATHE_RETRIES=%s is not a number of starts\n  set LATHE_RETRIES=3, or leave it out\n' "$retries" >&2
@@ -39,6 +39,13 @@ fi
 export PYTHON=${PYTHON:-python}
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then # of sbatch; srun by itself takes one CPU for a task since 22.05
   export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+fi
+# sbatch passes on what an array's task has in its environment; then this is none of that array
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  known=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null) || known=''
+  if [[ $known == *JobId=* && $known != *ArrayTaskId=* ]]; then
+    unset "${!SLURM_ARRAY_@}"
+  fi
 fi
 # of one task of an array alone: the last task's SLURM_JOB_ID stands for the whole array too
 job=$SLURM_JOB_ID

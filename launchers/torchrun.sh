@@ -7,7 +7,7 @@
 # From the environment:
 set -euo pipefail
 # shellcheck source=launchers/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/environment.sh"
 
 exec "$python" -m pipeline.runtime.launch torchrun \
   --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$ranks" \

@@ -117,7 +117,7 @@ def _read(path: str) -> dict[str, Any]:
     try:
         file = Path(path) if Path(path).is_file() else bundled(path)
         tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506  it is a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that there are not
         where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
         raise ConfigError(
             f"{path} is not YAML{where}: {str(error).splitlines()[0]}", "mend the file's syntax"
@@ -127,7 +127,7 @@ def _read(path: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply", "a run file has two levels") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no fields", "a run file is a YAML mapping that begins with `job: ...`")
+        raise ConfigError(f"{path} holds no fields", "write NAME: VALUE lines; a run file begins with `job: ...`")
     return tree
 
 
@@ -155,7 +155,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} has no value", "write dotted.field=value, such as seed=1")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: the value is not YAML", "quote it") from error
     *sections, field = name.split(".")
     inner: Any = tree

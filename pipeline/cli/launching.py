@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.console import say, tell
+from pipeline.errors import SetupError
 
 app = typer.Typer(
     help="Run files as jobs: on SLURM, on Kubernetes, or one after the other on this machine.\n\n"
@@ -102,12 +103,12 @@ def launch_slurm(
     for warning in slurm.signal_warnings(pipeline, settings):
         tell(f"warning: {warning}")
     if dry_run:
-        printed, verdicts = slurm.dry_run(pipeline, settings, folder, Path.cwd())
+        printed, verdicts = slurm.dry_run(pipeline, settings, folder, _here())
         say(printed)
         for verdict in verdicts:
             tell(verdict)
         return
-    submission = slurm.launch(pipeline, settings, folder, Path.cwd())
+    submission = slurm.launch(pipeline, settings, folder, _here())
     for stage in submission.record.stages:
         say(f"{stage.name:<16}job {stage.id}")
     tell(f"submitted as {submission.name}, in {submission.folder}\n  lathe launch status {submission.shown}")
@@ -144,9 +145,9 @@ def launch_k8s(
     settings = find_site(site)
     pipeline = read_pipeline([config, *(more or [])], nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers()
     if dry_run:
-        say(k8s.dry_run(pipeline, settings, folder, Path.cwd()).rstrip())
+        say(k8s.dry_run(pipeline, settings, folder, _here()).rstrip())
         return
-    submission = k8s.launch(pipeline, settings, folder, Path.cwd(), waits=watch)
+    submission = k8s.launch(pipeline, settings, folder, _here(), waits=watch)
     for stage in submission.record.stages:
         say(f"{stage.name:<16}{stage.id}")
     tell(f"in {submission.folder}\n  lathe launch status {submission.shown}")
@@ -176,9 +177,9 @@ def launch_local(
 
     pipeline = read_pipeline([config, *(more or [])]).on_one_machine(tasks)
     if dry_run:
-        say(local.dry_run(pipeline, folder, Path.cwd()))
+        say(local.dry_run(pipeline, folder, _here()))
         return
-    tell(f"finished: {local.launch(pipeline, folder, Path.cwd()).folder}")
+    tell(f"finished: {local.launch(pipeline, folder, _here()).folder}")
 
 
 @app.command()
@@ -243,3 +244,10 @@ def cancel(submission: Submission = None, stage: StageOption = None) -> None:
     found = find(submission)
     ended = run(found, stage)
     say(f"cancelled of {found.name}: {', '.join(ended)}" if ended else f"nothing of {found.name} is left to cancel")
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise SetupError("the current folder is not there any more", "go to one that is: cd ~") from error

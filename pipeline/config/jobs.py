@@ -277,6 +277,9 @@ class LaunchConfig(RunConfig):
         for name in ("job", "root", "stages"):
             if name in stages:
                 raise ValueError(f"{name} is a field of the pipeline; give the stage another name")
+        for name in stages:  # each has files of its own in the submission's folder
+            if name == "submission" or name.endswith("-finalize"):
+                raise ValueError(f"{name} is a name that lathe launch uses itself; give the stage another name")
         return stages
 
 

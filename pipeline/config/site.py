@@ -20,6 +20,7 @@ _OURS_ALREADY = re.compile(
     r"|parsable|requeue|no-requeue|signal|test-only|wait|wrap)(=.*)?",
     re.DOTALL,
 )
+_SHELLS = re.compile(r"^~|\$[A-Za-z_{]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(SECRET|PASSWORD|PASSWD|TOKEN|API_KEY)(_|$)", re.IGNORECASE)
 _FROM_US = {"PYTHON": "python", "LATHE_INTERFACE": "interface", "TMPDIR": "scratch", "LATHE_SRUN_OPTIONS": "container"}
@@ -65,8 +66,15 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _place(text: str) -> str:
+    if _SHELLS.search(text):  # quoted in scripts, these would be parts of a name
+        raise ValueError("write the whole path out: ~ and $VARIABLES are not replaced")
+    return text
+
+
 Word = Annotated[str, AfterValidator(_scheduler_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
+Place = Annotated[Line, AfterValidator(_place)]
 _Command = Literal["pack", "train-vae", "encode", "train", "sample", "evaluate", "export"]
 _Text = Annotated[str, Field(coerce_numbers_to_str=True)]
 
@@ -139,10 +147,12 @@ class SiteConfig(Section):
     container: ContainerConfig | None = None
     environment: dict[str, _Text] = Field({}, description="variables of every job; no secrets, since scripts are kept")
     interface: Word | None = Field(None, description="network interface between nodes; null = the one that leads there")
-    python: Line | None = Field(
+    python: Place | None = Field(
         None, description="interpreter that has Lathe, on the nodes; null = the one that submits, in a container python"
     )
-    scratch: Line | None = Field(None, description="folder of each node for temporary files, as TMPDIR; null = its own")
+    scratch: Place | None = Field(
+        None, description="folder of each node for temporary files, as TMPDIR; null = its own"
+    )
 
     @field_validator("environment")
     @classmethod

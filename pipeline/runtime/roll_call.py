@@ -20,6 +20,7 @@ from pipeline.runtime import environment
 
 _LOOK_SECONDS = 0.05
 _LEAVE_SECONDS = 5.0
+_MOST_RANKS = 1 << 20
 _WANTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 REMEDY = (  # of a collective that fails, or is never done
     "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that leads to the other machines, and let firewalls"
@@ -43,8 +44,9 @@ class RollCall:
                 f"--all-ranks: {', '.join(missing)} not set: no launcher has started this",
                 "start it as training is: torchrun --nproc-per-node 2 -m pipeline doctor CONFIG --all-ranks",
             )
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.world_size = _number("WORLD_SIZE", _MOST_RANKS)
+        self.rank = _number("RANK", self.world_size)
+        host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 65536)
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             store = TCPStore(
@@ -139,3 +141,11 @@ class RollCall:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _number(name: str, end: int) -> int:
+    """A launcher's number below `end`. Raises SetupError."""
+    said = os.environ[name]
+    if not said.isdecimal() or len(said) > len(str(end)) or int(said) >= end:
+        raise SetupError(f"--all-ranks: {name}={said} is no number from 0 to {end - 1}", "let a launcher set it")
+    return int(said)

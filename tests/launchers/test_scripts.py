@@ -31,7 +31,7 @@ def config(tmp_path) -> Path:
 
 
 def launch(
-    tmp_path: Path, *arguments: str, script: str = "accelerate", **environment: str
+    tmp_path: Path, *arguments: str, script: str | Path = "accelerate", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     python = tmp_path / "python"
     python.write_text(INTERPRETER.format(python=sys.executable))
@@ -39,7 +39,7 @@ def launch(
     taken = ("NPROC", "OMP_NUM_THREADS", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in taken}
     return subprocess.run(
-        ["bash", str(ROOT / f"launchers/{script}.sh"), *arguments],
+        ["bash", str(script if isinstance(script, Path) else ROOT / f"launchers/{script}.sh"), *arguments],
         env={**kept, "PYTHON": str(python), "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
@@ -47,7 +47,7 @@ def launch(
     )
 
 
-@pytest.mark.parametrize("ranks", ["0", "-1", "x", "1.5", " "])
+@pytest.mark.parametrize("ranks", ["0", "-1", "x", "1.5", " ", "99999999999999999999"])
 def test_a_number_of_ranks_that_is_none(tmp_path, config, ranks):
     done = launch(tmp_path, str(config), NPROC=ranks)
     assert done.returncode == 2
@@ -59,12 +59,14 @@ def test_a_number_of_ranks_that_is_none(tmp_path, config, ranks):
     [
         ({"NODES": "0"}, "NODES=0 is not a number of machines"),
         ({"NODES": "two"}, "NODES=two is not a number of machines"),
+        ({"NODES": "99999999999999999999"}, "NODES=99999999999999999999 is not a number of machines"),
         ({"NODE_RANK": "-1"}, "NODE_RANK=-1 is not the number of a machine"),
         ({"NODE_RANK": "08"}, "NODE_RANK=08 is not the number of a machine"),
         ({"NODE_RANK": "2"}, "NODE_RANK=2, but machines are counted from 0 to NODES - 1 = 1"),
         ({"NODES": "", "NODE_RANK": "1"}, "NODE_RANK=1, but machines are counted from 0 to NODES - 1 = 0"),
         ({"MASTER_ADDR": ""}, "NODES=2 needs MASTER_ADDR"),
         ({"MASTER_ADDR": "node0 node1"}, "MASTER_ADDR=node0 node1 is no name or address of a machine"),
+        ({"MASTER_ADDR": "--help"}, "MASTER_ADDR=--help is no name or address of a machine"),
         ({"MASTER_PORT": ""}, "NODES=2 needs MASTER_PORT"),
         ({"MASTER_PORT": "ssh"}, "MASTER_PORT=ssh is no port"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
@@ -191,3 +193,39 @@ def test_usage(tmp_path, script):
     assert "NPROC" in shown.stdout
     assert "#" not in shown.stdout
     assert "shellcheck" not in shown.stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "local", "deepspeed"])
+def test_a_link_to_a_launcher_is_the_launcher(tmp_path, config, hostfile, script):
+    (tmp_path / "bin").mkdir()
+    link = tmp_path / "bin" / "train it"
+    link.symlink_to(ROOT / f"launchers/{script}.sh")
+    done = launch(tmp_path, str(config), script=link, HOSTFILE=hostfile, NODE_RANK="0")
+    assert f" train {config}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [("nix", "PYTHON=nix is no program here"), (sys.executable + " -u", "is no program here"), ("sh", "has no Lathe")],
+)
+def test_an_interpreter_that_is_none(tmp_path, config, python, said):
+    done = launch(tmp_path, str(config), PYTHON=python)
+    assert (done.returncode, done.stdout) == (5, "")
+    message, remedy = done.stderr.splitlines()
+    assert message.startswith("error: PYTHON=")
+    assert message.endswith(said)
+    assert remedy.startswith("  set PYTHON to ")
+
+
+@pytest.mark.parametrize("text", ["", "# none\n\n"])
+def test_a_hostfile_without_machines(tmp_path, config, text):
+    (tmp_path / "hosts").write_text(text)
+    done = launch(tmp_path, str(config), script="deepspeed", HOSTFILE=str(tmp_path / "hosts"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: HOSTFILE={tmp_path}/hosts names no machine\n")
+
+
+def test_a_hostfile_of_a_whole_cluster(tmp_path, config):
+    (tmp_path / "hosts").write_text("".join(f"node{number} slots=8\n" for number in range(20_000)))
+    done = launch(tmp_path, str(config), script="deepspeed", HOSTFILE=str(tmp_path / "hosts"), NODE_RANK="7")
+    assert "NODES=20000 NODE_RANK=7 -m pipeline.runtime.launch deepspeed" in done.stdout, done.stderr

@@ -168,6 +168,13 @@ def test_of_an_array_one_task_is_requeued(cluster):
     assert cluster.calls("squeue")[0].startswith("<--noheader> <--jobs=70_3>")
 
 
+def test_what_is_left_of_an_array_around_the_submission_is_not_believed(cluster):
+    cluster.stand_in("srun", "exit 137")
+    cluster.stand_in("scontrol", 'if [[ $1 == --oneliner ]]; then echo "JobId=70 JobName=x"; fi')
+    cluster.run(ENCODE, "run.yaml", code=75, SLURM_ARRAY_JOB_ID="60", SLURM_ARRAY_TASK_ID="3")
+    assert cluster.requeued() == ["<requeue> <70>"]
+
+
 def test_what_may_not_start_again_ends_with_its_code(cluster):
     cluster.stand_in("srun", "exit 4")
     cluster.stand_in("python", PYTHON.format(verdict=4, python=sys.executable))

@@ -311,7 +311,7 @@ PROGRAM = '#!/bin/bash\nprintf "%s\\0" "$PWD" "$VALUE" "$PYTHON" "$@" >"$SEEN"\n
 def test_bash_gives_the_program_what_was_meant(tmp_path, monkeypatch, folder, value, python, launcher):
     """A rendered script, run by bash, with a program in the place of srun, or of a launcher."""
     here = tmp_path / "x" / ("".join(sign for sign in folder if sign != "/")[:20] or "f")
-    if here.name in (".", "..") or not python.isprintable():
+    if here.name in (".", "..") or not python.isprintable() or re.search(r"^~|\$[A-Za-z_{]", python):
         return
     here.mkdir(parents=True, exist_ok=True)
     for name in ("srun", "slurm_train.sh"):
@@ -373,7 +373,7 @@ def test_the_command_line_of_sbatch(place):
     ]
     assert commands[0][:2] == ["sbatch", "--parsable"]
     assert commands[0][2].startswith(f"--output={place}/50%%/pipe-line-")
-    assert commands[0][2].endswith("/encode-%a.log")
+    assert commands[0][2].endswith("/encode.%a.log")
     with pytest.raises(ConfigError, match="backslash"):
         slurm.dry_run(pipeline, site(), place / "a\\b", place)
     assert not (place / "50%").exists()
@@ -801,7 +801,7 @@ def test_the_commands_of_stages_on_this_machine(place):
         "export.yaml",
     ]
     assert printed[1][:-1] == [sys.executable, "-m", "pipeline", "encode", "--task", "1/2"]
-    assert printed[2][:-1] == ["bash", str(runfile.bundled("launchers/accelerate.sh"))]
+    assert printed[2][:-1] == ["bash", str(runfile.bundled("launchers/local.sh"))]
     assert not (place / "lathe-launches").exists()
 
 

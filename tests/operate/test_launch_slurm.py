@@ -156,7 +156,7 @@ def test_a_pipeline_runs_to_an_export_on_two_nodes(cluster, tmp_path, place):
     assert "2 of 2 finished" in lathe("status").stdout
     assert "export opens with diffusers" in lathe("logs", "--follow", "--stage", "export").stdout
     assert "ranks       2 on cpu" in (folder / "train.log").read_text()
-    assert (folder / "encode-1.log").exists()
+    assert (folder / "encode.1.log").exists()
     assert not list(tmp_path.rglob("owned"))
 
 

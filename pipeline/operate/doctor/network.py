@@ -73,9 +73,10 @@ def interface() -> str:
         told.append(f"MASTER_ADDR={address}")
         try:
             socket.getaddrinfo(address, None)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: of IDNA, for what can be no name
             raise SetupError(
-                f"MASTER_ADDR={address} cannot be resolved on {socket.gethostname()}: {error.strerror}",
+                f"MASTER_ADDR={address} cannot be resolved on {socket.gethostname()}:"
+                f" {getattr(error, 'strerror', None) or 'it is no name of a machine'}",
                 "set it to the address of the first machine, as `ip -brief address` has it there",
             ) from error
     return ", ".join(told) or "chosen by the launcher"
@@ -142,6 +143,8 @@ def _bind(host: str, port: int) -> OSError | None:
             probe.listen(1)
     except OSError as error:
         return error
+    except UnicodeError:  # as above
+        return socket.gaierror(socket.EAI_NONAME, "it is no name of a machine")
     return None
 
 
@@ -161,5 +164,5 @@ def _is_here(address: str) -> bool:
     own = {one.address for addresses in psutil.net_if_addrs().values() for one in addresses}
     try:
         return any(found[4][0] in own for found in socket.getaddrinfo(address, None))
-    except OSError:
+    except (OSError, UnicodeError):
         return False

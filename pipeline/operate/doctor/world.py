@@ -48,7 +48,7 @@ def find_world(environment: Mapping[str, str], *, gpus: int, asked: int | None, 
         ranks = _number(environment, "WORLD_SIZE", 1)
         local = _number(environment, "LOCAL_WORLD_SIZE", ranks)
         return World(ranks, local, _number(environment, "RANK", 0, 0), _number(environment, "LOCAL_RANK", 0, 0))
-    nodes, local = _number(environment, "NODES", 1), _number(environment, "NPROC", 0, 0)
+    nodes, local = _number(environment, "NODES", 1), _number(environment, "NPROC", 0)
     wanted = asked if asked is not None or local else configured
     if wanted is None:
         local = local or gpus or _CPU_RANKS

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import runfile
+from pipeline.console import forget_output
+from pipeline.errors import SetupError
 from pipeline.operate.launch.logs import Follower
 from pipeline.operate.launch.sequence import begin, run_in_order
 from pipeline.operate.launch.stages import Pipeline, Stage
 from pipeline.operate.launch.submissions import Submission, plan
 from pipeline.operate.processes import run_together
+from pipeline.stopping import not_ignored
 
 _SAVING_SECONDS = 600.0
 
@@ -27,7 +30,8 @@ def launch(pipeline: Pipeline, parent: Path | None, directory: Path) -> Submissi
         SetupError: another process is at it.
     """
     submission = begin(pipeline, "local", parent, directory)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):
+        signal.signal(number, signal.default_int_handler)
     run_in_order(submission, pipeline, lambda stage: _run(submission, stage))
     return submission
 
@@ -48,18 +52,25 @@ def _run(submission: Submission, stage: Stage) -> bool:
         submission.log(stage, task): command for task, command in zip(tasks, commands, strict=True)
     }
     shown = Follower(lambda: submission.logs(record), from_end=True)
+
+    def show(*, last: bool = False) -> None:
+        try:
+            shown.show(last=last)
+        except (BrokenPipeError, SetupError):  # whoever watched has left: no reason to end it, the logs have it all
+            forget_output()
+
     try:
-        run_together(logs, {**os.environ, "PYTHON": sys.executable}, stage.name, shown.show, _SAVING_SECONDS)
+        run_together(logs, {**os.environ, "PYTHON": sys.executable}, stage.name, show, _SAVING_SECONDS)
     finally:
-        shown.show(last=True)
+        show(last=True)
     return True
 
 
 def _commands(submission: Submission, stage: Stage) -> list[Sequence[str]]:
     run_file = str(submission.run_file(stage))
     if stage.command == "train":
-        return [["bash", str(runfile.bundled("launchers/accelerate.sh")), run_file]]
+        return [["bash", str(runfile.bundled("launchers/local.sh")), run_file]]
     lathe = [sys.executable, "-m", "pipeline", stage.command]
-    if stage.tasks > 1:
+    if stage.command == "encode":  # said to one worker too: the environment may be that of a task of an array
         return [[*lathe, "--task", f"{task}/{stage.tasks}", run_file] for task in range(stage.tasks)]
     return [[*lathe, run_file]]

@@ -14,7 +14,7 @@ from pipeline import runfile
 from pipeline.console import duration, tell
 from pipeline.errors import LatheError, SetupError, StorageError
 from pipeline.operate.launch.stages import Pipeline, Stage
-from pipeline.operate.launch.submissions import Place, Submission, known, load, plan, write
+from pipeline.operate.launch.submissions import Place, Submission, claim, known, load, plan, write
 
 
 def begin(
@@ -50,7 +50,8 @@ def begin(
                 break
             tell(f"goes on with {submission.name}")
             return submission
-    submission = plan(pipeline, place, parent, directory)
+    while not claim(submission := plan(pipeline, place, parent, directory)):
+        pass  # another launch of this second has the name
     write(submission, pipeline)
     return submission
 

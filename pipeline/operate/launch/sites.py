@@ -20,11 +20,12 @@ def find_site(given: Path | None, environment: Mapping[str, str] = os.environ) -
         ConfigError: a file that was named is not there, or holds what it may not; it names the field.
     """
     named = given or (Path(environment[VARIABLE]) if environment.get(VARIABLE) else None)
-    usual = Path(environment.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "lathe" / "site.yaml"
-    if named is None and not usual.is_file():
+    home = environment.get("XDG_CONFIG_HOME") or "~/.config"
+    usual = Path(os.path.expanduser(home), "lathe", "site.yaml")  # noqa: PTH111  a user without a home has none
+    if named is None and not os.path.isfile(usual):  # noqa: PTH113  nor does one whose home is somebody else's
         return SiteConfig()
     path = named or usual
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         who = "--site" if given else VARIABLE
         raise ConfigError(f"{who}: {path}: no such file", "copy configs/site.example.yaml there, and fill it in")
     return runfile.load_settings(SiteConfig, str(path))

@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config import SiteConfig, TrainConfig
+from pipeline.console import tell
 from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.metrics import LogFollower
 from pipeline.operate.launch import programs, scripts
 from pipeline.operate.launch.stages import Pipeline, Stage
-from pipeline.operate.launch.submissions import Submission, plan, write
+from pipeline.operate.launch.submissions import Submission, claim, plan, write
 from pipeline.operate.runs.find import open_to_look
+from pipeline.stopping import not_ignored
+from pipeline.tether import signals_deferred
 
 _HERE = "use a machine of the cluster; lathe launch slurm --dry-run shows anywhere what would run"
 _OF_CLUSTERS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _NO_ANSWER = re.compile(r"[Uu]nable to contact|[Cc]onnection refused|[Cc]ommunication connection failure|timed out")
+_OVERRULING = tuple(  # what scripts say; names, and arrays that are none, would not be known again
+    f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT")
+)
 
 
 class SlurmError(LatheError):
@@ -49,12 +56,12 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
 
 
 def _outside_of_jobs() -> dict[str, str]:
-    """The environment without what a job around this process was told of itself: sbatch would hand it on."""
+    """The environment without what a job around this process was told of itself, which sbatch would hand on."""
     inside = "SLURM_JOB_ID" in os.environ
     return {
         name: value
         for name, value in os.environ.items()
-        if not (inside and name.startswith("SLURM_")) or name in _OF_CLUSTERS
+        if (not (inside and name.startswith("SLURM_")) or name in _OF_CLUSTERS) and name not in _OVERRULING
     }
 
 
@@ -90,7 +97,11 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
     """
     programs.found("sbatch", _HERE)
     submission, files = prepared(pipeline, site, parent, directory)
+    while not claim(submission):  # another launch of this second has the name
+        submission, files = prepared(pipeline, site, parent, directory)
     write(submission, pipeline, list(files.items()))
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):
+        signal.signal(number, signal.default_int_handler)
     jobs: list[str] = []
     try:
         for stage in pipeline.stages:
@@ -98,11 +109,13 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
             options = _options(submission, stage, jobs)
             script = str(submission.folder / f"{stage.name}.sh")
             record.commands = [["sbatch", *options, script]]
-            jobs.append(_id(ask("sbatch", *options, script, folder=directory)))
-            record.id, record.started = jobs[-1], submission.record.created
-            submission.save()
+            with signals_deferred():  # a job is submitted and noted, or neither
+                jobs.append(_id(ask("sbatch", *options, script, folder=directory)))
+                record.id, record.started = jobs[-1], submission.record.created
+                submission.save()
     except BaseException as error:
-        _take_back(submission, error)
+        with signals_deferred():
+            _take_back(submission, error)
         raise
     return submission
 
@@ -196,6 +209,8 @@ def _take_back(submission: Submission, error: BaseException) -> None:
             ask("scancel", f"--name={scripts.job_name(submission.name, failed)}", f"--user={os.getuid()}")
     if isinstance(error, LatheError):
         error.message = (f"stage {failed} was not submitted: " if failed else "") + error.message + told
+    elif jobs:
+        tell(f"{submission.name}: stopped while it was submitted{told}")
 
 
 def cancel(submission: Submission, stage: str, job: str) -> None:
@@ -205,6 +220,17 @@ def cancel(submission: Submission, stage: str, job: str) -> None:
         SlurmError: SLURM does not answer.
     """
     ask("scancel", f"--name={scripts.job_name(submission.name, stage)}", job)
+
+
+def find(submission: Submission, stage: str) -> str:
+    """The id of a job that waits or runs, but was not noted, since the launch was killed; empty = there is none.
+
+    Raises:
+        SlurmError: SLURM does not answer.
+    """
+    name = f"--name={scripts.job_name(submission.name, stage)}"
+    said = ask("squeue", "--noheader", name, f"--user={os.getuid()}", "--format=%F")
+    return next(iter(said.split()), "")
 
 
 def _tested(pipeline: Pipeline, files: dict[str, str], directory: Path) -> list[str]:

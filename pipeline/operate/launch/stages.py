@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -182,7 +183,8 @@ def _sized(stage: Stage, nodes: int | None, tasks: int | None, at_once: int | No
 def _beside(file: str, config: str) -> str:
     """A run file as a pipeline names it: beside its own file, else as from here, or bundled."""
     found = Path(file) if Path(file).is_file() else runfile.bundled(file)
-    return str(found.parent / config) if (found.parent / config).is_file() else config
+    beside = str(found.parent / config)
+    return beside if os.path.isfile(beside) else config  # noqa: PTH113  as above
 
 
 def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:

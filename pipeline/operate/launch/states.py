@@ -130,6 +130,7 @@ def _of_kubernetes(submission: Submission, stage: StageRecord) -> StageState:
 
 
 def _of_slurm(submission: Submission, stage: StageRecord) -> StageState:
+    stage.id = stage.id or slurm.find(submission, stage.name)  # a launch that was killed may not have noted it
     if not stage.id:
         return StageState(stage, "cancelled", "it was never submitted")
     try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from pipeline import __version__, runfile
 from pipeline.console import duration
@@ -49,8 +50,8 @@ class StageRecord(BaseModel):
     tasks: int = 1
     commands: list[list[str]] = []
     id: str = ""
-    started: datetime | None = None
-    ended: datetime | None = None
+    started: AwareDatetime | None = None
+    ended: AwareDatetime | None = None
     exit_code: int | None = None
 
 
@@ -72,13 +73,13 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: str
     place: Place
-    created: datetime
+    created: AwareDatetime
     directory: str
-    process: tuple[int, float] | None = None
+    process: tuple[Annotated[int, Field(gt=0, lt=2**31)], float] | None = None
     machine: str = ""
     namespace: str = ""
     context: str = ""
-    stages: list[StageRecord]
+    stages: Annotated[list[StageRecord], Field(min_length=1)]
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Submission:
 
     def log(self, stage: StageRecord | Stage, task: int | str | None = None) -> Path:
         """The file that a stage's output goes to, or one of its tasks'."""
-        return self.folder / (f"{stage.name}.log" if task is None else f"{stage.name}-{task}.log")
+        return self.folder / (f"{stage.name}.log" if task is None else f"{stage.name}.{task}.log")
 
     def logs(self, stage: StageRecord) -> dict[str, Path]:
         """The logs of a stage that are there, by task; "" where it has but one."""
@@ -145,13 +146,24 @@ def plan(pipeline: Pipeline, place: Place, parent: Path | None, directory: Path)
     name = f"{pipeline.name}-{now.astimezone():%m%d-%H%M%S}"
     parent = (parent or FOLDER).absolute()
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    folder = next(parent / one for one in names if not (parent / one).exists())
+    folder = next(parent / one for one in names if not os.path.lexists(parent / one))
     stages = [
         StageRecord(name=stage.name, command=stage.command, run_file=f"{stage.name}.yaml", tasks=stage.tasks)
         for stage in pipeline.stages
     ]
     record = Record(version=__version__, place=place, created=now, directory=str(directory), stages=stages)
     return Submission(folder, record)
+
+
+def claim(submission: Submission) -> bool:
+    """Make the folder, unless another launch has come before. Raises StorageError."""
+    try:
+        submission.folder.mkdir(parents=True)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and os.path.lexists(submission.folder):
+            return False
+        raise _unwritable(submission.folder, error) from error
+    return True
 
 
 def write(submission: Submission, pipeline: Pipeline, files: Sequence[tuple[str, str]] = ()) -> None:
@@ -162,7 +174,7 @@ def write(submission: Submission, pipeline: Pipeline, files: Sequence[tuple[str,
         ConfigError: a run file does not read back as it was, so that the job would have other values.
     """
     try:
-        submission.folder.mkdir(parents=True)
+        submission.folder.mkdir(parents=True, exist_ok=True)
         for name, text in files:
             (submission.folder / name).write_text(text, encoding="utf-8")
             (submission.folder / name).chmod(0o755 if text.startswith("#!") else 0o644)
@@ -187,15 +199,19 @@ def find(address: str | None) -> Submission:
     """
     if address is None:
         folders = known()
-        if not folders:
+        newest = load(folders[-1]) if folders else None
+        for path in FOLDER.glob(f"*/{RECORD}"):
+            if path.parent not in folders and (not newest or path.stat().st_mtime > newest.record.created.timestamp()):
+                load(path.parent)  # raises: it may be the newest, and another must not be taken for it
+        if newest is None:
             raise ConfigError(
                 f"nothing was launched from here: there is no {FOLDER}/", "give the folder of a submission, or go there"
             )
-        return load(folders[-1])
+        return newest
     for folder in (Path(address), FOLDER / address):
-        if (folder / RECORD).is_file():
+        if os.path.isfile(folder / RECORD):  # noqa: PTH113  whatever is given, and of whomever
             return load(folder)
-    if Path(address).name == RECORD and Path(address).is_file():
+    if Path(address).name == RECORD and os.path.isfile(address):  # noqa: PTH113
         return load(Path(address).parent)
     names = [folder.name for folder in known()[-3:]]
     raise ConfigError(
@@ -220,7 +236,7 @@ def load(folder: Path) -> Submission:
         record = Record.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}", "mend its permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of pydantic, bytes, YAML's dates
         raise ConfigError(
             f"{path} is no record that this version of Lathe reads", "look at it; job ids are in it"
         ) from error

@@ -100,9 +100,9 @@ class TestTheRunFile:
         monkeypatch.setenv("NODES", "3")
         monkeypatch.setenv("NPROC", "1")
         failed(training(), "batch", "8 samples cannot be shared equally by 3 ranks", "set global_batch to 6 or 9")
-        monkeypatch.setenv("NPROC", "many")
+        monkeypatch.setenv("NPROC", "0")
         assert training()["ranks"] == Finding(
-            "ranks", "fail", "NPROC=many is no number from 0 on", "set NPROC to a number, or unset it"
+            "ranks", "fail", "NPROC=0 is no number from 1 on", "set NPROC to a number, or unset it"
         )
 
 
@@ -231,6 +231,9 @@ class TestTheNetwork:
         assert training()["master-port"].said == f"{port} is free"
 
     def test_an_address_of_another_machine(self, training):
+        failed(
+            training("metrics.host=node..0"), "metrics-port", "it is no name of a machine", "metrics.prometheus=false"
+        )
         failed(training("metrics.host=192.0.2.7"), "metrics-port", "metrics.host=192.0.2.7", "metrics.prometheus=false")
 
     @pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LATHE_INTERFACE"])
@@ -240,9 +243,10 @@ class TestTheNetwork:
         monkeypatch.setenv(variable, "lo")
         assert training()["interface"].said == f"{variable}=lo"
 
-    def test_a_master_that_nobody_knows(self, training, monkeypatch):
-        monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
-        failed(training(), "interface", "MASTER_ADDR=nowhere.invalid cannot be resolved", "first machine")
+    @pytest.mark.parametrize("name", ["nowhere.invalid", "node..0", "x" * 300])
+    def test_a_master_that_nobody_knows(self, training, monkeypatch, name):
+        monkeypatch.setenv("MASTER_ADDR", name)
+        failed(training(), "interface", f"MASTER_ADDR={name} cannot be resolved", "first machine")
 
 
 class TestTheMachine:

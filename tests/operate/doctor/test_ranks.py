@@ -71,6 +71,18 @@ class TestTogether:
         assert Told.from_json(one.to_json()) == one
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "2"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "9" * 30), ("MASTER_PORT", "ssh")],
+)
+def test_a_launcher_that_tells_no_numbers(monkeypatch, name, value):
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", name: value}
+    for variable, said in told.items():
+        monkeypatch.setenv(variable, said)
+    with pytest.raises(SetupError, match=r"--all-ranks: .* is no number from 0 to "):
+        RollCall()
+
+
 def test_without_a_launcher_it_says_how():
     with pytest.raises(SetupError, match="no launcher has started this") as error:
         RollCall()
