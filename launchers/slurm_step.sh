@@ -28,9 +28,9 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-if [[ -n ${LATHE_SRUN_OPTIONS:-} ]]; then
-  mapfile -t options <<<"$LATHE_SRUN_OPTIONS"
-fi
+while read -r option; do
+  [[ -z $option ]] || options+=("$option")
+done <<<"${LATHE_SRUN_OPTIONS:-}"
 retries=${LATHE_RETRIES:-3}
 if [[ ! $retries =~ ^[0-9]+$ ]]; then
   printf 'error: LATHE_RETRIES=%s is not a number of starts\n  set LATHE_RETRIES=3, or leave it out\n' "$retries" >&2
