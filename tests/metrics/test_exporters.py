@@ -220,9 +220,7 @@ class TestDiscovery:
         for rank in ranks:
             rank.close()
 
-    def test_a_worker_drops_the_file_of_a_killed_one_of_its_own_run(
-        self, tmp_path: Path, two_free_ports: int
-    ) -> None:
+    def test_a_worker_drops_the_file_of_a_killed_one_of_its_own_run(self, tmp_path: Path, two_free_ports: int) -> None:
         config = MetricsConfig(discovery=str(tmp_path), port=two_free_ports)
         Metrics(config, "encode", Place("/data/latents", 5, 8)).close(failed=True)
         with Metrics(config, "encode", Place("/data/latents", 3, 8)):
