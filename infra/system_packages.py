@@ -110,8 +110,9 @@ def _get(packages: Sequence[Package]) -> str:
     unpacked = {package for group in UNPACKED.values() for package in group}
     print(f"getting {', '.join(package.name for package in packages)}", flush=True)
     problem = _apt("update", "-qq", seconds=UPDATE_SECONDS) if is_root else ""
-    if servers := [package for package in packages if package in unpacked]:
-        problem = _unpack(servers) or problem
+    for group in UNPACKED.values():  # each for itself: of what is asked for at once apt gets all or nothing
+        if servers := [package for package in packages if package in group]:
+            problem = _unpack(servers) or problem
     if names := [package.name for package in packages if package not in unpacked]:
         options = ("-qq", "--yes", "--no-install-recommends")
         why = _apt("install", *options, *names, seconds=INSTALL_SECONDS) if is_root else "only root installs packages"

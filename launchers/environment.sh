@@ -7,7 +7,7 @@
 #   MASTER_ADDR      name or address of machine 0, by which the others reach it
 #   MASTER_PORT      port that is free on machine 0, where all meet; on one machine by default any that is free
 #   LATHE_INTERFACE  network interface between the machines; default: the one that leads to MASTER_ADDR
-#   OMP_NUM_THREADS  CPU threads of each rank; default: cores / ranks
+#   OMP_NUM_THREADS  CPU threads of each rank; default: cores that it may use / ranks
 #   PYTHON           interpreter that has Lathe; default: python
 #   LATHE_REQUEUE_FILE  written on machine 0 where the run was asked to stop and wants to be started again
 #
@@ -70,5 +70,8 @@ if [[ -z ${MASTER_PORT:-} ]]; then
   MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 fi
 export MASTER_ADDR MASTER_PORT
-cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+  cores=$("$python" -c 'from pipeline.cores import available_cores; print(available_cores())')
+  OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+fi
+export OMP_NUM_THREADS

@@ -45,9 +45,14 @@ rm -f "$LATHE_REQUEUE_FILE"
 
 # In a container the launcher lies elsewhere; where the interpreter alone is in one (Apptainer), it is not to be seen.
 read -r -d '' node <<'NODE' || true
-launcher=$("$PYTHON" -c 'from pipeline.runfile import bundled; print(bundled("launchers/accelerate.sh"))') || exit 5
+launcher=$("$PYTHON" -c 'from pipeline.runfile import bundled; print(bundled("launchers/accelerate.sh"))') || {
+  code=$?
+  exit $((code > 128 ? code : 5)) # ended by a signal, it lacks nothing
+}
 [[ -e $launcher ]] || launcher=$LATHE_LAUNCHERS/accelerate.sh
 NODE_RANK=$SLURM_NODEID exec bash "$launcher" "$@"
 NODE
 run_step --ntasks="$NODES" --ntasks-per-node=1 bash -c "$node" lathe "$@"
+# Killed by what it was sent, it had nothing to save yet, and no requeue file says so.
+((code != 138 && code != 143)) || [[ -z $asked ]] || set -- --asked "$@"
 end_job pipeline.train.attempts "$@"

@@ -32,7 +32,8 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "code"), [("SIGTERM", True, 5), ("SIGINT", True, 5), ("SIGUSR1", True, 5), ("SIGTERM", False, -15)]
+    ("name", "own", "code"),
+    [*((name, True, 5) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")), ("SIGTERM", False, -15)],
 )
 def test_a_signal_in_the_midst_of_a_fork_is_neither_lost_nor_leaves_a_lock(name: str, own: bool, code: int) -> None:
     program = SIGNALLED_AT_THE_FORK.format(name=name, own=own)

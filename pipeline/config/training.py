@@ -167,7 +167,7 @@ class EngineConfig(Section):
     compile: bool = Field(False, description="torch.compile the network, but not in ZeRO-3; minutes at start, on GPUs")
     world_size: Count | None = Field(None, description="ranks that must be there at start; null = any")
     threads_per_rank: Threads | None = Field(
-        None, description="CPU threads of each rank; null = OMP_NUM_THREADS, or cores / local ranks"
+        None, description="CPU threads of each rank; null = OMP_NUM_THREADS, or the cores it may use / local ranks"
     )
     timeout_seconds: float = Field(600.0, gt=0, le=1e7, description="a rank that is silent this long ends the others")
     stall_seconds: float | None = Field(

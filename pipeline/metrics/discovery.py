@@ -43,6 +43,7 @@ class Announcement:
     ) -> None:
         self._folder, self._place, self._owner = Path(folder), place, place.owner
         self._host, self._targets = labels["host"], targets
+        self._ranks = job != "encode"  # whose workers come and go by themselves
         told = {**labels, _OWNER: place.owner}
         self._content = json.dumps([{"targets": [targets[0]], "labels": told}], indent=1) + "\n"
         self._stem = f"lathe-{job}-{_NOT_IN_NAMES.sub('_', labels['run'])}"
@@ -83,9 +84,7 @@ class Announcement:
             self._folder.mkdir(parents=True, exist_ok=True)
             stem = self._take_name()
             self._write()
-            if self._place.number == 0:
-                self._clear(stem, self._place.count)
-            self._clear_targets()
+            self._clear(stem)
             self._written_to, self._is_told = _identity(self._folder), False
         except OSError as error:
             if not self._is_told:
@@ -118,19 +117,22 @@ class Announcement:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _clear(self, stem: str, count: int) -> None:
-        """Drop what a killed start with more processes left: nobody takes their place."""
-        for path in self._folder.glob(f"{stem}-*.json"):
-            number = path.stem.removeprefix(f"{stem}-")
-            known = _known(path)
-            if number.isdecimal() and int(number) >= count and known is not None and known.owner == self._owner:
-                path.unlink(missing_ok=True)
+    def _clear(self, stem: str) -> None:
+        """Drop what killed processes left: of this run where it had more, of others at our addresses of this machine.
 
-    def _clear_targets(self) -> None:
-        """Drop what killed processes of this machine left at our addresses: our numbers would pass for theirs."""
+        Nobody takes the place of the former, and our numbers would pass for those of the latter.
+        """
         for path in self._folder.glob("lathe-*.json"):
+            number = path.stem.removeprefix(f"{stem}-")
+            is_of_this_run = number.isdecimal()
+            is_beyond = is_of_this_run and self._place.number == 0 and int(number) >= self._place.count
+            if path == self._path or (is_of_this_run and self._ranks and not is_beyond):
+                continue  # ranks start together, and write theirs anew: of thousands each would read all
             known = _known(path)
-            if path != self._path and known is not None and known.host == self._host and known.target in self._targets:
+            if known is None:
+                continue
+            is_at_our_address = known.host == self._host and known.target in self._targets
+            if is_at_our_address or (is_beyond and known.owner == self._owner):
                 path.unlink(missing_ok=True)
 
 

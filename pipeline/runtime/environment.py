@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 
+from pipeline.cores import available_cores
 from pipeline.errors import SetupError
 from pipeline.runtime import network
 
@@ -39,7 +40,7 @@ def prepare() -> None:
 def threads() -> int:
     """CPU threads of this rank: what the environment says, or its share of the cores."""
     said = os.environ.get("OMP_NUM_THREADS", "")
-    share = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
+    share = available_cores() // int(os.environ["LOCAL_WORLD_SIZE"])
     return max(1, int(said) if said.isdecimal() else share)
 
 

@@ -25,11 +25,11 @@ import psutil
 
 from pipeline.errors import LatheError
 from pipeline.runtime import kernel_kills, node, requeue
+from pipeline.stopping import not_ignored
 from pipeline.tether import end_with_parent
 
 _FOLDER = "LATHE_ERROR_FOLDER"
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_PASSED_ON = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT")
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _NAMES = re.compile(r"\S*[\d/]\S*")  # of files, addresses, steps: in these, errors that are alike differ
 _LESS_MEMORY = "start fewer ranks on a machine, set a smaller shuffle_window or a larger zero_stage, or give more"
@@ -59,8 +59,11 @@ def report(error: LatheError) -> bool:
         "secondary": isinstance(error, OtherRankError),
     }
     file = Path(folder) / f"{int(os.environ['RANK']):06d}.json"
-    file.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
-    file.with_suffix(".partial").replace(file)
+    try:
+        file.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
+        file.with_suffix(".partial").replace(file)
+    except OSError:  # the temporary folder is full
+        return False
     return True
 
 
@@ -83,14 +86,15 @@ def main(arguments: Sequence[str]) -> int:
         try:
             requeue.clear()
             ends = node.run(program, arguments)
+            if not ends:
+                return 0
+            rank, exit_code = _first(ends, Path(folder))
+            stopped_by = exit_code - 128 if exit_code > 0 else -exit_code  # Python ends by SIGINT with 130
+            if stopped_by in _ASKING and not requeue.is_asked():  # there was nothing to save yet
+                requeue.ask(stopped_by=stopped_by)
         except LatheError as error:
             _say_error(error.message, error.remedy)
             return error.exit_code
-        if not ends:
-            return 0
-        rank, exit_code = _first(ends, Path(folder))
-        if -exit_code in _ASKING and not requeue.is_asked():  # there was nothing to save yet
-            requeue.ask(stopped_by=-exit_code)
         return _tell(Path(folder), rank, exit_code, kernel_kills.since(killed, kernel_kills.counts()))
 
 
@@ -107,19 +111,23 @@ def _first(ends: Mapping[int, int], folder: Path) -> tuple[int, int]:
 
 
 class _Signals:
-    """While it is entered, signals that ask to stop go on to the ranks. Afterwards they do nothing, if one came."""
+    """While it is entered, signals that ask to stop go on to the ranks. Afterwards they do nothing, if one came.
+
+    SIGHUP stays ignored where it was, as by nohup: ranks have it from here.
+    """
 
     def __init__(self) -> None:
+        self._heard = not_ignored((*_ASKING, *_ENDING))
         self._passed_on, self._busy = False, False
         self._come: deque[int] = deque()
 
     def __enter__(self) -> None:
-        for name in _PASSED_ON:
-            signal.signal(getattr(signal, name), self.pass_on)
+        for number in self._heard:
+            signal.signal(number, self.pass_on)
 
     def __exit__(self, *_: object) -> None:
-        for name in _PASSED_ON:
-            signal.signal(getattr(signal, name), signal.SIG_IGN if self._passed_on else signal.SIG_DFL)
+        for number in self._heard:
+            signal.signal(number, signal.SIG_IGN if self._passed_on else signal.SIG_DFL)
 
     def pass_on(self, number: int, _frame: FrameType | None) -> None:
         """Give a signal to the ranks, and go on waiting for them; before there are any, end by it.

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import psutil
@@ -57,7 +58,8 @@ def run(program: str, arguments: Sequence[str]) -> dict[int, int]:
     finally:
         if thread.is_alive():  # a signal has ended the wait
             for child in psutil.Process().children(recursive=True):
-                child.kill()
+                with suppress(psutil.Error):  # it has ended with its parent
+                    child.kill()
     (found,) = outcome
     if isinstance(found, BaseException):
         raise found

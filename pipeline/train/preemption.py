@@ -15,10 +15,9 @@ class StopRequest:
     """While it is entered, signals that ask to stop are noted in `signal` (0 = none) and do nothing else.
 
     They are SIGTERM, SIGINT, SIGHUP unless it was ignored, and what schedulers send ahead of a limit, SIGUSR1 and
-    SIGUSR2. The first one counts: a
-    launcher may send the same again, and a second one does not disturb the checkpoint that the first one led to. Once
-    asked, the process ignores them to its end. Left by an error, it ignores SIGTERM: launchers send it to the others as
-    soon as one rank has ended, and these may still have to say why.
+    SIGUSR2. The first one counts: a launcher may send the same again, and a second one does not disturb the checkpoint
+    that the first one led to. Once asked, the process ignores them to its end. Left by an error, it ignores SIGTERM:
+    launchers send it to the others as soon as one rank has ended, and these may still have to say why.
     """
 
     def __init__(self) -> None:

@@ -109,6 +109,19 @@ def test_what_is_on_the_path_is_taken_without_debians_files(tmp_path, monkeypatc
     assert machine.asked() == []
 
 
+def test_a_group_that_cannot_be_had_is_in_nobody_elses_way(tmp_path, monkeypatch, capsys):
+    slurm = system_packages.UNPACKED["slurm"]
+    machine = Machine(tmp_path, monkeypatch)
+    code = "$(case $* in *slurm*) echo 100 ;; *) echo 0 ;; esac)"
+    script(machine.bin / "apt-get", PACKAGE.format(log=machine.log, code=code))
+    both = {"slurm": slurm, **system_packages.UNPACKED}
+    monkeypatch.setattr(system_packages, "UNPACKED", both)
+    monkeypatch.setattr(system_packages, "GROUPS", both)
+    assert system_packages.main([]) == 0
+    assert system_packages.missing("prometheus") == []
+    assert "not to be had: munged, slurmctld" in capsys.readouterr().out
+
+
 def test_packages_that_cannot_be_fetched_are_told(tmp_path, monkeypatch, capsys):
     Machine(tmp_path, monkeypatch, code=100)
     assert system_packages.main(["prometheus"]) == 0

@@ -90,6 +90,17 @@ def test_environment_becomes_arguments(tmp_path, config):
     assert done.stdout.rstrip().endswith(f"-m pipeline train {config} steps=5")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="what cores a process may use is Linux's")
+def test_threads_are_those_of_the_cores_that_a_job_has(tmp_path, config):
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})  # as a scheduler does on a machine that others use too
+    try:
+        done = launch(tmp_path, str(config), NPROC="1")
+    finally:
+        os.sched_setaffinity(0, before)
+    assert "OMP_NUM_THREADS=1 " in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "told"),
     [

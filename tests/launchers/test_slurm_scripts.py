@@ -137,7 +137,7 @@ def test_where_ranks_meet_and_on_how_many_cpus(cluster):
 
 def test_options_of_srun(cluster):
     cluster.stand_in("srun", 'case "$*" in *attempts*) exit 75 ;; *) exit 1 ;; esac')
-    cluster.run(ENCODE, "run.yaml", code=75, LATHE_SRUN_OPTIONS="--container-image=a b\n--label")
+    cluster.run(ENCODE, "run.yaml", code=75, LATHE_SRUN_OPTIONS="\n--container-image=a b\n\n--label\n")
     step, decision = cluster.calls("srun")
     assert step.startswith("<--kill-on-bad-exit=0> <--wait=0> <--container-image=a b> <--label> <--ntasks=1> ")
     assert decision.startswith("<--nodes=1> <--ntasks=1> <--overlap> <--container-image=a b> <--label> ")
@@ -232,7 +232,30 @@ def test_asked_before_there_is_a_step_none_is_started(cluster):
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 75
     assert not cluster.calls("srun")
-    assert "<--code> <138>" in next(call for call in cluster.calls("python") if "attempts" in call)
+    decision = next(call for call in cluster.calls("python") if "attempts" in call)
+    assert "<--code> <138>" in decision
+    assert decision.endswith("<--asked> <run.yaml>")
+
+
+@pytest.mark.parametrize(("code", "is_asked"), [(138, True), (143, True), (137, False), (1, False)])
+def test_a_run_that_was_asked_to_stop_as_it_began_has_not_failed(cluster, code, is_asked):
+    """There is no requeue file then: it is asked about as what it is."""
+    cluster.stand_in("srun", f"trap 'exit {code}' USR1; echo begun; while :; do sleep 0.05; done")
+    job = cluster.start(TRAIN, "run.yaml")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "begun\n"
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 75
+    (decision,) = [call for call in cluster.calls("python") if "attempts" in call]
+    assert ("<--asked>" in decision) == is_asked
+
+
+def test_a_signal_that_ends_python_before_the_launcher_is_known_is_no_fault_of_the_set_up(cluster):
+    cluster.stand_in("srun", 'while [[ $1 != bash ]]; do shift; done; exec "$@"')
+    for ends, code in (("kill -USR1 $$", 138), ("exit 1", 5)):
+        cluster.stand_in("python", f'case "$*" in *attempts*) exit {code} ;; *) {ends} ;; esac')
+        cluster.run(TRAIN, "run.yaml", code=code)
+        assert f"<--code> <{code}>" in cluster.calls("python")[-1]
 
 
 def test_a_worker_that_was_asked_to_stop_may_always_start_again(cluster):

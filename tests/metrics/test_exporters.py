@@ -20,7 +20,7 @@ from scraping import scraped
 from pipeline import stopping, storage
 from pipeline.config import MetricsConfig, TrackedMetricsConfig
 from pipeline.errors import StorageError
-from pipeline.metrics import DEFINITIONS, Metrics, Place, pushing
+from pipeline.metrics import DEFINITIONS, Metrics, Place, discovery, pushing
 from pipeline.metrics.numbers import MOST_SERIES
 from pipeline.storage import open_store
 
@@ -209,6 +209,22 @@ class TestDiscovery:
             assert ours.address.endswith(f":{port}/metrics")
             there = {file.name for file in tmp_path.iterdir()}
         assert there == others | {"lathe-encode-latents-3.json", "lathe-train-mine-0.json"}
+
+    def test_thousands_of_ranks_do_not_read_each_others_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, read = MetricsConfig(discovery=str(tmp_path)), []
+        monkeypatch.setattr(discovery, "_known", lambda path: read.append(path.name))
+        ranks = [Metrics(config, "train", Place("/runs/a", number, 8)) for number in range(8)]
+        assert read == [f"lathe-train-a-{number}.json" for number in range(8)]  # each its own, which another may have
+        for rank in ranks:
+            rank.close()
+
+    def test_a_worker_drops_the_file_of_a_killed_one_of_its_own_run(self, tmp_path: Path, two_free_ports: int) -> None:
+        config = MetricsConfig(discovery=str(tmp_path), port=two_free_ports)
+        Metrics(config, "encode", Place("/data/latents", 5, 8)).close(failed=True)
+        with Metrics(config, "encode", Place("/data/latents", 3, 8)):
+            assert [file.name for file in tmp_path.iterdir()] == ["lathe-encode-latents-3.json"]
 
     @pytest.mark.parametrize(
         ("number", "local", "is_told"), [(0, 0, False), (1, 1, False), (8, 0, True), (9, 1, False)]

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -102,6 +103,28 @@ def test_a_signal_before_there_are_ranks_asks_for_another_start(tmp_path, monkey
     assert json.loads((tmp_path / "requeue.json").read_text())["signal"] == "SIGUSR1"
 
 
+def test_an_error_that_cannot_be_left_to_the_launcher_is_the_ranks_own_to_tell(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    (folder / "000000.partial").mkdir()  # as where the temporary folder is full
+    assert not launch.report(ConfigError("seed: 5", "set seed=0"))
+
+
+def test_children_that_end_by_themselves_as_they_are_killed(monkeypatch):
+    """A rank's own children end with it."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    child = psutil.Process(ended.pid)
+    ended.wait()
+
+    def asked_to_stop(thread: threading.Thread) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [child])
+    monkeypatch.setitem(node.PROGRAMS, "waits", lambda arguments: time.sleep(1) or {})
+    monkeypatch.setattr(threading.Thread, "join", asked_to_stop)
+    with pytest.raises(SystemExit, match="143"):
+        node.run("waits", [])
+
+
 @pytest.mark.parametrize("text", ["node0\n", "node0 slots=2\nnode0 slots=2\n", "# none\n"])
 def test_a_hostfile_that_deepspeed_does_not_take(tmp_path, monkeypatch, text):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -164,6 +187,35 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
     launcher.kill()
     launcher.wait(10)
     assert psutil.wait_procs([rank], timeout=10)[1] == []
+
+
+@pytest.mark.ranks
+def test_whoever_is_not_to_hear_of_his_terminals_end_goes_on(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import time; print('begun', flush=True); time.sleep(1); print('done')")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        launcher = start(TORCHRUN, script)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "begun\n"
+    launcher.send_signal(signal.SIGHUP)
+    assert (launcher.communicate(timeout=60)[0], launcher.returncode) == ("done\n", 0)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_python_ends_by_ctrl_c_asks_for_another_start_or_says_why_it_cannot(tmp_path):
+    """Before its steps begin it does not note the signal, but leaves with 130."""
+    script, file = tmp_path / "rank.py", tmp_path / "folder" / "requeue.json"
+    script.write_text("import os, sys; os.environ.get('GONE') and os.rmdir(os.environ['GONE']); sys.exit(130)")
+    file.parent.mkdir()
+    launcher = start(TORCHRUN, script, LATHE_REQUEUE_FILE=str(file))
+    assert (launcher.communicate(timeout=60)[0], launcher.returncode) == ("", 130)
+    assert json.loads(file.read_text())["signal"] == "SIGINT"
+    launcher = start(TORCHRUN, script, LATHE_REQUEUE_FILE=str(file), GONE=str(file.parent))
+    assert launcher.communicate(timeout=60)[0].startswith(f"error: LATHE_REQUEUE_FILE={file}: ")
+    assert launcher.returncode == StorageError.exit_code
 
 
 def one_of_two(tmp_path: Path, conf: str) -> tuple[subprocess.Popen[str], int]:
