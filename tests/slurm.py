@@ -1,7 +1,8 @@
 """A real SLURM for tests: a controller and several nodes on this machine, in a folder, on ports of their own.
 
-Each node is a slurmd of its own on loopback, so names of nodes do not resolve: jobs need MASTER_ADDR=127.0.0.1. Nothing
-is shared with a SLURM or munge that the machine has, nor with that of another test session. SLURM 22.05 and later.
+Each node is a slurmd of its own, on loopback, where names of nodes do not resolve and jobs need `Slurm.network`; or on a
+host of its own (`hosts`). Nothing is shared with a SLURM or munge that the machine has, nor with that of another test
+session. SLURM 22.05 and later.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+from hosts import Host
 from monitoring import wait_until
 
 from infra.system_packages import FOLDER, LIBRARIES, program
@@ -79,15 +81,26 @@ class Slurm:
     Args:
         folder: its own.
         nodes: how many, `node1` and so on.
+        hosts: the controller's and then one for each node, which has its name; empty = all are on loopback.
         cpus: of each node.
         kill_wait: seconds between SIGTERM and SIGKILL for a job that ends.
         node_timeout: seconds after which a node that does not answer is down.
     """
 
     def __init__(
-        self, folder: Path, nodes: int = 2, *, cpus: int = 2, kill_wait: int = 5, node_timeout: int = 10
+        self,
+        folder: Path,
+        nodes: int = 2,
+        *,
+        hosts: Sequence[Host] = (),
+        cpus: int = 2,
+        kill_wait: int = 5,
+        node_timeout: int = 10,
     ) -> None:
-        self.folder, self.nodes = folder, [f"node{number}" for number in range(1, nodes + 1)]
+        self.folder = folder
+        self.nodes = [host.name for host in hosts[1:]] or [f"node{number}" for number in range(1, nodes + 1)]
+        self.network = {} if hosts else {"MASTER_ADDR": HOST, "LATHE_INTERFACE": "lo"}
+        self._hosts = dict(zip(["slurmctld", *self.nodes], hosts, strict=False))
         self._cpus, self._waits = cpus, {"kill_wait": kill_wait, "node_timeout": node_timeout}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         programs = {program(name) for name in ("sbatch", "scontrol")}
@@ -124,10 +137,8 @@ class Slurm:
 
     def run(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
         """What a command of SLURM says; it succeeds."""
-        found = program(name)
-        assert found is not None
         done = subprocess.run(
-            [found, *arguments],
+            self._command("slurmctld", name, *arguments),
             env={**self.environment, **(environment or {})},
             cwd=self.folder,
             capture_output=True,
@@ -193,16 +204,16 @@ class Slurm:
         self.folder.chmod(0o755)
         (self.folder / "state").mkdir()
         (self.folder / "plugstack.conf").touch()
-        machine = socket.gethostname().split(".")[0]
+        (machine, address), *places = (self._place(name) for name in ("slurmctld", *self.nodes))
         port, *ports = _free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={machine} NodeAddr={HOST} Port={own} CPUs={self._cpus} State=UNKNOWN"
-            for node, own in zip(self.nodes, ports, strict=True)
+            f"NodeName={node} NodeHostname={host} NodeAddr={at} Port={own} CPUs={self._cpus} State=UNKNOWN"
+            for node, (host, at), own in zip(self.nodes, places, ports, strict=True)
         )
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 machine=machine,
-                host=HOST,
+                host=address,
                 user=getpass.getuser(),
                 port=port,
                 folder=self.folder,
@@ -223,17 +234,27 @@ class Slurm:
         wait_until((self.folder / "munge.socket").exists, 30, "munge's socket")
 
     def _daemon(self, name: str, command: str, *options: str) -> None:
-        found = program(command)
-        assert found is not None
         with (self.folder / f"{name}.out.log").open("a") as log:
             self._daemons[name] = start_tethered(
-                [found, *options],
+                self._command(name, command, *options),
                 env={**self.environment, "LATHE_TEST_NODE": name},
                 cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
+
+    def _command(self, place: str, name: str, *options: str) -> list[str]:
+        """Of a program of SLURM; where there are hosts, on that of the controller or of a node."""
+        found = program(name)
+        assert found is not None
+        host = self._hosts.get(place)
+        return host.inside(found, *options) if host else [found, *options]
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """Name and address of the machine of the controller or of a node."""
+        host = self._hosts.get(name)
+        return (host.name, host.address) if host else (socket.gethostname().split(".")[0], HOST)
 
     def _stop(self, name: str) -> None:
         daemon = self._daemons.pop(name, None)
@@ -257,7 +278,7 @@ class Slurm:
         for name, daemon in self._daemons.items():
             assert daemon.poll() is None, f"{name} has ended{self.logs()}"
         done = subprocess.run(
-            [str(program("scontrol")), "--oneliner", "show", "nodes"],
+            self._command("slurmctld", "scontrol", "--oneliner", "show", "nodes"),
             env=self.environment,
             capture_output=True,
             text=True,

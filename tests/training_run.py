@@ -134,10 +134,10 @@ def _environment() -> dict[str, str]:
 
 
 def ranks_of(child: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(child.pid).children(recursive=True) if _is_rank(p)]
+    return [p for p in psutil.Process(child.pid).children(recursive=True) if is_rank(p)]
 
 
-def _is_rank(process: psutil.Process) -> bool:
+def is_rank(process: psutil.Process) -> bool:
     try:
         return "RANK" in process.environ()
     except psutil.Error:  # it has ended

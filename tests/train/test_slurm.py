@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 import pytest
+from hosts import NEEDED, Host, available, hosts
 from monitoring import wait_until
-from slurm import HOST, Slurm
-from training_run import ROOT, Run, finish
+from slurm import Slurm
+from training_run import ROOT, Run, finish, is_rank
 
 from pipeline.metrics import read_log
 
@@ -19,6 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.ranks]
 STEPS, EVERY = 80, 10
 SCRIPT = ROOT / "launchers/slurm_train.sh"
 CHANGES: dict[str, Any] = {"steps": STEPS, "checkpoint": {"every": EVERY, "keep": 2}}
+TIME_OUT, SLACK = 12, 10  # seconds; the second for the end of processes on a machine that is busy
 
 
 class Job:
@@ -33,10 +36,8 @@ class Job:
             PYTHON=sys.executable,
             PYTHONPATH=str(ROOT),
             NPROC="1",
-            MASTER_ADDR=HOST,
-            LATHE_INTERFACE="lo",
             OMP_NUM_THREADS="1",
-            **environment,
+            **{**cluster.network, **environment},
         )
 
     def wait_for_step(self, step: int, start: int) -> None:
@@ -59,7 +60,7 @@ class Job:
         return self.output.read_text() if self.output.exists() else ""
 
     def ranks(self, node: str = "") -> list[psutil.Process]:
-        return [process for process in self.cluster.processes(node) if "RANK" in process.environ()]
+        return [process for process in self.cluster.processes(node) if is_rank(process)]
 
     def launcher(self, node: str) -> psutil.Process:
         (rank,) = self.ranks(node)
@@ -204,3 +205,42 @@ def test_a_mistake_in_the_run_file_is_not_tried_again(slurm, tmp_path, reference
     assert (found["Restarts"], found["ExitCode"]) == ("0", "2:0")
     assert "stps: unknown field" in job.said()
     assert job.said().endswith("not started again: exit code 2: the run file must be mended first\n")
+
+
+@pytest.fixture
+def machines() -> Iterator[list[Host]]:
+    """The controller's, and two for nodes."""
+    with hosts(3) as made:
+        yield made
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not available(), reason=NEEDED)
+@pytest.mark.parametrize(
+    ("node_timeout", "until", "why"),
+    [(30, "PENDING", "DUE TO NODE FAILURE"), (300, "RUNNING", "starting again: exit code 1, and it has come on ")],
+    ids=["until SLURM has missed it", "until the ranks have ended"],
+)
+def test_a_host_is_cut_off_and_once_it_is_back_the_next_start_goes_on(
+    tmp_path, reference, machines, node_timeout, until, why
+):
+    engine = {"threads_per_rank": 1, "timeout_seconds": TIME_OUT}
+    run = Run(tmp_path / "run", reference.latents, **CHANGES, engine=engine)
+    with Slurm(tmp_path / "slurm", hosts=machines, node_timeout=node_timeout) as slurm:
+        job = Job(slurm, run)
+        job.wait_for_step(EVERY + 1, 0)
+        wait_until(run.steps, 30, "a checkpoint")
+        assert [len(job.ranks(node)) for node in slurm.nodes] == [1, 1]
+        machines[2].cut()
+        wait_until(lambda: not job.ranks(), TIME_OUT + SLACK, "the ranks to end")
+        assert job.state()["JobState"] == "RUNNING"  # they did so by themselves
+        wait_until(lambda: job.state()["JobState"] == until, 3 * node_timeout, f"the job to be {until}")
+        machines[2].mend()
+        found = job.ended()
+    same(run, reference)
+    said = job.said()
+    (line,) = re.findall("^error: .*$", said, re.MULTILINE)
+    assert line.startswith("error: lost another rank: ")
+    assert why in said
+    assert f"going on from {run.store.url}/step-" in said
+    assert found["Restarts"] == "1"
