@@ -1,7 +1,7 @@
 """A real SLURM for tests: a controller and several nodes on this machine, in a folder, on ports of their own.
 
-Each node is a slurmd of its own, on loopback, where names of nodes do not resolve and jobs need `Slurm.network`; or on a
-host of its own (`hosts`). Nothing is shared with a SLURM or munge that the machine has, nor with that of another test
+Each node is a slurmd of its own: on loopback, where names of nodes do not resolve and jobs need `Slurm.network`, or on
+a host of its own (`hosts`). Nothing is shared with a SLURM or munge that the machine has, nor with that of another test
 session. SLURM 22.05 and later.
 """
 
