@@ -53,6 +53,19 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 
+# srun hears of a task's end by one message, and waits for ever where a link was away just then. The controller knows.
+watch_step() {
+  local there seen=''
+  while sleep 60 &>/dev/null; do
+    there=$(squeue --noheader --steps="$SLURM_JOB_ID.0" --format=%i 2>/dev/null) || continue
+    [[ -z $there && -n $seen ]] && break
+    [[ -z $there ]] || seen=yes
+  done
+  sleep 30 &>/dev/null # with what it may still hear
+  printf 'all tasks of srun have ended, and it has not heard of it: it is killed\n' >&2
+  kill -KILL "$step"
+}
+
 run_step() {
   if [[ -n $asked ]]; then # before there was anything to stop
     code=138
@@ -60,6 +73,8 @@ run_step() {
   fi
   srun --kill-on-bad-exit=0 --wait=0 "${options[@]}" "$@" &
   step=$!
+  watch_step &
+  local watching=$!
   [[ -z $asked ]] || pass_on "$asked"
   local heard='' now
   while [[ $heard != "$signals" ]]; do # a trap ends `wait`, not the step
@@ -69,6 +84,7 @@ run_step() {
     ((now == 127 && heard > 0)) || code=$now # 127: it had been waited for
   done
   step=''
+  kill "$watching" 2>/dev/null || true
   [[ -z ${passing:-} ]] || kill "$passing" 2>/dev/null || true
 }
 

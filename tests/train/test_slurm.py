@@ -154,9 +154,9 @@ def test_asked_to_stop_at_any_instant_it_is_requeued(slurm, tmp_path, reference,
 
 
 @pytest.mark.long
-def test_when_its_time_is_over_before_it_has_saved_it_is_requeued(tmp_path, reference):
+def test_when_its_time_is_over_before_it_has_saved_it_is_requeued(tmp_path, tmp_path_factory, reference):
     run = Run(tmp_path / "run", reference.latents, **CHANGES)
-    with Slurm(tmp_path / "slurm", kill_wait=60) as slurm:
+    with Slurm(tmp_path_factory.mktemp("slurm"), kill_wait=60) as slurm:
         job = Job(slurm, run, options=("--time=1", "--signal=B:WINCH@1"))
         job.wait_for_step(EVERY, 0)
         for rank in job.ranks():
@@ -222,11 +222,11 @@ def machines() -> Iterator[list[Host]]:
     ids=["until SLURM has missed it", "until the ranks have ended"],
 )
 def test_a_host_is_cut_off_and_once_it_is_back_the_next_start_goes_on(
-    tmp_path, reference, machines, node_timeout, until, why
+    tmp_path, tmp_path_factory, reference, machines, node_timeout, until, why
 ):
     engine = {"threads_per_rank": 1, "timeout_seconds": TIME_OUT}
     run = Run(tmp_path / "run", reference.latents, **CHANGES, engine=engine)
-    with Slurm(tmp_path / "slurm", hosts=machines, node_timeout=node_timeout) as slurm:
+    with Slurm(tmp_path_factory.mktemp("slurm"), hosts=machines, node_timeout=node_timeout) as slurm:
         job = Job(slurm, run)
         job.wait_for_step(EVERY + 1, 0)
         wait_until(run.steps, 30, "a checkpoint")
@@ -236,6 +236,7 @@ def test_a_host_is_cut_off_and_once_it_is_back_the_next_start_goes_on(
         assert job.state()["JobState"] == "RUNNING"  # they did so by themselves
         wait_until(lambda: job.state()["JobState"] == until, 3 * node_timeout, f"the job to be {until}")
         machines[2].mend()
+        slurm.run("scontrol", "reconfigure")  # by itself SLURM looks after a host that is down every few minutes
         found = job.ended()
     same(run, reference)
     said = job.said()
