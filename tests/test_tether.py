@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.tether import signals_deferred
 
+pytestmark = pytest.mark.alone
+
 # The first hook that is registered is the last one before the fork, and has no Python of its own: the signal is
 # handled in the first hook after the fork, which is logging's.
 SIGNALLED_AT_THE_FORK = """

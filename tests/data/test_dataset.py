@@ -37,7 +37,7 @@ TOWERS = (
 BUCKETS = ((2, 6), (4, 4), (6, 2))
 Item = dict[str, Any]
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+pytestmark = [pytest.mark.alone, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
 
 @pytest.fixture(scope="module")

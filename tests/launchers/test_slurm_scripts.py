@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from monitoring import wait_until
 
+pytestmark = pytest.mark.alone
+
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
 TRAIN, ENCODE = LAUNCHERS / "slurm_train.sh", LAUNCHERS / "slurm_encode.sh"
 STANDS_IN = """#!/bin/bash

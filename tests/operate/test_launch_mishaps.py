@@ -21,6 +21,8 @@ from pipeline.operate.launch.sites import find_site
 from pipeline.operate.launch.stages import read_pipeline
 from pipeline.operate.launch.states import states
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 EXPORT = {"job": "export", "run": "run", "autoencoder": "vae", "output": "export"}
 ENCODE = {"job": "encode", "images": {"shards": "images", "resolution": 64}, "autoencoder": "vae", "output": "latents"}
