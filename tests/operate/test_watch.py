@@ -299,7 +299,7 @@ def test_an_encode_job_is_followed(tmp_path):
     clock.now += 60
     assert one.look() == []
     assert one.state.word == "running"
-    assert line(one) == "shards 3, samples 12, rejected 33.33%, size 0.00 GiB, pace 2.0 shards/min"
+    assert line(one) == "shards 3, samples 12, rejected 33.33%, size 3.0 MiB, pace 2.0 shards/min"
     clock.now += 700
     assert one.look() == ["stalled: no new shard for 12 min: 3 shards stored, no manifest yet; or it was stopped"]
     write_encoded(folder)

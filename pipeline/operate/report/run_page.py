@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline import __version__
 from pipeline.console import duration
-from pipeline.operate.numerals import number
+from pipeline.operate.numerals import in_units, number
 from pipeline.operate.report.charts import MOST_POINTS, Chart, charts, swatch
 from pipeline.operate.report.document import Section, card, document, table
 from pipeline.operate.report.encode_section import encode_section
@@ -247,7 +247,8 @@ def _encode_figures(run: Run) -> Iterator[tuple[str, str, str, str]]:
     rejected = sum(sum(part.reasons[0].values()) for part in parts)
     total = rejected + sum(part.samples for part in parts)
     yield "Rejected", f"{100 * rejected / total if total else 0.0:.2f}", "%", f"{rejected:,} samples could not be used."
-    yield "Size", number(sum(part.bytes for part in parts) / 2**30), "GiB", "Of all latent shards."
+    size, unit = in_units(sum(part.bytes for part in parts)).split()
+    yield "Size", size, unit, "Of all latent shards."
 
 
 def _spent(run: Run) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.operate.numerals import number
+from pipeline.operate.numerals import in_units, number
 from pipeline.operate.runs.numbers import Series, thinned
 from pipeline.operate.runs.run import Run
 
@@ -122,7 +122,7 @@ def _encode(run: Run, shards: Sequence[tuple[float, int]]) -> list[Figure]:
         commonest = [f"{reason} {count:,}" for part in parts for reason, count in list(part.reasons[0].items())[:3]]
         found.append(Figure("rejected", f"{rejected / (samples + rejected):.2%}"))
         found += [Figure("reasons", ", ".join(commonest[:4]), short=False)] if commonest else []
-    found.append(Figure("size", f"{sum(part.bytes for part in parts) / 2**30:.2f} GiB"))
+    found.append(Figure("size", in_units(sum(part.bytes for part in parts))))
     if len(shards) > 1:
         (first, few), (last, many) = shards[0], shards[-1]
         found.append(Figure("pace", f"{60 * (many - few) / max(last - first, 1e-9):,.1f} shards/min"))
