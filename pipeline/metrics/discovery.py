@@ -20,6 +20,10 @@ from pipeline.metrics.table import Job
 
 LOOK_SECONDS = 10.0
 """So often a process looks whether the folder is there."""
+ANSWER_SECONDS = 5.0
+"""So long a job waits at its start, and at its end, for a folder that may be on a network which is away."""
+LAST_ANSWER_SECONDS = 0.5
+"""The same of a process that is being ended."""
 _OWNER = "__lathe_output"
 _LONGEST_FILE = 1 << 16
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
@@ -50,33 +54,58 @@ class Announcement:
         self._path = self._folder / f"{self._stem}-{place.number}.json"
         self._written_to: tuple[int, int] | None = None  # the folder, as the system knows it; None = to none
         self._is_told = False  # that there is none
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._started = self._stays = False
+        self._ended, self._at_work, self._done = threading.Event(), threading.Event(), threading.Event()
 
     def start(self) -> None:
         """Write the file, and see to it until `close`."""
-        with self._lock:
+        if self._ended.is_set():
+            return
+        self._started = True
+        threading.Thread(target=self._run, name="metrics-discovery", daemon=True).start()
+        if not self._at_work.wait(ANSWER_SECONDS):
+            tell(f"metrics: {self._folder} does not answer: Prometheus is told of this process there once it does")
+
+    def close(self, *, failed: bool = False, stopped: bool = False) -> None:
+        """Remove the file, unless a later start has taken its place.
+
+        Args:
+            failed: it stays, for who looks for the cause.
+            stopped: the process has no time to wait.
+        """
+        if not self._ended.is_set():
+            self._stays = failed
+            self._ended.set()
+        if self._started and not self._done.wait(LAST_ANSWER_SECONDS if stopped else ANSWER_SECONDS):
+            tell(f"metrics: {self._folder} does not answer: {self._path.name} may stay there")
+
+    def _run(self) -> None:
+        """All that is done to the folder: whoever waits for that thread does so for a while alone."""
+        try:
             if not self._ended.is_set():
                 self._announce()
-                threading.Thread(target=self._keep, name="metrics-discovery", daemon=True).start()
-
-    def close(self, *, failed: bool = False) -> None:
-        """Remove the file, unless a later start has taken its place; that of a process that has failed stays."""
-        self._ended.set()
-        with self._lock, suppress(OSError):
-            if not failed and _content(self._path) == self._content:
-                self._path.unlink()
+                self._at_work.set()
+                while not self._ended.wait(LOOK_SECONDS):
+                    self._keep()
+                self._withdraw()
+        finally:
+            self._at_work.set()
+            self._done.set()
 
     def _keep(self) -> None:
-        """Have the file in the folder, whatever becomes of that."""
-        while not self._ended.wait(LOOK_SECONDS):
-            with self._lock:
-                found = _identity(self._folder)
-                if self._ended.is_set() or (found is not None and found == self._written_to):
-                    continue
-                if found is not None and _content(self._path) == self._content:
-                    self._written_to = found  # it was mounted anew
-                elif self._announce():
-                    tell(f"metrics: {self._folder} was not to be had; Prometheus is told of this process there now")
+        """Have the file in the folder, whatever became of that."""
+        found = _identity(self._folder)
+        if found is not None and found == self._written_to:
+            return
+        if found is not None and _content(self._path) == self._content:
+            self._written_to = found  # it was mounted anew
+        elif self._announce():
+            tell(f"metrics: {self._folder} was not to be had; Prometheus is told of this process there now")
+
+    def _withdraw(self) -> None:
+        with suppress(OSError):
+            if not self._stays and _content(self._path) == self._content:
+                self._path.unlink()
 
     def _announce(self) -> bool:
         """Whether the file could be written; the first time in a row that it could not is told."""

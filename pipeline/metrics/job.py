@@ -183,7 +183,7 @@ class Metrics:
         """What Prometheus was told of this process; see `close`. What takes no time comes first."""
         announcement, pusher = self._announcement, self._pusher
         if announcement is not None:
-            announcement.close(failed=failed)
+            announcement.close(failed=failed, stopped=stopped)
         if pusher is not None:
             pusher.close(failed=failed, stopped=stopped, hurried=hurried)
 

@@ -62,17 +62,21 @@ class RollCall:
                 "set MASTER_ADDR to an address of the first machine that all others reach, and a free MASTER_PORT",
             ) from error
         self._store = PrefixStore("lathe-roll-call", store)
+        self.backends = ("gloo", "nccl") if torch.cuda.is_available() else ("gloo",)
+        """By which training talks."""
 
     def collective(self, seconds: float) -> str:
         """Add up a number over all ranks, by each backend that training uses; what was done, in words.
+
+        Args:
+            seconds: for each backend.
 
         Raises:
             SetupError: it fails, or is not done in time; or no interface leads to the first machine.
         """
         environment.prepare()
         began = time.monotonic()
-        backends = ["gloo", "nccl"] if torch.cuda.is_available() else ["gloo"]
-        for name in backends:
+        for name in self.backends:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "nccl" else None
             try:
                 total = self._sum(name, device, timedelta(seconds=seconds))
@@ -83,7 +87,7 @@ class RollCall:
             if total != self.world_size * (self.world_size + 1) // 2:
                 raise SetupError(f"a sum over {self.world_size} ranks by {name} is wrong: {total:g}", REMEDY)
         taken = time.monotonic() - began
-        return f"{self.world_size} ranks by {' and '.join(backends)}, in {max(0.1, taken):.1f} s"
+        return f"{self.world_size} ranks by {' and '.join(self.backends)}, in {max(0.1, taken):.1f} s"
 
     def _sum(self, backend: str, device: torch.device | None, timeout: timedelta) -> float:
         own = PrefixStore(backend, self._store)

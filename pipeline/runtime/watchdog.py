@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+TOLD_PER_SECOND = 50
+"""So often all ranks together leave their places, at most: one process serves them all."""
 _KEY = "lathe/place/{}"
 _MOST_PERIOD_SECONDS = 5.0
 _STORE_TIMEOUT = timedelta(seconds=5)
@@ -68,7 +70,7 @@ class Watchdog:
         self._rank, self._stall_seconds = rank, stall_seconds
         self._host = socket.gethostname()
         self.place = Place("", 0, time.time(), self._host)  # until it is noted, nothing is judged
-        self.period = max(min(_MOST_PERIOD_SECONDS, stall_seconds / 4), world_size / 50)  # the store serves all of them
+        self.period = max(min(_MOST_PERIOD_SECONDS, stall_seconds / 4), world_size / TOLD_PER_SECOND)
         self._others: list[Place] = []
         self._told_after = stall_seconds
         self._stalled_since = 0.0

@@ -166,6 +166,34 @@ class TestDiscovery:
             time.sleep(0.2)
             assert not any(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("hangs", ["mkdir", "unlink"])
+    def test_a_folder_that_does_not_answer_keeps_nobody(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hangs: str
+    ) -> None:
+        """As one on a network that is away: at the start, or at the end."""
+        monkeypatch.setattr(discovery, "ANSWER_SECONDS", 0.1)
+        back, real = threading.Event(), getattr(Path, hangs)
+
+        def wait(path: Path, *arguments: Any, **options: Any) -> None:
+            if path in (folder, file):
+                back.wait(10)
+            real(path, *arguments, **options)
+
+        folder = tmp_path / "targets"
+        file = folder / "lathe-train-a-0.json"
+        monkeypatch.setattr(Path, hangs, wait)
+        began = time.monotonic()
+        try:
+            with Metrics(MetricsConfig(discovery=str(folder)), "train", Place("/runs/a")):
+                pass
+            assert time.monotonic() - began < 5
+        finally:
+            back.set()
+        said = capsys.readouterr().err
+        assert ("Prometheus is told of this process there once it does" in said) == (hangs == "mkdir"), said
+        assert said.count(f"{folder} does not answer: {file.name} may stay there") == 1, said
+        _until(lambda: folder.exists() and not any(folder.iterdir()))  # once it answers nothing is left
+
     def test_nobody_looks_after_the_end(self, tmp_path: Path) -> None:
         before = threading.active_count()
         with Metrics(MetricsConfig(discovery=str(tmp_path)), "train", Place("/runs/a")):

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, SetupError
 from pipeline.metrics.numbers import Numbers
 from pipeline.metrics.table import DEFINITIONS
 from pipeline.operate.bench.scaling import job
-from pipeline.operate.bench.scaling.cluster import PARAMETERS, checkpoint, communication, series_of_a_rank
+from pipeline.operate.bench.scaling.cluster import PARAMETERS, Passes, checkpoint, communication, series_of_a_rank
 from pipeline.operate.bench.scaling.cluster_page import share
 from pipeline.operate.bench.scaling.data_set import TEXTS, sample_bytes
 from pipeline.operate.bench.scaling.epoch import Blocks, EpochPlan, plan_epoch
@@ -277,29 +277,31 @@ def test_the_command_names_what_was_changed(result, tmp_path, monkeypatch):
 
 
 def test_what_crosses_between_nodes_is_what_one_works_out_by_hand():
-    """1e9 weights, 2 bytes each, twice round, on 64 ranks: 4 GB x 63/64; 20 buckets, 63 hops of 5 us, twice."""
-    found = communication(1_000_000_000, 8, 2)
-    assert found.bytes_per_node == pytest.approx(4e9 * 63 / 64)
-    assert found.seconds == pytest.approx({"100": 0.315, "400": 0.07875, "3200": 0.00984375})
-    assert found.latency_seconds == pytest.approx(2 * 20 * 63 * 5e-6)
-    alone = communication(1_000_000_000, 1, 3)
+    """1e9 weights of 2 bytes, 3 times round 64 ranks: 6 GB x 63/64; 20 buckets twice and all at once, 63 hops of 5 us."""
+    found = communication(1_000_000_000, 8, Passes(2, 1))
+    assert found.bytes_per_node == pytest.approx(6e9 * 63 / 64)
+    assert found.seconds == pytest.approx({"100": 0.4725, "400": 0.118125, "3200": 0.014765625})
+    assert found.latency_seconds == pytest.approx((2 * 20 + 1) * 63 * 5e-6)
+    alone = communication(1_000_000_000, 1, Passes(3, 0))
     assert alone.bytes_per_node == 0
     assert set(alone.seconds.values()) == {0}
 
 
 def test_what_checkpoints_cost_is_what_one_works_out_by_hand(monkeypatch):
-    """1e9 weights on 8 ranks, 2 GB each: 0.1 s of copy, 0.1 s besides; 10 s at 200 MB/s; 60 parts and 3 more."""
+    """1e9 weights on 8 ranks, 2 GB each: 0.1 s of copy, 0.1 s besides; 10 s at 200 MB/s, then 8 markers, 16 in 30 ms;
+    60 parts and 3 more, a marker, and its reading."""
     monkeypatch.delenv("LATHE_S3_PART_MIB", raising=False)
     one = checkpoint(1_000_000_000, 1)
-    assert (one.bytes_per_rank, one.stall_seconds, one.store_seconds) == pytest.approx((2e9, 0.2, 10))
-    assert one.requests == 8 * (60 + 3)
+    assert (one.bytes_per_rank, one.stall_seconds, one.store_seconds) == pytest.approx((2e9, 0.2, 10.015))
+    assert one.requests == 8 * (60 + 3 + 2)
     daily = 419 / 54 / 2048
     assert one.failures_per_week == pytest.approx(7 * daily)
     assert one.best_interval_seconds == pytest.approx((2 * 0.2 * 86_400 / daily) ** 0.5)
     halves = one.best_interval_seconds / 2
-    assert one.lost_share == pytest.approx(0.2 / halves / 2 + daily / 86_400 * (halves + 600))
-    small = checkpoint(1_000_000, 8)
-    assert small.requests == 64, "a file below one part is one request"
+    assert one.lost_share == pytest.approx(0.2 / halves / 2 + daily / 86_400 * (halves + 10.015 + 600))
+    small = checkpoint(1_000_000_000, 512)
+    assert small.requests == 4096 * 3, "a file below one part is one request"
+    assert small.store_seconds == pytest.approx(8192 / 3500 + 256 * 0.03), "writes of one prefix, then markers"
     assert small.best_interval_seconds >= small.store_seconds
 
 
@@ -310,7 +312,7 @@ def test_no_interval_loses_less_than_the_best_one():
             failures = one.failures_per_week / (7 * 86_400)
             for other in (one.best_interval_seconds * 2, one.best_interval_seconds / 2):
                 if other >= one.store_seconds:
-                    lost = one.stall_seconds / other + failures * (other / 2 + 600)
+                    lost = one.stall_seconds / other + failures * (other / 2 + one.store_seconds + 600)
                     assert lost >= one.lost_share
 
 

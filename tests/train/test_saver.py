@@ -18,7 +18,7 @@ from pipeline.errors import LatheError, StorageError
 from pipeline.storage import Store, open_store
 from pipeline.storage.lease import LostLeaseError
 from pipeline.train import checkpoint
-from pipeline.train.saver import Save, Saver
+from pipeline.train.saver import MARKERS_AT_ONCE, Save, Saver
 from pipeline.train.saves import Saves
 from pipeline.train.shelf import Shelf, newest_and_every
 
@@ -104,7 +104,7 @@ def test_what_is_stored_is_the_state_of_its_step_though_training_went_on(tmp_pat
     assert bed.store.threads <= {THREAD}  # the main thread asked for nothing
     bed.store.open.set()
     bed.saver.settle()
-    assert bed.store.threads == {THREAD}
+    assert bed.store.threads == {THREAD, "lathe-markers-0"}
     assert begun - 5 < bed.done[0].taken <= begun  # it is as old as what is in it
     found = checkpoint.load_weights(bed.store, "step-00000001", "raw")
     assert found.keys() == expected.keys()
@@ -117,6 +117,18 @@ def test_what_is_stored_is_the_state_of_its_step_though_training_went_on(tmp_pat
         "step": 1,
         "optimizer_step": 1,
     }
+
+
+def test_markers_of_many_ranks_are_read_several_at_a_time(tmp_path):
+    bed, together = Bed(tmp_path), threading.Barrier(MARKERS_AT_ONCE)
+
+    def read(name: str) -> bytes:
+        together.wait(20)
+        return name.encode()
+
+    bed.saver._store = SimpleNamespace(read=read)
+    names = [str(rank) for rank in range(2 * MARKERS_AT_ONCE)]
+    assert bed.saver._read(names) == [name.encode() for name in names]
 
 
 def test_a_save_amid_skipped_steps_costs_none_of_those_before(tmp_path):

@@ -22,7 +22,8 @@ from pipeline.operate.doctor.world import World, find_world
 from pipeline.runtime.roll_call import REMEDY, RollCall
 from pipeline.train.compatibility import common_fields
 
-_COLLECTIVE_SECONDS, _MORE_SECONDS, _HEAR_SECONDS, _WAIT_SECONDS = 20.0, 5.0, 60.0, 180.0
+_COLLECTIVE_SECONDS, _RANK_SECONDS, _MORE_SECONDS = 20.0, 0.1, 5.0  # every rank connects with every other one
+_HEAR_SECONDS, _WAIT_SECONDS = 60.0, 600.0
 _WELL = "well"
 _SAME = ("torch", "deepspeed", "accelerate", "diffusers", "numpy")
 _QUIET = ("lathe.storage", "DeepSpeed", "accelerate", "torch.distributed")
@@ -48,8 +49,9 @@ def examine_ranks(path: str, overrides: Sequence[str], call: RollCall) -> list[F
         overrides: of its fields.
         call: the line to the others.
     """
-    seconds = _COLLECTIVE_SECONDS  # gloo may take longer to give up a connection that it is making
-    trial = Check("collective", lambda: call.collective(seconds), seconds=seconds + _MORE_SECONDS, if_late=REMEDY)
+    seconds = _COLLECTIVE_SECONDS + _RANK_SECONDS * call.world_size
+    most = len(call.backends) * seconds + _MORE_SECONDS  # gloo may take longer to give up a connection that it is making
+    trial = Check("collective", lambda: call.collective(seconds), seconds=most, if_late=REMEDY)
     with _undisturbed():
         found = _examined(path, overrides, None, [trial])
     own = Told(call.rank, socket.gethostname(), _facts(path, overrides), found)

@@ -105,13 +105,13 @@ def trackers(config: TrainConfig) -> str:
 def discovery(config: MetricsConfig) -> str | Doubt:
     """Whether the folder that Prometheus reads can be written; a run goes on without."""
     folder = Path(config.discovery or "")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         return Doubt(
-            f"metrics.discovery={folder}: {there}: {error.strerror}; Prometheus would not be told of this run",
+            f"metrics.discovery={folder}: {error.strerror}; Prometheus would not be told of this run",
             "name a folder that can be written, or null",
         )
     return f"{folder} can be written"

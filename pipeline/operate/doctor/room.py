@@ -47,11 +47,11 @@ def for_checkpoints(run: Training) -> str | Doubt:
     snapshots = min(taken, config.ema.snapshot_keep or taken)
     of_snapshots = snapshots * _FLOAT32 * (trained * len(config.ema.profiled) + frozen)
     needed = of_one * (keeps.keep + 1 + lasting) + of_snapshots
-    free = _free(config.output) + _checkpoint_bytes(config.output)
+    free, held = _free(config.output), _checkpoint_bytes(config.output)
     said = f"{config.output}: {in_units(free)} free, and a checkpoint takes {in_units(of_one)}"
-    if free < 2 * of_one:  # the old one stays until the new one is whole
+    if free < of_one or free + held < 2 * of_one:  # the old one stays until the new one is whole
         raise StorageError(f"{said}, two while one is written", _REMEDY)
-    if free < needed:
+    if free + held < needed:
         return Doubt(
             f"{said}; those that are kept take {in_units(needed)} by step {config.steps}",
             f"{_REMEDY}; or keep fewer (checkpoint.keep, checkpoint.keep_every, ema.snapshot_every)",
@@ -62,9 +62,9 @@ def for_checkpoints(run: Training) -> str | Doubt:
 def for_cache(config: TrainConfig) -> str | Doubt:
     """Whether the cache's folder can be used, and may grow as large as it should. Raises StorageError."""
     folder = Path(config.loader.cache or "").absolute()
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    is_new = not (folder / FOLDER).exists()
     try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        is_new = not (folder / FOLDER).exists()
         opened = CacheFolder(folder)
     except OSError as error:
         raise StorageError(

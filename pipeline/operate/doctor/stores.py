@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.errors import StorageError
 from pipeline.operate.doctor.finding import Check, Doubt
 from pipeline.storage import local_path, open_store
+from pipeline.storage.local import translated
 
 _S3 = "s3://"
 _RETRY_VARIABLE, _RETRY_SECONDS = "LATHE_STORAGE_RETRY_SECONDS", 4.0
@@ -92,7 +93,7 @@ def rights(url: str) -> str:
     Raises:
         StorageError: it cannot; it says which.
     """
-    missing = [] if is_remote(url) else _missing_folders(local_path(url))
+    missing = [] if is_remote(url) else _missing_folders(local_path(url).absolute())
     store, name = open_store(url), f"{PROBE_PREFIX}{secrets.token_hex(8)}"
     try:
         store.write(name, _PROBE, if_absent=True)
@@ -127,5 +128,6 @@ def _seconds_ahead(url: str) -> float | None:
 
 
 def _missing_folders(folder: Path) -> list[Path]:
-    """Those that a write would make, the innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
+    """Those that a write would make, the innermost first. Raises StorageError."""
+    with translated(folder):  # of a name that is too long, or a folder that may not be looked into
+        return [path for path in (folder, *folder.parents) if not path.exists()]

@@ -53,7 +53,9 @@ def find_world(environment: Mapping[str, str], *, gpus: int, asked: int | None, 
     if wanted is None:
         local = local or gpus or _CPU_RANKS
         return World(nodes * local, local)
-    return World(wanted, local or min(-(-wanted // nodes), gpus or wanted))
+    if not local:  # as many as the launchers start here, of so many on each of NODES
+        local = min(-(-wanted // nodes), gpus or (_CPU_RANKS if nodes == 1 else wanted))
+    return World(wanted, min(wanted, local))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int = 1) -> int:

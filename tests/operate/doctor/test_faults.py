@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from pipeline.config import TrainConfig
 from pipeline.data.datasets import open_datasets
 from pipeline.errors import SetupError
-from pipeline.operate.doctor import devices, job, machine, memory, versions
+from pipeline.operate.doctor import devices, job, machine, memory, room, versions
 from pipeline.operate.doctor.devices import Devices, judge
 from pipeline.operate.doctor.finding import Doubt, Finding
 from pipeline.operate.doctor.world import World, find_world
@@ -115,6 +115,8 @@ class TestTheRunFile:
         ({"NODES": "4", "NPROC": "2"}, 0, None, 6, World(8, 2)),
         ({}, 8, None, 64, World(64, 8)),
         ({"NODES": "16"}, 0, 64, None, World(64, 4)),
+        ({}, 0, 64, None, World(64, 2)),
+        ({"NPROC": "8"}, 1, 1, None, World(1, 1)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, 4, None, 8, World(8, 4, 5, 1)),
     ],
 )
@@ -333,6 +335,22 @@ class TestDisks:
     def test_an_output_that_is_a_file(self, training, tmp_path):
         (tmp_path / "run").touch()
         failed(training(), "output", "run", "a file stands where a folder is needed")
+
+    @pytest.mark.parametrize("field", ["output", "loader.cache", "metrics.discovery"])
+    def test_a_name_that_is_too_long(self, training, tmp_path, field):
+        check = field.rpartition(".")[2]
+        found = training(f"{field}={tmp_path}/{'x' * 300}")[check]
+        assert found.verdict == ("warn" if check == "discovery" else "fail")
+        assert "File name too long" in found.said
+        assert "itself failed" not in found.said
+        assert found.remedy
+
+    def test_earlier_checkpoints_stay_until_the_next_one_is_whole(self, training, monkeypatch):
+        monkeypatch.setattr(room, "_checkpoint_bytes", lambda output: 1 << 40)
+        monkeypatch.setattr(room, "_free", lambda output: 1 << 10)
+        failed(training(), "disk", "1.0 KiB free", "another disk or on S3")
+        monkeypatch.setattr(room, "_free", lambda output: 1 << 26)
+        assert training()["disk"].verdict == "pass"
 
     def test_a_cache_that_cannot_be(self, training, tmp_path):
         (tmp_path / "file").touch()

@@ -105,7 +105,7 @@ def test_a_rank_that_never_comes(train_file, monkeypatch, port):
     for name, value in environment(0, port).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setattr(job, "_COLLECTIVE_SECONDS", 1.0)
+    monkeypatch.setattr(job, "_COLLECTIVE_SECONDS", 0.8)
     monkeypatch.setattr(job, "_HEAR_SECONDS", 1.0)
     call = RollCall(seconds=5)
     found = {finding.check: finding for finding in job.examine_ranks(str(train_file), [], call)}

@@ -8,28 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.metrics.table import DEFINITIONS, Definition
 from pipeline.operate.bench.scaling.measured import RANKS_PER_NODE
 from pipeline.runtime.deepspeed_config import BUCKET_ELEMENTS
 from pipeline.storage.s3_parts import part_bytes
 from pipeline.storage.traffic import BOUNDS_SECONDS, ERROR_KINDS, OPERATIONS, OTHER
+from pipeline.train.saver import MARKERS_AT_ONCE
 
 PARAMETERS = {"SD 1.5": 859_520_964, "SDXL": 2_567_463_684}
 """Of the UNets in configs/train, trained whole."""
 NETWORKS_GBIT = (100, 400, 3200)
 """What a node's cards send in a second, all together: one card; one card of 400; eight of 400."""
-PASSES = {"ZeRO-1, ZeRO-2": 2, "ZeRO-3": 3}
-"""How often the network's weights in 16 bits, or as many gradients, go round: gradients are reduced and weights given
-out; in ZeRO-3 these twice, for the forward and the backward pass (Rajbhandari et al. 2020, section 7)."""
+
+
+class Passes(NamedTuple):
+    """How often the network's weights in 16 bits, or as many gradients, go round all ranks in a step.
+
+    Args:
+        in_buckets: one bucket after the other.
+        in_one: all of a parameter group at once.
+    """
+
+    in_buckets: int
+    in_one: int
+
+
+PASSES = {"ZeRO-1, ZeRO-2": Passes(2, 1), "ZeRO-3": Passes(3, 0)}
+"""As DeepSpeed does it: stages 1 and 2 all-reduce gradients, which is twice round, and then give out the weights; where
+Rajbhandari et al. 2020, section 7, has a reduce-scatter, once. ZeRO-3 does that, and gives out the weights twice, for
+the forward and the backward pass."""
 WORKING_BYTES = 2
 STATE_BYTES = 4 + 4 + 8  # float32: weights, one average, Adam's moments
 HOP_SECONDS = 5e-6
 COPY_BYTES_PER_SECOND = 20e9
 FIXED_STALL_SECONDS = 0.1  # agreeing on the save, its small files
 STORE_BYTES_PER_SECOND = 200e6
-NODE_STORE_BYTES_PER_SECOND = 2e9
+PREFIX_WRITES = 3500
+"""PUT and POST requests per second that Amazon S3 says one prefix takes at least."""
+READ_SECONDS = 0.03  # of a small object
 NODE_FAILURES_PER_DAY = 419 / 54 / (16_384 / 8)
 """419 unexpected interruptions in 54 days on 16,384 GPUs, eight a node (Llama 3, Dubey et al. 2024, section 3.3.4)."""
 RESTART_SECONDS = 600.0
@@ -43,13 +61,11 @@ class Communication:
     """What one step sends between nodes.
 
     Args:
-        passes: of the weights' size in 16 bits.
         bytes_per_node: that each node sends in a step.
         seconds: what that takes by the rate of the node's cards, in Gbit/s, at their full rate.
-        latency_seconds: of the hops of all rings, one after the other: passes x buckets x (ranks - 1) x a hop.
+        latency_seconds: of the hops of all rings, one after the other: rings x (ranks - 1) x a hop.
     """
 
-    passes: int
     bytes_per_node: float
     seconds: dict[str, float]
     latency_seconds: float
@@ -62,12 +78,13 @@ class Checkpoint:
     Args:
         bytes_per_rank: a rank's file.
         stall_seconds: for which training stands still, to agree and to copy it.
-        store_seconds: until it is stored, in the background.
-        requests: that all ranks make to store it.
+        store_seconds: until it counts, in the background: all files are there, and rank 0 has read all ranks' markers.
+        requests: that all ranks make for it: their files and markers, and rank 0's reading of these.
         failures_per_week: of any node.
         best_interval_seconds: between checkpoints, sqrt(2 x stall x time between failures) (Young 1974), but no less
             than one takes to be stored.
-        lost_share: of all time: stalls, half an interval for each failure, and the start after it.
+        lost_share: of all time: stalls; for each failure half an interval, what came after the newest checkpoint while
+            it was being stored, and the start.
     """
 
     bytes_per_rank: float
@@ -107,16 +124,15 @@ def clusters(nodes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
             }
 
 
-def communication(parameters: int, nodes: int, passes: int) -> Communication:
+def communication(parameters: int, nodes: int, passes: Passes) -> Communication:
     """One step between nodes: in a ring over all ranks nearly the whole buffer crosses each node's border once."""
     ranks = nodes * RANKS_PER_NODE
-    crossing = passes * WORKING_BYTES * parameters * (ranks - 1) / ranks if nodes > 1 else 0.0
-    buckets = -(-parameters // BUCKET_ELEMENTS)
+    crossing = sum(passes) * WORKING_BYTES * parameters * (ranks - 1) / ranks if nodes > 1 else 0.0
+    rings = passes.in_buckets * -(-parameters // BUCKET_ELEMENTS) + passes.in_one
     return Communication(
-        passes,
         crossing,
         {str(rate): crossing * 8 / (rate * 1e9) for rate in NETWORKS_GBIT},
-        passes * buckets * (ranks - 1) * HOP_SECONDS,
+        rings * (ranks - 1) * HOP_SECONDS,
     )
 
 
@@ -125,18 +141,19 @@ def checkpoint(parameters: int, nodes: int) -> Checkpoint:
     ranks = nodes * RANKS_PER_NODE
     each = STATE_BYTES * parameters / ranks
     stall = FIXED_STALL_SECONDS + each / COPY_BYTES_PER_SECOND
-    storing = each / min(STORE_BYTES_PER_SECOND, NODE_STORE_BYTES_PER_SECOND / RANKS_PER_NODE)
     parts = -(-int(each) // part_bytes())
+    writes = ranks * ((1 if parts == 1 else parts + _OF_PARTS) + 1)  # and a marker
+    storing = max(each / STORE_BYTES_PER_SECOND, writes / PREFIX_WRITES) + ranks / MARKERS_AT_ONCE * READ_SECONDS
     failures = nodes * NODE_FAILURES_PER_DAY / 86_400
     interval = max(storing, (2 * stall / failures) ** 0.5)
     return Checkpoint(
         each,
         stall,
         storing,
-        ranks * (1 if parts == 1 else parts + _OF_PARTS),
+        writes + ranks,
         failures * 7 * 86_400,
         interval,
-        stall / interval + failures * (interval / 2 + RESTART_SECONDS),
+        stall / interval + failures * (interval / 2 + storing + RESTART_SECONDS),
     )
 
 

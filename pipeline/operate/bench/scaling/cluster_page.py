@@ -6,39 +6,42 @@ from typing import Any
 
 from pipeline.operate.bench.scaling import cluster
 from pipeline.operate.bench.scaling.cluster import NETWORKS_GBIT
-from pipeline.operate.bench.scaling.measured import RANKS_PER_NODE
 from pipeline.operate.bench.tables import Rows, markdown
 from pipeline.runtime.deepspeed_config import BUCKET_ELEMENTS
+from pipeline.runtime.watchdog import TOLD_PER_SECOND
+from pipeline.train.saver import MARKERS_AT_ONCE
 
 _COMMUNICATION = """## Gradients and weights between nodes
 
 Arithmetic, not measured: no such network was to be had. bfloat16, one accumulation, all weights trained.
 
-- **GB**: that each node sends in a step, {zero2} times the weights in 16 bits in ZeRO-1 and 2, {zero3} times in
-  ZeRO-3. Within a node nothing leaves it.
+- **GB**: that each node sends in a step. In ZeRO-1 and 2 {zero2} times the weights in 16 bits: DeepSpeed all-reduces
+  gradients, which is twice, and gives out the weights. In ZeRO-3 {zero3} times: weights for the forward and the
+  backward pass, and gradients once. DDP: twice, and it overlaps that with the backward pass. One node sends nothing.
 - **ms**: of that at the full rate of a node's cards: {networks} Gbit/s.
 - **hops**: of all rings one after the other, at {hop_us:.0f} us each: one ring of all ranks for each bucket of
-  {bucket_millions:.0f} million elements. This grows with the ranks, the bytes do not. NCCL takes trees where they are
-  faster, so it is an upper figure.
+  {bucket_millions:.0f} million elements, and one for all weights of ZeRO-1 and 2. This grows with the ranks, the bytes
+  do not. NCCL takes trees where they are faster, so it is an upper figure.
 - **share**: of a step spent so, at {network} Gbit/s, hops included, {per_gpu} samples a GPU at {low} / {high} pictures
   a second and GPU, where nothing overlaps: so it is in ZeRO-1 and 2 ([engines](engines.md)); ZeRO-3 fetches ahead.
 """
-_ACCUMULATION = """With `accumulation` a step computes longer for one update: ZeRO-1 reduces once a step
-whatever it is, so its share falls in proportion; ZeRO-2 and 3 send for each micro batch. DDP sends as much as ZeRO-1,
-and overlaps it with the backward pass.
+_ACCUMULATION = """With `accumulation` a step computes longer for one update: ZeRO-1 and DDP reduce once a step
+whatever it is, so their share falls in proportion; ZeRO-2 reduces gradients for each micro batch, and ZeRO-3 gives out
+weights for each, too.
 """
 _CHECKPOINTS = """## Checkpoints and lost nodes
 
 Arithmetic on the layout of checkpoints: {state} bytes a weight (weights, Adam's moments and one average in float32),
-cut over the ranks, one file each. Assumed: a copy to the host at {copy:.0f} GB/s a rank and {fixed:.0f} ms besides,
-storing at {store:.0f} MB/s a rank and {node_store:.0f} GB/s a node, {restart:.0f} minutes from a failure to the next
-step, and a node that fails as often as those of
-Llama 3's training: 419 times in 54 days among 2,048 nodes (Dubey et al. 2024). What was measured of
-copies and stores: [benchmarks/checkpoint.md](benchmarks/checkpoint.md).
+cut over the ranks, one file and one marker each. Assumed: a copy to the host at {copy:.0f} GB/s a rank and
+{fixed:.0f} ms besides, storing at {store:.0f} MB/s a rank into one S3 prefix that takes {writes:,} writes a second,
+{read:.0f} ms for each marker, which rank 0 reads {at_once} at a time, {restart:.0f} minutes from a failure to the next
+step, and a node that fails as often as those of Llama 3's training: 419 times in 54 days among 2,048 nodes (Dubey et
+al. 2024). What was measured of copies and stores: [benchmarks/checkpoint.md](benchmarks/checkpoint.md).
 
 - **every**: the interval that loses least, sqrt(2 x stall x time between failures) (Young 1974), but no less than
   storing takes. `checkpoint.every` is in steps.
-- **lost**: of all time, at that interval: stalls, half an interval for each failure, and starting again.
+- **lost**: of all time, at that interval: stalls; for each failure half an interval, the time that the newest
+  checkpoint took to be stored, and starting again.
 """
 _METRICS = """## Metrics
 
@@ -76,8 +79,8 @@ def sections(result: dict[str, Any], *, per_gpu: int, rates: tuple[int, ...]) ->
     rows = result["clusters"]
     return [
         _COMMUNICATION.format(
-            zero2=cluster.PASSES["ZeRO-1, ZeRO-2"],
-            zero3=cluster.PASSES["ZeRO-3"],
+            zero2=sum(cluster.PASSES["ZeRO-1, ZeRO-2"]),
+            zero3=sum(cluster.PASSES["ZeRO-3"]),
             networks=", ".join(f"{rate:,}" for rate in NETWORKS_GBIT),
             network=f"{NETWORKS_GBIT[-1]:,}",
             hop_us=cluster.HOP_SECONDS * 1e6,
@@ -93,13 +96,15 @@ def sections(result: dict[str, Any], *, per_gpu: int, rates: tuple[int, ...]) ->
             fixed=1e3 * cluster.FIXED_STALL_SECONDS,
             copy=cluster.COPY_BYTES_PER_SECOND / 1e9,
             store=cluster.STORE_BYTES_PER_SECOND / 1e6,
-            node_store=cluster.NODE_STORE_BYTES_PER_SECOND / 1e9,
+            writes=cluster.PREFIX_WRITES,
+            read=1e3 * cluster.READ_SECONDS,
+            at_once=MARKERS_AT_ONCE,
             restart=cluster.RESTART_SECONDS / 60,
         ),
         markdown(_checkpoint_rows(rows)),
-        _METRICS.format(series=rows[0]["telling"]["series"] // (rows[0]["nodes"] * RANKS_PER_NODE), scrape=15),
+        _METRICS.format(series=cluster.series_of_a_rank(), scrape=cluster.SCRAPE_SECONDS),
         markdown(_telling_rows(rows)),
-        _TOLD.format(told=50),
+        _TOLD.format(told=TOLD_PER_SECOND),
         _LIMITS.format(**_limits(rows, per_gpu / rates[0])),
     ]
 
