@@ -211,7 +211,7 @@ PIECES = ["and", "or", "not", "in", "(", ")", "[", "]", ",", ".", "<", "==", "n"
 
 
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=40).map(" ".join)))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_any_text_is_a_condition_or_a_config_error(text):
     try:
         condition = Condition(text)
@@ -321,7 +321,7 @@ def truth(tree, fields) -> float:
 
 
 @given(TREES, st.dictionaries(st.sampled_from(["a", "b", "odd name"]), LITERALS))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_it_says_what_an_independent_evaluation_says(tree, fields):
     assert Condition(written(tree)).holds(fields) == (truth(tree, fields) == 1)
     assert Condition(f"not ({written(tree)})").holds(fields) == (truth(tree, fields) == 0)

@@ -198,7 +198,7 @@ def use(data: bytes, layout: Layout, samples: int) -> None:
                 array_of(block, layout, row, column)  # frombuffer refuses what is outside the block
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.sampled_from(sorted(MARKS)), st.data())
 def test_whatever_the_bytes_nothing_else_is_read_and_only_data_errors_come(mode: str, data: st.DataObject) -> None:
     tar, layout = foreign(mode)
@@ -231,7 +231,7 @@ NAMES = st.sampled_from(
 KEYS = st.sampled_from(["a", "b", "a.b/c", "__a", "__a__/b", "a/b", "ä", ""])
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.lists(st.tuples(KEYS, NAMES), max_size=12))
 def test_keys_are_taken_apart_as_everywhere(found: list[tuple[str, str]]) -> None:
     """Samples are runs of members with one key by `split_name`, whatever stands in between."""

@@ -272,7 +272,7 @@ def one_after_another() -> dict[tuple[str, float, int], list[str]]:
     cut=st.integers(0, 12),
     world_after=st.sampled_from([1, 2, 4, 12]),
 )
-@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_sequence_is_always_the_same(
     two_sets, one_after_another, world, workers, requests, steps_ahead, window, mixing, share, cut, world_after
 ) -> None:

@@ -25,7 +25,7 @@ def whole(sizes: list[int]) -> Counter[tuple[int, int]]:
 
 
 @given(sizes=shard_sizes, batch=batches, window=windows, seed=st.integers(-5, 2**70))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_epoch_holds_each_sample_once(sizes, batch, window, seed) -> None:
     order = Order([sizes], global_batch=batch, seed=seed, window=window)
     seen: dict[int, Counter[tuple[int, int]]] = {}
@@ -45,7 +45,7 @@ def test_every_epoch_holds_each_sample_once(sizes, batch, window, seed) -> None:
     start=st.integers(0, 60),
     data=st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_world_size_and_restart_change_nothing(sizes, batch, window, start, data) -> None:
     def fresh() -> Order:
         return Order(sizes, global_batch=batch, seed=5, window=window)
@@ -134,7 +134,7 @@ def test_neighbours_meet_where_their_runs_meet() -> None:
 
 
 @given(sizes=shard_sizes, batch=batches, window=windows, epoch=st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_the_windows_of_an_epoch_are_what_its_batches_read(sizes, batch, window, epoch) -> None:
     stream = Stream(sizes, batch, (1, 2), window)
     positions = np.arange(batch)
@@ -209,7 +209,7 @@ def test_a_stream_without_samples_is_refused(sizes) -> None:
 
 
 @given(weights=st.lists(st.integers(1, 30), min_size=1, max_size=6), steps=st.integers(1, 200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_groups_keep_their_shares(weights, steps) -> None:
     schedule, taken, total = Schedule(weights), [0] * len(weights), sum(weights)
     for step in range(steps):

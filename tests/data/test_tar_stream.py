@@ -141,7 +141,7 @@ def test_cut_anywhere_in_a_compressed_tar(compress):
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_a_wrong_byte_in_a_header_is_noticed(data):
     good = tar(*FILES, format_=tarfile.GNU_FORMAT)
     starts = [at for at in range(0, len(good) - 2 * BLOCK, BLOCK) if good[at + 257 : at + 262] == b"ustar"]
@@ -154,7 +154,7 @@ def test_a_wrong_byte_in_a_header_is_noticed(data):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_noise_gives_files_or_damage(data):
     good = bytearray(data.draw(st.sampled_from([tar(*FILES), *(c(tar(*FILES)) for c in COMPRESSIONS.values())])))
     for _ in range(data.draw(st.integers(1, 6))):

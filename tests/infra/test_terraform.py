@@ -67,6 +67,7 @@ def parsed() -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+@cache
 def read(file: Path) -> dict[str, Any]:
     plain = SerializationOptions(strip_string_quotes=True, explicit_blocks=False, with_comments=False)
     return hcl2.loads(file.read_text(), serialization_options=plain)

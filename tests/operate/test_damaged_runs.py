@@ -206,9 +206,9 @@ def shared() -> Iterator[Path]:
 )
 def test_what_others_may_not_read_is_left_out_and_told(shared, name):
     folder = write_training(shared / "run", target=100)
+    report([str(folder)], str(shared / "page.html"))  # what is imported late, others may not read either
     if name == "lease.json":
         (folder / name).write_text('{"host": "elsewhere", "pid": 7, "counter": 3}')
-    report([str(folder)], str(shared / "page.html"))  # what is imported late, others may not read either
     (folder / name).chmod(0)
     with _as_another():
         reader = page_of(shared, folder)

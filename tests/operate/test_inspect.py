@@ -343,7 +343,7 @@ def test_members_that_are_no_samples_and_sparse_files_are_passed_over(tmp_path):
 
 
 NESTED = json.loads("[" * 900 + "]" * 900)
-ODD = [5, -1, True, None, "x" * 5000, 1e400, {"a": {"b": [1]}}, [[]], [10**4000] * 2, [2] * 100_000, NESTED]
+ODD = [5, -1, True, None, "x" * 5000, 1e400, {"a": {"b": [1]}}, [[]], [10**4000] * 2, [2] * 10_000, NESTED]
 
 
 @pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
