@@ -277,7 +277,7 @@ def test_the_command_names_what_was_changed(result, tmp_path, monkeypatch):
 
 
 def test_what_crosses_between_nodes_is_what_one_works_out_by_hand():
-    """1e9 weights of 2 bytes, 3 times round 64 ranks: 6 GB x 63/64; 20 buckets twice and all at once, 63 hops of 5 us."""
+    """1e9 weights of 2 bytes, 3 times round 64 ranks: 6 GB x 63/64; 20 buckets twice and one ring, 63 hops of 5 us."""
     found = communication(1_000_000_000, 8, Passes(2, 1))
     assert found.bytes_per_node == pytest.approx(6e9 * 63 / 64)
     assert found.seconds == pytest.approx({"100": 0.4725, "400": 0.118125, "3200": 0.014765625})

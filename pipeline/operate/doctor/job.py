@@ -50,7 +50,9 @@ def examine_ranks(path: str, overrides: Sequence[str], call: RollCall) -> list[F
         call: the line to the others.
     """
     seconds = _COLLECTIVE_SECONDS + _RANK_SECONDS * call.world_size
-    most = len(call.backends) * seconds + _MORE_SECONDS  # gloo may take longer to give up a connection that it is making
+    most = (
+        len(call.backends) * seconds + _MORE_SECONDS
+    )  # gloo may take longer to give up a connection that it is making
     trial = Check("collective", lambda: call.collective(seconds), seconds=most, if_late=REMEDY)
     with _undisturbed():
         found = _examined(path, overrides, None, [trial])
