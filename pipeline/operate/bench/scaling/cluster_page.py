@@ -15,9 +15,9 @@ _COMMUNICATION = """## Gradients and weights between nodes
 
 Arithmetic, not measured: no such network was to be had. bfloat16, one accumulation, all weights trained.
 
-- **GB**: that each node sends in a step. In ZeRO-1 and 2 {zero2} times the weights in 16 bits: DeepSpeed all-reduces
-  gradients, which is twice, and gives out the weights. In ZeRO-3 {zero3} times: weights for the forward and the
-  backward pass, and gradients once. DDP: twice, and it overlaps that with the backward pass. One node sends nothing.
+- **GB**: that each node sends in a step. ZeRO-1 and 2: {zero2} times the weights in 16 bits, as DeepSpeed all-reduces
+  gradients, which is twice, and gives out the weights. ZeRO-3: {zero3} times, weights for the forward and the backward
+  pass, and gradients once. DDP: twice, and it overlaps that with the backward pass. One node sends nothing.
 - **ms**: of that at the full rate of a node's cards: {networks} Gbit/s.
 - **hops**: of all rings one after the other, at {hop_us:.0f} us each: one ring of all ranks for each bucket of
   {bucket_millions:.0f} million elements, and one for all weights of ZeRO-1 and 2. This grows with the ranks, the bytes
