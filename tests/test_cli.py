@@ -130,6 +130,7 @@ def test_a_mistake_tells_no_passwords(
     assert "pw1" not in capsys.readouterr().err
 
 
+@pytest.mark.alone
 def test_a_process_that_fails_says_no_more_than_that() -> None:
     result = lathe("train", "nowhere.yaml")
     assert result.returncode == 2
@@ -137,12 +138,14 @@ def test_a_process_that_fails_says_no_more_than_that() -> None:
     assert len(result.stderr.splitlines()) == 2
 
 
+@pytest.mark.alone
 def test_config_prints_what_runs() -> None:
     text = lathe("config", "configs/demo/train.yaml", "root=s3://mine").stdout
     assert "manifest: s3://mine/latents/manifest.json" in text
     assert "configs/demo/train.yaml" in lathe("config").stdout
 
 
+@pytest.mark.alone
 def test_version() -> None:
     assert lathe("--version").stdout.strip().count(".") == 2
 

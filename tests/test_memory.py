@@ -30,6 +30,7 @@ for run in (work, in_thread):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_memory_that_was_freed_is_not_asked_for_anew() -> None:
     ends = {}

@@ -14,6 +14,8 @@ import pytest
 
 from pipeline.stopping import SAID, PromptStop
 
+pytestmark = pytest.mark.alone
+
 START = "import hashlib, sys, threading, time\nfrom pipeline.stopping import PromptStop, Stopped, when_stopped\n"
 IN_PYTHON = "time.sleep(60)"
 IN_A_LIBRARY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"

@@ -395,6 +395,7 @@ class TestDisks:
         assert len(caplog.messages) == 2
 
 
+@pytest.mark.alone
 class TestProcesses:
     def test_the_same_blocks_at_once_are_kept_once(self, tmp_path: Path) -> None:
         start = SPAWN.Barrier(4)

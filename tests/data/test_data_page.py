@@ -41,6 +41,7 @@ def run(script: str, folder: Path, *launcher: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.alone
 def test_the_ten_lines_run_as_they_stand(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     script = next(block for block in blocks(readme) if "LatentDataset(" in block)

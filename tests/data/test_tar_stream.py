@@ -298,7 +298,7 @@ def test_what_unpacks_to_far_more_than_pictures_do_is_damaged(compress, where):
         data = compress(header("x.png", b"0", 1024) * (1 << 14)) * 400
     else:
         start = header("big", b"0", 8**11 - 1) if where == "within a file" else tar(*FILES)
-        data = compress(start) + compress(bytes(16 << 20)) * 400
+        data = compress(start) + compress(bytes(1 << 20)) * 6400
     source = io.BytesIO(data)
     with pytest.raises(DataError, match="unpacks to far more than pictures do"):
         list(TarStream(source))

@@ -24,6 +24,8 @@ from pipeline.operate.launch.sequence import is_under_way
 from pipeline.operate.launch.stages import Pipeline, read_pipeline
 from pipeline.operate.launch.states import states
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 KUBECTL = '''#!{python}
 """Keeps what is applied in a file; a Job ends as `verdicts` says of it, once it has been asked about twice."""
@@ -251,7 +253,6 @@ k8s.launch(pipeline, site, None, Path.cwd(), waits=True)
 """
 
 
-@pytest.mark.alone
 def test_a_launch_that_waits_leaves_a_record_of_its_end(cluster, tmp_path):
     """Machines that cannot see its process would take it for one that goes on."""
     child = subprocess.Popen(

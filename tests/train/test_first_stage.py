@@ -88,7 +88,7 @@ def logged(output: str) -> list[dict[str, Any]]:
 
 def test_it_learns_and_leaves_a_loadable_autoencoder(tree: dict[str, Any]) -> None:
     short = fit(tree, steps=1, output=tree["output"] + "-short")
-    facts = fit(tree, steps=80, checkpoint={"every": 1000}, ema_decay=0.9)
+    facts = fit(tree, steps=50, checkpoint={"every": 1000}, ema_decay=0.9)
     assert facts["psnr_on"] == "held-out pictures"
     assert facts["pictures"] + facts["holdout_pictures"] == 24
     assert facts["psnr_db"] > short["psnr_db"] + 3
