@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.console import say, tell
 from pipeline.errors import SetupError
+
+if TYPE_CHECKING:
+    from pipeline.config import SiteConfig
+    from pipeline.operate.launch.stages import Pipeline
 
 app = typer.Typer(
     help="Run files as jobs: on SLURM, on Kubernetes, or one after the other on this machine.\n\n"
@@ -95,11 +99,8 @@ def launch_slurm(
     ```
     """
     from pipeline.operate.launch import slurm
-    from pipeline.operate.launch.sites import find_site
-    from pipeline.operate.launch.stages import read_pipeline
 
-    settings = find_site(site)
-    pipeline = read_pipeline([config, *(more or [])], nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers()
+    pipeline, settings = _for_cluster([config, *(more or [])], site, nodes, tasks, at_once)
     for warning in slurm.signal_warnings(pipeline, settings):
         tell(f"warning: {warning}")
     if dry_run:
@@ -139,11 +140,10 @@ def launch_k8s(
     ```
     """
     from pipeline.operate.launch import k8s
-    from pipeline.operate.launch.sites import find_site
-    from pipeline.operate.launch.stages import read_pipeline
 
-    settings = find_site(site)
-    pipeline = read_pipeline([config, *(more or [])], nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers()
+    pipeline, settings = _for_cluster([config, *(more or [])], site, nodes, tasks, at_once)
+    for warning in k8s.model_warnings(pipeline, settings):
+        tell(f"warning: {warning}")
     if dry_run:
         say(k8s.dry_run(pipeline, settings, folder, _here()).rstrip())
         return
@@ -208,7 +208,8 @@ def logs(
     submission: Submission = None,
     stage: StageOption = None,
     task: Annotated[
-        int | None, typer.Option("--task", metavar="I", min=0, help="One worker of `encode` alone.")
+        int | None,
+        typer.Option("--task", metavar="I", min=0, help="One worker of `encode` alone; on Kubernetes, one pod."),
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", metavar="N", min=0, help="The last so many of each log.")] = 20,
     follow: Annotated[
@@ -244,6 +245,16 @@ def cancel(submission: Submission = None, stage: StageOption = None) -> None:
     found = find(submission)
     ended = run(found, stage)
     say(f"cancelled of {found.name}: {', '.join(ended)}" if ended else f"nothing of {found.name} is left to cancel")
+
+
+def _for_cluster(
+    arguments: list[str], site: Path | None, nodes: int | None, tasks: int | None, at_once: int | None
+) -> tuple[Pipeline, SiteConfig]:
+    from pipeline.operate.launch.sites import find_site
+    from pipeline.operate.launch.stages import read_pipeline
+
+    settings = find_site(site)
+    return read_pipeline(arguments, nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers(), settings
 
 
 def _here() -> Path:

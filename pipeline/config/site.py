@@ -15,10 +15,9 @@ _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 _MEMORY = re.compile(r"\d+[KMGT]?")
 _QUANTITY = r"^\d+(\.\d+)?(m|k|[MGTPE]|[KMGTPE]i)?$"  # of Kubernetes
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*(=.*)?", re.DOTALL)
-_OURS_ALREADY = re.compile(
-    r"--(array|chdir|dependency|error|export|job-name|kill-on-invalid-dep|nodes|ntasks(-per-node)?|open-mode|output"
-    r"|parsable|requeue|no-requeue|signal|test-only|wait|wrap)(=.*)?",
-    re.DOTALL,
+_OURS_ALREADY = (
+    *("array", "chdir", "dependency", "error", "export", "job-name", "kill-on-invalid-dep", "nodes", "no-requeue"),
+    *("ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "test-only", "wait", "wrap"),
 )
 _SHELLS = re.compile(r"^~|\$[A-Za-z_{]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -55,8 +54,10 @@ def _option(option: str) -> str:
         or re.search(r'["\\#]', option)
     ):
         raise ValueError('write --NAME or --NAME=VALUE, one option each, in ASCII, without ", \\ and #')
-    if _OURS_ALREADY.fullmatch(option):
-        raise ValueError(f"{option.partition('=')[0]} is set by lathe launch itself; leave it out")
+    name = option.removeprefix("--").partition("=")[0]
+    ours = [one for one in _OURS_ALREADY if one.startswith(name)]  # SLURM takes the beginning of a name for the name
+    if ours:
+        raise ValueError(f"--{ours[0]} is set by lathe launch itself; leave --{name} out")
     return option
 
 
@@ -153,6 +154,15 @@ class SiteConfig(Section):
     scratch: Place | None = Field(
         None, description="folder of each node for temporary files, as TMPDIR; null = its own"
     )
+
+    @field_validator("kubernetes_by_command")
+    @classmethod
+    def _stages_are_in_one_place(cls, asked: dict[str, KubernetesConfig]) -> dict[str, KubernetesConfig]:
+        for command, own in asked.items():
+            for name in ("namespace", "context"):
+                if name in own.model_fields_set:
+                    raise ValueError(f"{command}.{name}: it is one for all stages; set kubernetes.{name}")
+        return asked
 
     @field_validator("environment")
     @classmethod

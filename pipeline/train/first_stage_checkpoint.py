@@ -59,6 +59,12 @@ def restore(store: Store) -> Saved | None:
     return None
 
 
+def newest_step(store: Store) -> int:
+    """Of the newest checkpoint that has both files; -1 = there is none."""
+    names = _complete(store)
+    return int(names[-1].rpartition("-")[2]) if names else -1
+
+
 def clear(store: Store) -> None:
     """Delete all checkpoints, markers first."""
     for name in _complete(store):

@@ -11,7 +11,8 @@ from training_run import Run
 
 from pipeline.runtime import requeue
 from pipeline.runtime.attempts import Notes, Record
-from pipeline.train import attempts
+from pipeline.storage import open_store
+from pipeline.train import attempts, first_stage_attempts, first_stage_checkpoint
 from pipeline.train.checkpoint import COMPLETE, step_name
 
 
@@ -56,3 +57,20 @@ def test_while_the_output_is_away_the_record_is_in_a_file_of_the_job(tmp_path, m
     notes.write(Record("7", 20, 1))
     assert run.file.with_name("record.json").exists()
     assert notes.read() == Record("7", 20, 1)
+
+
+def test_train_vae_has_come_as_far_as_its_newest_checkpoint(tmp_path):
+    """It saves by schedule alone: nothing says that it was asked to stop, and nothing is left beside its weights."""
+    file, output = tmp_path / "train-vae.yaml", tmp_path / "vae"
+    file.write_text("job: train-vae\nimages: {shards: images, resolution: 64}\noutput: unset\n")
+
+    def outcome() -> tuple[bool, int | None, Notes]:
+        return first_stage_attempts.outcome(str(file), [f"output={output}"], tmp_path / "record.json")
+
+    assert outcome()[:2] == (False, -1)
+    for step in (200, 400):
+        first_stage_checkpoint.save(open_store(str(output)), {"a": torch.zeros(2)}, {"step": step}, keep=2)
+    asked, progress, notes = outcome()
+    assert (asked, progress) == (False, 400)
+    notes.write(Record("7", 400))
+    assert (tmp_path / "record.json").exists()

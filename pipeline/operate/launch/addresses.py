@@ -55,10 +55,27 @@ def reads(config: RunConfig) -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def local_addresses(config: RunConfig) -> list[str]:
-    """Folders and files of this machine that a command reads or writes; an autoencoder may be of the hub."""
+    """Folders and files of a machine that a command reads or writes; models are not among them."""
     found = [one for (field, _), addresses in reads(config).items() if field != "autoencoder" for one in addresses]
     found.append(str(getattr(config, "output", "")))
+    if isinstance(config, TrainConfig):
+        found += [source.keys for source in config.sources if source.keys is not None]
+        found += [config.init_from.run] if config.init_from is not None else []
     return [address for address in dict.fromkeys(found) if address and "://" not in address]
+
+
+def local_models(config: RunConfig) -> list[str]:
+    """Pretrained models that are folders or files of a machine; other names are of the hub, or open_clip's."""
+    found = [one for (field, _), addresses in reads(config).items() if field == "autoencoder" for one in addresses]
+    towers = config.text.towers if isinstance(config, EncodeConfig | TrainConfig) else getattr(config, "towers", ())
+    found += [name for tower in towers for name in (tower.model, tower.pretrained)]
+    if isinstance(config, TrainConfig):
+        found += [config.unet.pretrained or "", config.validation.autoencoder]
+    return [name for name in dict.fromkeys(found) if name.startswith((".", "/", "~")) or _is_here(name)]
+
+
+def _is_here(name: str) -> bool:
+    return bool(name) and "://" not in name and os.path.exists(name)  # noqa: PTH110  it may be no path at all
 
 
 def check_addresses(stages: Sequence[tuple[str, RunConfig]]) -> None:

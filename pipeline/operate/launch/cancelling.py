@@ -59,8 +59,7 @@ def _on_kubernetes(submission: Submission, first: int) -> list[StageRecord]:
     left = _left(submission, first)
     for record in left:
         if record.id:
-            with suppress(k8s.GoneError):
-                k8s.ask(submission, "delete", record.id, "--wait=false")
+            k8s.delete(submission, record)
     return left
 
 

@@ -18,13 +18,13 @@ from pipeline.config import KubernetesConfig, SiteConfig
 from pipeline.console import tell
 from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.operate.launch import programs
-from pipeline.operate.launch.addresses import local_addresses
+from pipeline.operate.launch.addresses import local_addresses, local_models
 from pipeline.operate.launch.kubernetes import manifests
 from pipeline.operate.launch.kubernetes_job import KubernetesJob
 from pipeline.operate.launch.kubernetes_job import Stage as Command
 from pipeline.operate.launch.sequence import begin, run_in_order
 from pipeline.operate.launch.stages import Pipeline, Stage
-from pipeline.operate.launch.submissions import Submission, plan
+from pipeline.operate.launch.submissions import StageRecord, Submission, plan
 from pipeline.stopping import not_ignored
 
 POLL_SECONDS, PATIENCE_SECONDS = 5.0, 3600.0  # between questions; for a cluster that answers none
@@ -105,7 +105,7 @@ def ask(submission: Submission, *arguments: str, stdin: str | None = None) -> st
     code, out, err = programs.said_by(kubectl(submission, *arguments), stdin=stdin)
     if code == 0:
         return out
-    said = programs.complaint(err)
+    said = programs.complaint(err, code)
     if "(NotFound)" in said:
         raise GoneError(f"kubectl: {said}", "it was deleted, or never made")
     if "refused" in said or "Unable to connect" in said or "no such host" in said:
@@ -136,6 +136,15 @@ def state_of(submission: Submission, resource: str) -> tuple[str, str]:
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     begun = counts["ready" if any("ready" in part for part in parts) else "active"]  # pods are active unplaced too
     return ("running" if begun or "Running" in holding else "waiting"), said
+
+
+def delete(submission: Submission, stage: StageRecord) -> None:
+    """Delete a stage's objects, the run file's ConfigMap and the Service among them. Raises KubernetesError."""
+    ask(submission, "delete", "-f", str(_file(submission, stage)), "--ignore-not-found", "--wait=false")
+
+
+def _file(submission: Submission, stage: StageRecord) -> Path:
+    return submission.folder / f"{stage.name}.kubernetes.yaml"
 
 
 def _note_finished(submission: Submission) -> None:
@@ -172,7 +181,7 @@ def manifests_of(submission: Submission, stage: Stage, site: SiteConfig) -> list
     objects = manifests(
         KubernetesJob(
             name=_job(submission, stage),
-            run=submission.name,
+            run=submission.record.name,
             stage=cast(Command, stage.command),
             image=site.container.image,
             run_file=runfile.dump(stage.config),
@@ -188,6 +197,18 @@ def manifests_of(submission: Submission, stage: Stage, site: SiteConfig) -> list
     return objects
 
 
+def model_warnings(pipeline: Pipeline, site: SiteConfig) -> list[str]:
+    """Models that are folders of this machine: an image may have them too, or it may not."""
+    return [
+        f"stage {stage.name}: {name} is a folder or file of this machine\n"
+        "  pods have it where their image does, at the same path; else give an s3:// address or a hub id"
+        for stage in pipeline.stages
+        if not stage.finalizes
+        for name in local_models(stage.config)
+        if not (_settings(stage, site).data_claim and name.startswith(_DATA))
+    ]
+
+
 def _settings(stage: Stage, site: SiteConfig) -> KubernetesConfig:
     of_command = site.kubernetes_by_command.get(stage.command, KubernetesConfig())  # type: ignore[call-overload]
     asked = site.kubernetes.with_changes(of_command)
@@ -197,7 +218,7 @@ def _settings(stage: Stage, site: SiteConfig) -> KubernetesConfig:
 
 
 def _job(submission: Submission, stage: Stage) -> str:
-    return f"{submission.name}-{stage.name}"
+    return f"{submission.record.name}-{stage.name}"
 
 
 def _make(submission: Submission, stage: Stage, site: SiteConfig) -> None:
@@ -211,12 +232,12 @@ def _make(submission: Submission, stage: Stage, site: SiteConfig) -> None:
             failed = False
         if failed:  # a Job that has failed stays so
             ask(submission, "delete", resource, "--wait=true")
-    file = submission.folder / f"{stage.name}.kubernetes.yaml"
+    file = _file(submission, record)
     try:
         file.write_text(_text(manifests_of(submission, stage, site)), encoding="utf-8")
     except OSError as error:
         raise SetupError(f"{file} cannot be written: {error.strerror}", "make room") from error
-    record.id, record.commands = resource, [["kubectl", "apply", "-f", str(file)]]
+    record.id, record.nodes, record.commands = resource, stage.nodes, [["kubectl", "apply", "-f", str(file)]]
     submission.save()
     ask(submission, "apply", "-f", str(file))
 

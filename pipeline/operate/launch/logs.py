@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.console import say
+from pipeline.errors import StorageError
 
 _TAIL_BYTES = 1 << 20
 _POLL_SECONDS = 0.5
@@ -33,7 +35,7 @@ class Follower:
         """Print the lines that have come; at the last also one that has no end."""
         for name, path in self._files().items():
             lines = self._lines(path)
-            if last and (rest := self._rests.pop(path)):
+            if last and (rest := self._rests.pop(path, b"")):
                 lines.append(_text(rest))
             for line in lines:
                 say(f"[{name}] {line}" if name else line)
@@ -43,12 +45,15 @@ class Follower:
         self._places[path] = place
 
     def _lines(self, path: Path) -> list[str]:
-        with path.open("rb") as file:
-            place = self._places.get(path, 0)
-            if place > os.fstat(file.fileno()).st_size:  # begun anew
-                place, self._rests[path] = 0, b""
-            file.seek(place)
-            new = file.read()
+        try:
+            with path.open("rb") as file:
+                place = self._places.get(path, 0)
+                if place > os.fstat(file.fileno()).st_size:  # begun anew
+                    place, self._rests[path] = 0, b""
+                file.seek(place)
+                new = file.read()
+        except OSError:  # deleted, or away; it may be read the next time
+            return []
         self._places[path] = place + len(new)
         *lines, self._rests[path] = (self._rests.get(path, b"") + new).split(b"\n")
         return [_text(line) for line in lines]
@@ -60,22 +65,29 @@ def show(files: Callable[[], Mapping[str, Path]], lines: int, is_over: Callable[
     Args:
         files: those that are there at the moment, by name; more may come.
         lines: of each, to begin with.
-        is_over: asked every few seconds.
+        is_over: asked every few seconds, in a thread: a scheduler that is away takes minutes to say nothing.
+
+    Raises:
+        StorageError: a file cannot be read.
     """
     follower = Follower(files)
     for path in files().values():
         follower.begin_at(path, _last_lines(path, lines))
     if is_over is not None:
+        over = threading.Event()
+        threading.Thread(target=_ask, args=(is_over, over), name="state", daemon=True).start()
         follower.show()
-    asked = -_STATE_SECONDS
-    while is_over is not None:
-        if time.monotonic() - asked > _STATE_SECONDS:
-            asked = time.monotonic()
-            if is_over():
-                break
-        time.sleep(_POLL_SECONDS)
-        follower.show()
+        while not over.wait(_POLL_SECONDS):
+            follower.show()
     follower.show(last=True)
+
+
+def _ask(is_over: Callable[[], bool], over: threading.Event) -> None:
+    try:
+        while not is_over():
+            time.sleep(_STATE_SECONDS)
+    finally:
+        over.set()
 
 
 def ending(path: Path, count: int = 1) -> list[str]:
@@ -95,11 +107,14 @@ def _text(line: bytes) -> str:
 
 def _last_lines(path: Path, count: int) -> int:
     """Where the last so many lines begin, within the last mebibyte."""
-    size = path.stat().st_size
-    begin = max(0, size - _TAIL_BYTES)
-    with path.open("rb") as file:
-        file.seek(begin)
-        tail = file.read()
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            begin = max(0, size - _TAIL_BYTES)
+            file.seek(begin)
+            tail = file.read()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}", "mend its permissions") from error
     place = len(tail) - tail.endswith(b"\n")
     for _ in range(count):
         found = tail.rfind(b"\n", 0, max(0, place))

@@ -53,7 +53,9 @@ def said_by(
     return done.returncode, done.stdout, done.stderr
 
 
-def complaint(stderr: str) -> str:
-    """What a program says is wrong, as one line without its own name; the last line that it said."""
+def complaint(stderr: str, code: int = 0) -> str:
+    """What a program says is wrong, as one line without its own name: the last that it said, else how it ended."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    return _PREFIX.sub("", lines[-1]) if lines else "it does not say why"
+    if lines:
+        return _PREFIX.sub("", lines[-1])
+    return f"ended by signal {-code}, and has said nothing" if code < 0 else f"exit code {code}, and not a word"

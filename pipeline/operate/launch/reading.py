@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.console import tell
 from pipeline.errors import ConfigError, LatheError
-from pipeline.operate.launch import k8s
+from pipeline.operate.launch import k8s, slurm
 from pipeline.operate.launch.logs import show
 from pipeline.operate.launch.states import OVER, state
-from pipeline.operate.launch.submissions import StageRecord, Submission
+from pipeline.operate.launch.submissions import StageRecord, Submission, load
 
 _MOST_PODS = 1024
 
@@ -21,7 +23,7 @@ def read(submission: Submission, name: str | None, task: int | None, lines: int,
     Args:
         submission: which.
         name: of the stage; None = the last that has begun.
-        task: of its tasks; None = all, with their numbers before the lines.
+        task: of its tasks, on Kubernetes of its pods; None = all, with their numbers before the lines.
         lines: the last so many.
         follow: until the stage is over; it may have to begin first.
 
@@ -30,8 +32,9 @@ def read(submission: Submission, name: str | None, task: int | None, lines: int,
         LatheError: the scheduler does not answer.
     """
     stage = submission.stage(name) if name else _last_begun(submission)
-    if task is not None and task >= stage.tasks:
-        raise ConfigError(f"--task {task}: stage {stage.name} has {stage.tasks}", "count from 0")
+    count = max(stage.tasks, stage.nodes) if submission.record.place == "k8s" else stage.tasks
+    if task is not None and task >= count:
+        raise ConfigError(f"--task {task}: stage {stage.name} has {count}", "count from 0")
     if submission.record.place == "k8s":
         _read_pods(submission, stage, task, lines, follow)
         return
@@ -40,24 +43,36 @@ def read(submission: Submission, name: str | None, task: int | None, lines: int,
         found = submission.logs(stage)
         return {one: path for one, path in found.items() if task is None or one in ("", str(task))}
 
-    if not files() and not follow:
+    if follow:
+        _follow(submission, stage, files, lines)
+        return
+    if not files():
         raise ConfigError(
             f"stage {stage.name} of {submission.name} has no log yet: it is {state(submission, stage).state}",
             "--follow waits for it; lathe launch status tells more",
         )
-    if follow:
-        state(submission, stage)  # told at once where the scheduler cannot be asked
-    show(files, lines, (lambda: _is_over(submission, stage)) if follow else None)
-    if follow:
-        now = state(submission, stage)
-        tell(f"stage {stage.name}: {', '.join(filter(None, (now.state, now.said)))}")
+    show(files, lines)
 
 
-def _is_over(submission: Submission, stage: StageRecord) -> bool:
-    try:
-        return state(submission, stage).state in OVER
-    except LatheError:  # it may answer the next time
-        return False
+def _follow(submission: Submission, stage: StageRecord, files: Callable[[], dict[str, Path]], lines: int) -> None:
+    if submission.record.place == "slurm":
+        slurm.found("scontrol")  # without it nobody would ever tell that the stage is over
+    told, complaint = "", ""
+
+    def is_over() -> bool:
+        nonlocal told, complaint
+        try:
+            fresh = load(submission.folder)  # with what its launch has noted since
+            now = state(fresh, fresh.stage(stage.name))
+        except LatheError as error:  # it may answer the next time
+            if error.message != complaint:
+                tell(complaint := error.message)
+            return False
+        told, complaint = ", ".join(filter(None, (now.state, now.said))), ""
+        return now.state in OVER
+
+    show(files, lines, is_over)
+    tell(f"stage {stage.name}: {told}")
 
 
 def _last_begun(submission: Submission) -> StageRecord:
@@ -72,11 +87,18 @@ def _read_pods(submission: Submission, stage: StageRecord, task: int | None, lin
         raise ConfigError(f"stage {stage.name} of {submission.name} is not made yet", "wait for the stage before")
     wanted = f"app.kubernetes.io/instance={stage.id.partition('/')[2]}"
     if task is not None:
-        wanted += f",batch.kubernetes.io/job-completion-index={task}"
+        wanted += f",{_label(stage, task)}"
     options = ["--selector", wanted, "--prefix", f"--tail={lines}", f"--max-log-requests={_MOST_PODS}"]
     command = k8s.kubectl(submission, "logs", *options, *(["--follow"] if follow else []))
     code = subprocess.run(command, check=False).returncode
-    if code:
+    if code not in (0, -signal.SIGPIPE):  # whoever read may have left
         raise LatheError(
             f"kubectl logs ended with exit code {code}", "pods may be gone; lathe launch status tells more"
         )
+
+
+def _label(stage: StageRecord, task: int) -> str:
+    if not stage.id.startswith("pytorchjob"):
+        return f"batch.kubernetes.io/job-completion-index={task}"
+    kind = "training.kubeflow.org/replica-type"
+    return f"{kind}=worker,training.kubeflow.org/replica-index={task - 1}" if task else f"{kind}=master"

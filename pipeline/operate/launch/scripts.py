@@ -15,6 +15,8 @@ PYTHON = "python-in-container"
 """File of a submission: the interpreter within an Apptainer image."""
 _ONE_GPU = ("encode", "train-vae", "sample", "evaluate")
 _LAUNCHERS = {"train": "launchers/slurm_train.sh", "encode": "launchers/slurm_encode.sh"}
+_STARTING_AGAIN = {"train-vae": "pipeline.train.first_stage_attempts"}
+"""What decides about it, of commands without a launcher of their own."""
 
 
 def settings(stage: Stage, site: SiteConfig) -> SlurmConfig:
@@ -81,7 +83,7 @@ def _directives(stage: Stage, asked: SlurmConfig, name: str) -> list[str]:
         if value is not None:
             options.append(f"--{option}={value}")
     options += ["--requeue", "--open-mode=append"]
-    if stage.command in _LAUNCHERS:
+    if stage.command in (*_LAUNCHERS, *_STARTING_AGAIN):
         options.append(f"--signal=B:USR1@{asked.signal_seconds}")
     return options + [_quoted(option) for option in asked.extra]
 
@@ -131,8 +133,13 @@ def _program(stage: Stage, folder: Path) -> list[str]:
     run_file = shlex.quote(str(folder / f"{stage.name}.yaml"))
     if launcher := _LAUNCHERS.get(stage.command):
         return [f"exec bash {shlex.quote(str(runfile.bundled(launcher).resolve()))} {run_file}"]
+    decides = _STARTING_AGAIN.get(stage.command)
     return [
-        "options=()",
-        'if [[ -n ${LATHE_SRUN_OPTIONS:-} ]]; then mapfile -t options <<<"$LATHE_SRUN_OPTIONS"; fi',
-        f'exec srun --ntasks=1 "${{options[@]}}" "$PYTHON" -m pipeline {stage.command} {run_file}',
+        "asked=''",
+        "trap 'asked=USR1' USR1",
+        "trap 'asked=TERM' TERM",
+        f"set -- {run_file}",
+        f"source {shlex.quote(str(runfile.bundled('launchers/slurm_step.sh').resolve()))}",
+        f'run_step --ntasks=1 "$PYTHON" -m pipeline {stage.command} "$@"',
+        f'end_job {decides} "$@"' if decides else 'exit "$code"',
     ]

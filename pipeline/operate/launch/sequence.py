@@ -64,8 +64,7 @@ def run_in_order(submission: Submission, pipeline: Pipeline, run: Callable[[Stag
         pipeline: its stages.
         run: one stage; returns whether it was waited for. What it raises ends the sequence, and is raised here.
     """
-    submission.record.process = (os.getpid(), psutil.Process().create_time())
-    submission.record.machine = socket.gethostname()
+    note_process(submission)
     for number, stage in enumerate(pipeline.stages, start=1):
         record = submission.stage(stage.name)
         title = f"[{number}/{len(pipeline.stages)}] {stage.name}: lathe {stage.command}"
@@ -85,6 +84,12 @@ def run_in_order(submission: Submission, pipeline: Pipeline, run: Callable[[Stag
             submission.save()
         if record.exit_code == 0:
             tell(f"  finished after {duration((record.ended - record.started).total_seconds())}")
+
+
+def note_process(submission: Submission) -> None:
+    """That this process starts its stages; saved with the next change."""
+    submission.record.process = (os.getpid(), psutil.Process().create_time())
+    submission.record.machine = socket.gethostname()
 
 
 def is_under_way(submission: Submission) -> bool:

@@ -15,6 +15,7 @@ from pipeline.console import tell
 from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.metrics import LogFollower
 from pipeline.operate.launch import programs, scripts
+from pipeline.operate.launch.sequence import note_process
 from pipeline.operate.launch.stages import Pipeline, Stage
 from pipeline.operate.launch.submissions import Submission, claim, plan, write
 from pipeline.operate.runs.find import open_to_look
@@ -25,7 +26,8 @@ _HERE = "use a machine of the cluster; lathe launch slurm --dry-run shows anywhe
 _OF_CLUSTERS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _NO_ANSWER = re.compile(r"[Uu]nable to contact|[Cc]onnection refused|[Cc]ommunication connection failure|timed out")
 _OVERRULING = tuple(  # what scripts say; names, and arrays that are none, would not be known again
-    f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT")
+    f"SBATCH_{name}"
+    for name in ("ARRAY_INX", "ERROR", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT")
 )
 
 
@@ -35,6 +37,11 @@ class SlurmError(LatheError):
     exit_code = SetupError.exit_code
 
 
+def found(program: str) -> str:
+    """The path of a program of SLURM. Raises SetupError."""
+    return programs.found(program, _HERE)
+
+
 def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | None = None) -> str:
     """What a program of SLURM says, which succeeds.
 
@@ -42,7 +49,7 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
         SetupError: it is not there.
         SlurmError: SLURM does not answer, or refuses.
     """
-    path = programs.found(program, _HERE)
+    path = found(program)
     code, out, err = programs.said_by(
         [path, *arguments], stdin=stdin, folder=str(folder) if folder else None, environment=_outside_of_jobs()
     )
@@ -50,9 +57,9 @@ def ask(program: str, *arguments: str, stdin: str | None = None, folder: Path | 
         return out + (err if program == "sbatch" else "")
     if _NO_ANSWER.search(err):
         raise SlurmError(
-            f"SLURM does not answer: {programs.complaint(err)}", "try again later; sinfo tells when it does"
+            f"SLURM does not answer: {programs.complaint(err, code)}", "try again later; sinfo tells when it does"
         )
-    raise SlurmError(f"{program}: {programs.complaint(err)}", "mend what it names")
+    raise SlurmError(f"{program}: {programs.complaint(err, code)}", "mend what it names")
 
 
 def _outside_of_jobs() -> dict[str, str]:
@@ -95,10 +102,11 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
         SlurmError: SLURM does not answer or refuses a job; those submitted before are cancelled.
         StorageError: the folder cannot be written.
     """
-    programs.found("sbatch", _HERE)
+    found("sbatch")
     submission, files = prepared(pipeline, site, parent, directory)
     while not claim(submission):  # another launch of this second has the name
         submission, files = prepared(pipeline, site, parent, directory)
+    note_process(submission)
     write(submission, pipeline, list(files.items()))
     for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):
         signal.signal(number, signal.default_int_handler)
@@ -206,7 +214,7 @@ def _take_back(submission: Submission, error: BaseException) -> None:
             told = f"; cancel those submitted before: scancel {' '.join(job.id for job in jobs)}"
     if failed is not None:  # a submission whose answer was lost may have been one
         with suppress(LatheError):
-            ask("scancel", f"--name={scripts.job_name(submission.name, failed)}", f"--user={os.getuid()}")
+            cancel(submission, failed, "")
     if isinstance(error, LatheError):
         error.message = (f"stage {failed} was not submitted: " if failed else "") + error.message + told
     elif jobs:
@@ -216,10 +224,15 @@ def _take_back(submission: Submission, error: BaseException) -> None:
 def cancel(submission: Submission, stage: str, job: str) -> None:
     """End a job, if it is still the one that was submitted: ids begin anew where a cluster is set up anew.
 
+    Args:
+        submission: which.
+        stage: its name.
+        job: id; empty = it is not known.
+
     Raises:
         SlurmError: SLURM does not answer.
     """
-    ask("scancel", f"--name={scripts.job_name(submission.name, stage)}", job)
+    ask("scancel", f"--name={scripts.job_name(submission.record.name, stage)}", job or f"--user={os.getuid()}")
 
 
 def find(submission: Submission, stage: str) -> str:
@@ -228,7 +241,7 @@ def find(submission: Submission, stage: str) -> str:
     Raises:
         SlurmError: SLURM does not answer.
     """
-    name = f"--name={scripts.job_name(submission.name, stage)}"
+    name = f"--name={scripts.job_name(submission.record.name, stage)}"
     said = ask("squeue", "--noheader", name, f"--user={os.getuid()}", "--format=%F")
     return next(iter(said.split()), "")
 
@@ -236,7 +249,7 @@ def find(submission: Submission, stage: str) -> str:
 def _tested(pipeline: Pipeline, files: dict[str, str], directory: Path) -> list[str]:
     """What `sbatch --test-only` says of each script; nothing where there is no SLURM."""
     try:
-        programs.found("sbatch", _HERE)
+        found("sbatch")
     except SetupError:
         return ["there is no sbatch here: the scripts were not tried"]
     told = []

@@ -6,7 +6,7 @@ import itertools
 import re
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -23,7 +23,7 @@ from pipeline.operate.launch.submissions import NAMES, StageRecord, Submission, 
 State = Literal["waiting", "running", "finished", "failed", "cancelled", "stopped", "forgotten"]
 OVER: tuple[State, ...] = ("finished", "failed", "cancelled", "stopped", "forgotten")
 _BAD: tuple[State, ...] = ("failed", "cancelled", "stopped")
-_WORST_FIRST: tuple[State, ...] = ("failed", "cancelled", "running", "waiting", "forgotten", "finished")
+_WHICH_COUNTS: tuple[State, ...] = ("running", "waiting", "failed", "cancelled", "forgotten", "finished")  # of tasks
 _OF_SLURM: dict[str, State] = {
     "COMPLETED": "finished",
     "CANCELLED": "cancelled",
@@ -36,6 +36,7 @@ _OF_SLURM: dict[str, State] = {
 }
 _MOST_LINES = 6
 _FIELD = re.compile(r"(\w[\w/:]*)=(\S*)")
+_TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class StageState:
 
     Args:
         record: of the stage.
-        state: of all its tasks together; failed as soon as one has.
+        state: of all its tasks together; running as long as one does, then failed if one has.
         said: more of it: tasks, nodes, reasons.
     """
 
@@ -93,9 +94,13 @@ def page(submission: Submission, found: Sequence[StageState]) -> str:
         cells = f"  {one.record.name:<{widths[0]}}  {one.record.id:<{widths[1]}}"
         lines.append(f"{cells.rstrip():<{widths[0] + widths[1] + 4}}  {one.state:<9}  {one.said}".rstrip())
         if one.state in ("failed", "stopped"):
-            endings = dict.fromkeys(tuple(ending(log, 2)) for log in submission.logs(one.record).values())
+            logs = submission.logs(one.record)
+            endings = dict.fromkeys(tuple(ending(log, 2)) for log in logs.values())
             lines += [f"    {said}" for said in itertools.chain(*endings)][:_MOST_LINES]  # an error and its remedy
-            lines.append(f"    lathe launch logs {submission.shown} --stage {one.record.name}")
+            if record.place == "slurm" and not logs:
+                lines.append(f"    it has no log: can its nodes write to {submission.folder}?")
+            else:
+                lines.append(f"    lathe launch logs {submission.shown} --stage {one.record.name}")
     return "\n".join(lines)
 
 
@@ -132,6 +137,8 @@ def _of_kubernetes(submission: Submission, stage: StageRecord) -> StageState:
 def _of_slurm(submission: Submission, stage: StageRecord) -> StageState:
     stage.id = stage.id or slurm.find(submission, stage.name)  # a launch that was killed may not have noted it
     if not stage.id:
+        if submission.record.machine == socket.gethostname() and is_under_way(submission):
+            return StageState(stage, "waiting", "its launch has not submitted it yet")
         return StageState(stage, "cancelled", "it was never submitted")
     try:
         said = slurm.ask("scontrol", "--oneliner", "show", "job", stage.id)
@@ -139,37 +146,39 @@ def _of_slurm(submission: Submission, stage: StageRecord) -> StageState:
         if "Invalid job id" not in error.message:
             raise
         said = ""
-    name = scripts.job_name(submission.name, stage.name)
+    name = scripts.job_name(submission.record.name, stage.name)
     jobs = [dict(reversed(_FIELD.findall(line))) for line in said.splitlines()]  # the first of a name counts
     jobs = [job for job in jobs if job.get("JobName") == name]
-    return _of_jobs(stage, jobs) if jobs else _of_accounting(submission, stage, name)
+    known = {task for job in jobs for task in _tasks_of(job)}
+    if not jobs or (stage.tasks > 1 and len(known) < stage.tasks):
+        jobs += _accounted_for(stage, name, known)
+    if not jobs:
+        return StageState(stage, "forgotten", _without_record(submission, stage))
+    return _of_jobs(stage, jobs)
 
 
 def _of_jobs(stage: StageRecord, jobs: Sequence[dict[str, str]]) -> StageState:
     """Of what scontrol tells: one job, or the tasks of an array, those still to begin in one line."""
     counts: Counter[State] = Counter()
     for job in jobs:
-        counts[_state(job.get("JobState", ""))] += _tasks_in(job.get("ArrayTaskId", "")) if stage.tasks > 1 else 1
+        counts[_state(job.get("JobState", ""))] += len(_tasks_of(job)) if stage.tasks > 1 else 1
     counts["forgotten"] = max(0, stage.tasks - counts.total())  # of an array, those that ended a while ago
-    worst = next(one for one in _WORST_FIRST if counts[one])
+    together = next(one for one in _WHICH_COUNTS if counts[one])
     restarts = sum(int(job.get("Restarts", 0)) for job in jobs)
-    notes = [f"{counts[one]} of {stage.tasks} {one}" for one in reversed(_WORST_FIRST) if counts[one]]
+    notes = [f"{counts[one]} of {stage.tasks} {one}" for one in reversed(_WHICH_COUNTS) if counts[one]]
     notes = notes if stage.tasks > 1 else []
     for job in jobs:
-        if _state(job.get("JobState", "")) == worst:
-            notes += _notes(job, worst)
+        if _state(job.get("JobState", "")) == together:
+            notes += _notes(job, together)
             break
     notes += [f"{restarts} restarts" if restarts > 1 else "1 restart"] if restarts else []
-    return StageState(stage, worst, ", ".join(notes))
+    return StageState(stage, together, ", ".join(notes))
 
 
-def _tasks_in(identities: str) -> int:
-    """How many tasks of an array one line is about: `5`, or of those to come `3,5-7%2`."""
-    ends = [part.split("-") for part in identities.partition("%")[0].split(",")]
-    try:
-        return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
-    except ValueError:  # a list that SLURM has cut short
-        return len(ends)
+def _tasks_of(job: Mapping[str, str]) -> set[int]:
+    """Tasks of an array that one line is about: `5`, or of those to come `3,5-7%2`, `0-8:2`."""
+    ends = _TASKS.findall(job.get("ArrayTaskId", "").partition("%")[0])
+    return {task for first, last, step in ends for task in range(int(first), int(last or first) + 1, int(step or 1))}
 
 
 def _notes(job: dict[str, str], found: State) -> list[str]:
@@ -185,19 +194,20 @@ def _notes(job: dict[str, str], found: State) -> list[str]:
     return [f"took {job['RunTime']}"] if found == "finished" and "RunTime" in job else []
 
 
-def _of_accounting(submission: Submission, stage: StageRecord, name: str) -> StageState:
-    """SLURM keeps finished jobs for minutes; its accounting, where there is one, for good."""
-    forgotten = StageState(stage, "forgotten", _without_record(submission, stage))
+def _accounted_for(stage: StageRecord, name: str, known: Set[int]) -> list[dict[str, str]]:
+    """Jobs that SLURM keeps for minutes only, its accounting, where there is one, for good; without known tasks."""
     try:
-        columns = "--format=JobName%64,State,Elapsed"
+        columns = "--format=JobID,JobName%64,State,Elapsed,ExitCode"
         said = slurm.ask("sacct", "-X", "--noheader", "--parsable2", columns, "--jobs", stage.id)
     except LatheError:
-        return forgotten
-    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 2]
-    jobs = [{"JobState": of.split()[0], "RunTime": took} for who, of, took in rows if who == name and of]
-    if not jobs:
-        return forgotten
-    return _of_jobs(stage, [{**job, "ArrayTaskId": str(number)} for number, job in enumerate(jobs)])
+        return []
+    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 4]
+    jobs = [
+        {"JobState": of.split()[0], "RunTime": took, "ExitCode": code, "ArrayTaskId": identity.partition("_")[2]}
+        for identity, who, of, took, code in rows
+        if who == name and of
+    ]
+    return [job for job in jobs if not _tasks_of(job) & known]
 
 
 def _without_record(submission: Submission, stage: StageRecord) -> str:

@@ -35,6 +35,7 @@ class StageRecord(BaseModel):
         name: of the stage.
         command: of lathe.
         run_file: its file in the folder.
+        nodes: machines.
         tasks: workers.
         commands: argument lists of what was started.
         id: SLURM's job id, or the name of the Kubernetes Job; empty = not submitted yet.
@@ -47,6 +48,7 @@ class StageRecord(BaseModel):
     name: str
     command: str
     run_file: str
+    nodes: int = 1
     tasks: int = 1
     commands: list[list[str]] = []
     id: str = ""
@@ -60,10 +62,11 @@ class Record(BaseModel):
 
     Args:
         version: of Lathe.
+        name: of the submission, which its jobs bear; its folder may have got another since.
         place: where it runs.
         created: UTC.
         directory: that relative paths in run files begin at.
-        process: of `lathe launch` itself, while it starts stages one after the other: id, and when it was started.
+        process: of `lathe launch` itself, while it submits or starts stages: id, and when it was started.
         machine: of that process.
         namespace: of Kubernetes.
         context: of kubectl.
@@ -72,6 +75,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     version: str
+    name: str
     place: Place
     created: AwareDatetime
     directory: str
@@ -148,10 +152,18 @@ def plan(pipeline: Pipeline, place: Place, parent: Path | None, directory: Path)
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     folder = next(parent / one for one in names if not os.path.lexists(parent / one))
     stages = [
-        StageRecord(name=stage.name, command=stage.command, run_file=f"{stage.name}.yaml", tasks=stage.tasks)
+        StageRecord(
+            name=stage.name,
+            command=stage.command,
+            run_file=f"{stage.name}.yaml",
+            nodes=stage.nodes,
+            tasks=stage.tasks,
+        )
         for stage in pipeline.stages
     ]
-    record = Record(version=__version__, place=place, created=now, directory=str(directory), stages=stages)
+    record = Record(
+        version=__version__, name=folder.name, place=place, created=now, directory=str(directory), stages=stages
+    )
     return Submission(folder, record)
 
 

@@ -22,7 +22,7 @@ from pipeline.operate.launch.kubernetes_job import KubernetesJob
 from pipeline.operate.launch.kubernetes_pod import LAUNCHER, RUN_FILE
 from pipeline.train import preemption
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRAPING = yaml.safe_load((ROOT / "infra/prometheus/kubernetes.yml").read_text())["scrape_configs"][0]
 NASTY = 'it\'s "one"; $(rm -rf ~) $HOME `id` $$ $(NODES)\n- second: line\té 猫 #'
 CONFIGS: dict[str, type[RunConfig]] = {"encode": EncodeConfig, "train": TrainConfig, "export": ExportConfig}

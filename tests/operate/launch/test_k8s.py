@@ -1,4 +1,4 @@
-"""`lathe launch k8s`, with a program in the place of kubectl that keeps Jobs in a file."""
+"""`lathe launch k8s`, with a program in the place of kubectl that keeps objects in a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.operate.launch.states import states
 
 pytestmark = pytest.mark.alone
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KUBECTL = '''#!{python}
 """Keeps what is applied in a file; a Job ends as `verdicts` says of it, once it has been asked about twice."""
 import json, os, sys, yaml
@@ -37,13 +37,16 @@ jobs = json.loads((folder / "jobs").read_text())
 verdicts = json.loads((folder / "verdicts").read_text())
 with (folder / "calls").open("a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
-arguments = [one for one in sys.argv[1:] if not one.startswith("--")]
+arguments = [one for one in sys.argv[1:] if not one.startswith("-")]
 verb = arguments[-2] if arguments[-2] in ("get", "delete") else "logs" if "logs" in arguments else "apply"
 name = arguments[-1].partition("/")[2]
-if verb == "apply":
+if "-f" in sys.argv:
     for one in yaml.safe_load_all(Path(arguments[-1]).read_text()):
-        if "Job" in one["kind"]:
-            jobs.setdefault(one["metadata"]["name"], {{"asked": 0, "kind": one["kind"]}})
+        name = one["metadata"]["name"] + ("" if "Job" in one["kind"] else "." + one["kind"])
+        if verb == "apply":
+            jobs.setdefault(name, {{"asked": 0}})
+        else:
+            jobs.pop(name, None)
 elif verb == "logs":
     print("what the pods say")
 elif name not in jobs:
@@ -91,8 +94,11 @@ class Cluster:
         calls = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
         return [call for call in calls if verb in call]
 
-    def jobs(self) -> list[str]:
+    def objects(self) -> list[str]:
         return list(json.loads((self.folder / "jobs").read_text()))
+
+    def jobs(self) -> list[str]:
+        return [name for name in self.objects() if "." not in name]
 
 
 @pytest.fixture
@@ -146,6 +152,7 @@ def test_what_is_made_of_each_stage(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "fields", "said"),
     [
+        (["train.init_from.run=base"], {}, "stage train: base is a folder, which pods do not share"),
         (["export.output=there"], {}, "stage export: there is a folder, which pods do not share"),
         (["root=/data/x"], {}, "stage encode: /data/x/images is a folder, which pods do not share"),
         (["root=/else"], {"kubernetes": {"data_claim": "c"}}, "stage encode: /else/images is a folder"),
@@ -159,6 +166,20 @@ def test_what_pods_cannot_do_is_told_before_anything_is_made(cluster, tmp_path, 
     assert said in caught.value.message
     assert not cluster.calls("apply")
     assert not (tmp_path / "lathe-launches").exists()
+
+
+def test_models_that_are_folders_here_are_told(tmp_path, monkeypatch):
+    """An image may have them too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tower").mkdir()
+    towers = "[{name: a, model: tower}, {name: b, model: ViT-L-14, pretrained: openai}]"
+    text = [f"{stage}.text={{mode: cached, towers: {towers}}}" for stage in ("encode", "train")]
+    stages = pipeline("train.unet.pretrained=/models/unet", "encode.autoencoder=owner/name", *text)
+    warnings = [line.partition(" is ")[0] for line in k8s.model_warnings(stages, site())]
+    assert warnings == ["stage encode: tower", "stage train: tower", "stage train: /models/unet"]
+    below = pipeline("train.unet.pretrained=/data/unet")
+    assert len(k8s.model_warnings(below, site())) == 1
+    assert k8s.model_warnings(below, site(kubernetes={"data_claim": "c"})) == []
 
 
 def test_folders_below_the_claim_are_shared(tmp_path):
@@ -266,7 +287,7 @@ def test_a_launch_that_waits_leaves_a_record_of_its_end(cluster, tmp_path):
     submission = submissions.find(None)
     assert cancel(submission, None) == ["encode", "train"]
     child.wait(20)
-    assert cluster.jobs() == []
+    assert cluster.objects() == []
     after = submissions.find(None)
     assert after.record.stages[0].ended is not None
     after.record.machine = "elsewhere"
@@ -294,8 +315,13 @@ def test_pods_logs_and_the_end_of_what_runs(cluster, tmp_path, capfd):
     (call,) = cluster.calls("logs")
     assert f"app.kubernetes.io/instance={submission.name}-train" in call
     assert {"--follow", "--tail=7", "--prefix"} <= set(call)
+    read(submission, None, 1, 7, follow=False)
+    assert cluster.calls("logs")[-1][-3].endswith("-train,batch.kubernetes.io/job-completion-index=1")
+    with pytest.raises(ConfigError, match="--task 2: stage train has 2"):
+        read(submission, None, 2, 7, follow=False)
+    assert len(cluster.objects()) == 3  # the Job, its run file, its Service
     assert cancel(submission, None) == ["train"]
-    assert cluster.jobs() == []
+    assert cluster.objects() == []
     assert states(submission)[0].state == "cancelled"
 
 
