@@ -88,8 +88,8 @@ def launch_slurm(
     """Submit to SLURM: every stage a job that waits for the one before.
 
     `encode` of several tasks is an array; behind it one worker takes what tasks that failed have left, and sees to the
-    manifest. `encode` and `train` save and are queued again when their time is over or a node is lost. If one job is
-    refused, those submitted before are cancelled.
+    manifest. `train-vae`, `encode` and `train` are queued again when their time is over or a node is lost, and go on
+    where they were. If one job is refused, those submitted before are cancelled.
 
     With `--dry-run` SLURM is asked whether it would take each script (`sbatch --test-only`).
 

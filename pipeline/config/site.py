@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from typing import Annotated, Any, Literal
 
@@ -103,6 +105,16 @@ class SlurmConfig(Section):
     extra: tuple[Annotated[str, AfterValidator(_option)], ...] = Field(
         (), description="further options of sbatch, such as --reservation=NAME"
     )
+
+    @property
+    def time_seconds(self) -> float:
+        """The limit of one run of a job; infinity where there is none, or it is left to SLURM."""
+        if self.time is None or self.time in ("UNLIMITED", "INFINITE"):
+            return math.inf
+        days, dash, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)  # without days one number is minutes
+        return 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
 
 
 class ContainerConfig(Section):

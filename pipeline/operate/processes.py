@@ -57,8 +57,9 @@ def run_together(
     for log, code in zip(commands, codes, strict=True):
         if code:
             where = f"; its output is in {log}" if log else ""
+            how = f"ended with exit code {code}" if code > 0 else f"was ended by a signal: {signal.strsignal(-code)}"
             error = LatheError(
-                f"stage {name} ended with exit code {code}{where}",
+                f"stage {name} {how}{where}",
                 "what is finished is kept: mend what the lines above say, and start the same command again",
             )
             error.exit_code = code if code > 0 else 1

@@ -41,7 +41,8 @@ def render(stage: Stage, site: SiteConfig, *, name: str, folder: Path, directory
         directory: that relative paths in the run file begin at, absolute.
 
     Raises:
-        ConfigError: this installation lacks the launchers, or a folder cannot be a container's.
+        ConfigError: this installation lacks the launchers, a folder cannot be a container's, or there is no time to
+            save.
     """
     asked = settings(stage, site)
     exports = {**site.environment, **_variables(site, asked, folder, directory)}
@@ -84,6 +85,12 @@ def _directives(stage: Stage, asked: SlurmConfig, name: str) -> list[str]:
             options.append(f"--{option}={value}")
     options += ["--requeue", "--open-mode=append"]
     if stage.command in (*_LAUNCHERS, *_STARTING_AGAIN):
+        if asked.time_seconds <= asked.signal_seconds:
+            raise ConfigError(
+                f"stage {stage.name}: slurm.time: {asked.time} is over within signal_seconds, {asked.signal_seconds} s:"
+                " it would be asked to stop as it starts, again and again",
+                "set a longer time, or a smaller signal_seconds",
+            )
         options.append(f"--signal=B:USR1@{asked.signal_seconds}")
     return options + [_quoted(option) for option in asked.extra]
 
@@ -139,7 +146,7 @@ def _program(stage: Stage, folder: Path) -> list[str]:
         "trap 'asked=USR1' USR1",
         "trap 'asked=TERM' TERM",
         f"set -- {run_file}",
-        f"source {shlex.quote(str(runfile.bundled('launchers/slurm_step.sh').resolve()))}",
+        f"source {shlex.quote(str(runfile.bundled('launchers/slurm_step.sh').resolve()))} || exit 5",
         f'run_step --ntasks=1 "$PYTHON" -m pipeline {stage.command} "$@"',
         f'end_job {decides} "$@"' if decides else 'exit "$code"',
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,12 +77,14 @@ def run_in_order(submission: Submission, pipeline: Pipeline, run: Callable[[Stag
         submission.save()
         try:
             record.exit_code = 0 if run(stage) else None
-        except LatheError as error:
-            record.exit_code = error.exit_code
-            raise
-        finally:
+        except BaseException as error:
+            record.exit_code = error.exit_code if isinstance(error, LatheError) else None
             record.ended = _now()
-            submission.save()
+            with suppress(StorageError):  # the disk may be full, which is what the stage has failed for
+                submission.save()
+            raise
+        record.ended = _now()
+        submission.save()
         if record.exit_code == 0:
             tell(f"  finished after {duration((record.ended - record.started).total_seconds())}")
 

@@ -261,4 +261,6 @@ def age(moment: datetime) -> str:
 
 
 def _unwritable(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"{folder} cannot be written: {error.strerror or error}", "choose another with --folder")
+    return StorageError(
+        f"{folder} cannot be written: {error.strerror or error}", "make room there, or choose another with --folder"
+    )

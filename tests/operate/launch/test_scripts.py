@@ -68,6 +68,24 @@ def test_what_stages_ask_of_slurm(place):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:00", 300), ("0:05:00", 300), ("0-0:05", 300), ("1-1", 90000), ("1-01:00:01", 90001)],
+)
+def test_a_job_has_time_to_save(place, time, seconds):
+    (train,) = read_pipeline(["train.yaml"]).stages
+
+    def rendered(signal_seconds: int) -> str:
+        asked = site(slurm={"time": time, "signal_seconds": signal_seconds})
+        return render(train, asked, name="n", folder=place, directory=place)
+
+    if seconds < 65535:
+        with pytest.raises(ConfigError, match=f"stage train: slurm.time: {time} is over within signal_seconds"):
+            rendered(seconds)
+    assert site(slurm={"time": time}).slurm.time_seconds == seconds
+    assert f"--time={time}" in directives(rendered(min(seconds, 65535) - 1))
+
+
 def test_modules_variables_and_containers(tmp_path):
     pyxis = {"image": "reg#lathe:1", "mounts": ["/data:/data"]}
     cluster = site(
