@@ -103,7 +103,9 @@ def is_under_way(submission: Submission) -> bool:
         return any(stage.started and not stage.ended for stage in submission.record.stages)
     pid, born = submission.record.process
     try:
-        return abs(psutil.Process(pid).create_time() - born) < 1 and pid != os.getpid()
+        process = psutil.Process(pid)
+        is_it = abs(process.create_time() - born) < 1 and pid != os.getpid()
+        return is_it and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 

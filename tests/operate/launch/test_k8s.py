@@ -316,7 +316,8 @@ def test_pods_logs_and_the_end_of_what_runs(cluster, tmp_path, capfd):
     assert f"app.kubernetes.io/instance={submission.name}-train" in call
     assert {"--follow", "--tail=7", "--prefix"} <= set(call)
     read(submission, None, 1, 7, follow=False)
-    assert cluster.calls("logs")[-1][-3].endswith("-train,batch.kubernetes.io/job-completion-index=1")
+    wanted = f"app.kubernetes.io/instance={submission.name}-train,batch.kubernetes.io/job-completion-index=1"
+    assert wanted in cluster.calls("logs")[-1]
     with pytest.raises(ConfigError, match="--task 2: stage train has 2"):
         read(submission, None, 2, 7, follow=False)
     assert len(cluster.objects()) == 3  # the Job, its run file, its Service

@@ -8,9 +8,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
 import picture_files
 import psutil
 import pytest
+
 from pipeline import runfile
 from pipeline.errors import ConfigError, LatheError, SetupError
 from pipeline.operate.launch import local, sequence, submissions

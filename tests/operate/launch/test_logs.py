@@ -6,9 +6,11 @@ import os
 import socket
 import threading
 from typing import Any
+
 import psutil
 import pytest
 from launch_files import JOB, written
+
 from pipeline.errors import ConfigError, StorageError
 from pipeline.operate.launch import logs, slurm
 from pipeline.operate.launch.logs import Follower, ending, show

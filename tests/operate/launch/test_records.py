@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+
 import pytest
 from launch_files import written
+
 from pipeline.cli import launching
 from pipeline.errors import ConfigError, SetupError, StorageError
 from pipeline.operate.launch import sequence, submissions

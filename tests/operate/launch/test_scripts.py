@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch_files import site
+
 from pipeline import runfile
 from pipeline.config import ExportConfig, SampleConfig
 from pipeline.errors import ConfigError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launch_files import site
+
 from pipeline import runfile
 from pipeline.config import SiteConfig
 from pipeline.errors import ConfigError

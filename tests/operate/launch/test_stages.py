@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
+
 from pipeline import runfile
 from pipeline.errors import ConfigError
+from pipeline.operate.launch import submissions
 from pipeline.operate.launch.stages import read_pipeline
 
 

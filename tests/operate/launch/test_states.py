@@ -6,9 +6,11 @@ import os
 import shlex
 import socket
 from typing import Any
+
 import psutil
 import pytest
 from launch_files import JOB, written
+
 from pipeline.operate.launch import slurm, submissions
 from pipeline.operate.launch import states as states_module
 from pipeline.operate.launch.cancelling import cancel
@@ -150,9 +152,10 @@ def test_states_are_told_by_scontrol_words_that_slurm_has():
 
 def test_a_submission_elsewhere_is_told_by_its_folder(place):
     submission = written("export.yaml", parent=place / "else where")
+    failed = states_module.StageState(submission.stage("export"), "failed", "exit code 1")
+    assert page(submission, [failed]).endswith(f"    it has no log: can its nodes write to {submission.folder}?")
     (submission.folder / "export.log").touch()
-    stage = submission.stage("export")
-    told = page(submission, [states_module.StageState(stage, "failed", "exit code 1")])
+    told = page(submission, [failed])
     *words, option, name = shlex.split(told.splitlines()[-1])
     assert words[:-1] == ["lathe", "launch", "logs"]
     assert submissions.find(words[-1]).folder == submission.folder

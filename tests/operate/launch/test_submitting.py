@@ -6,8 +6,10 @@ import os
 import shlex
 import time
 from typing import Any
+
 import pytest
 from launch_files import site
+
 from pipeline.errors import ConfigError, StorageError
 from pipeline.operate.launch import slurm, submissions
 from pipeline.operate.launch.stages import read_pipeline
