@@ -70,7 +70,6 @@ Submission = Annotated[
         show_default=False,
     ),
 ]
-StageOption = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="One stage alone.")]
 
 
 @app.command("slurm")
@@ -206,7 +205,7 @@ def status(submission: Submission = None) -> None:
 @app.command()
 def logs(
     submission: Submission = None,
-    stage: StageOption = None,
+    stage: Annotated[str | None, typer.Option("--stage", metavar="NAME", help="One stage alone.")] = None,
     task: Annotated[
         int | None,
         typer.Option("--task", metavar="I", min=0, help="One worker of `encode` alone; on Kubernetes, one pod."),
@@ -230,10 +229,15 @@ def logs(
 
 
 @app.command()
-def cancel(submission: Submission = None, stage: StageOption = None) -> None:
+def cancel(
+    submission: Submission = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="This stage, and those after it.")
+    ] = None,
+) -> None:
     """End what is running of a submission, and what waits; one that has finished stays as it is.
 
-    What is finished is kept: the same launch goes on from there. With `--stage`, those that wait for it go too.
+    What is finished is kept: the same launch goes on from there.
 
     ```
     lathe launch cancel demo-1123-164512

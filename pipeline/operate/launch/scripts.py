@@ -87,8 +87,8 @@ def _directives(stage: Stage, asked: SlurmConfig, name: str) -> list[str]:
     if stage.command in (*_LAUNCHERS, *_STARTING_AGAIN):
         if asked.time_seconds <= asked.signal_seconds:
             raise ConfigError(
-                f"stage {stage.name}: slurm.time: {asked.time} is over within signal_seconds, {asked.signal_seconds} s:"
-                " it would be asked to stop as it starts, again and again",
+                f"stage {stage.name}: slurm.time: {asked.time}, which is {asked.time_seconds:.0f} s, is over within"
+                f" signal_seconds, {asked.signal_seconds}: it would be asked to stop as it starts, again and again",
                 "set a longer time, or a smaller signal_seconds",
             )
         options.append(f"--signal=B:USR1@{asked.signal_seconds}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline import runfile
 from pipeline.console import duration, tell
 from pipeline.errors import LatheError, SetupError, StorageError
 from pipeline.operate.launch.stages import Pipeline, Stage
-from pipeline.operate.launch.submissions import Place, Submission, claim, known, load, plan, write
+from pipeline.operate.launch.submissions import Place, StageRecord, Submission, claim, known, load, plan, write
 
 
 def begin(
@@ -77,16 +76,24 @@ def run_in_order(submission: Submission, pipeline: Pipeline, run: Callable[[Stag
         submission.save()
         try:
             record.exit_code = 0 if run(stage) else None
-        except BaseException as error:
-            record.exit_code = error.exit_code if isinstance(error, LatheError) else None
-            record.ended = _now()
-            with suppress(StorageError):  # the disk may be full, which is what the stage has failed for
-                submission.save()
+        except LatheError as error:
+            record.exit_code = error.exit_code
+            try:
+                _end(submission, record)
+            except StorageError as full:  # which may be what the stage has failed for, and its log cannot say
+                error.message += f"; {full.message}"
             raise
-        record.ended = _now()
-        submission.save()
-        if record.exit_code == 0:
+        except BaseException:
+            _end(submission, record)
+            raise
+        _end(submission, record)
+        if record.exit_code == 0 and record.ended is not None:
             tell(f"  finished after {duration((record.ended - record.started).total_seconds())}")
+
+
+def _end(submission: Submission, record: StageRecord) -> None:
+    record.ended = _now()
+    submission.save()
 
 
 def note_process(submission: Submission) -> None:

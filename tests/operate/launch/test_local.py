@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipeline import runfile
-from pipeline.errors import ConfigError, LatheError, SetupError
+from pipeline.errors import ConfigError, LatheError, SetupError, StorageError
 from pipeline.operate.launch import local, sequence, submissions
 from pipeline.operate.launch.cancelling import cancel
 from pipeline.operate.launch.stages import Pipeline, read_pipeline
@@ -60,6 +60,23 @@ def test_stages_on_this_machine_go_on_where_one_has_failed(stand_ins, place, cap
     assert "[1/3] encode: lathe encode  (finished earlier)\n" in said.err
     assert is_well(states(done))
     assert local.launch(here(), None, place).folder != failed.folder  # all is finished: begun anew
+
+
+@pytest.mark.alone
+def test_a_stage_that_fails_since_the_disk_is_full(stand_ins, place, monkeypatch):
+    """Its log cannot say so."""
+    saved = submissions.Submission.save
+
+    def save(submission: submissions.Submission) -> None:
+        if submission.record.stages[0].ended:
+            raise StorageError("there is no space left")
+        saved(submission)
+
+    monkeypatch.setattr(submissions.Submission, "save", save)
+    stand_ins["encode"] = "raise SystemExit(1)"
+    with pytest.raises(LatheError, match=r"stage encode ended with exit code 1; .*; there is no space left"):
+        local.launch(here(), None, place)
+    assert states(submissions.find(None))[0].state == "stopped"
 
 
 @pytest.mark.alone

@@ -82,7 +82,9 @@ def test_a_job_has_time_to_save(place, time, seconds):
         return render(train, asked, name="n", folder=place, directory=place)
 
     if seconds < 65535:
-        with pytest.raises(ConfigError, match=f"stage train: slurm.time: {time} is over within signal_seconds"):
+        with pytest.raises(
+            ConfigError, match=f"stage train: slurm.time: {time}, which is {seconds} s, is over within signal_sec"
+        ):
             rendered(seconds)
     assert site(slurm={"time": time}).slurm.time_seconds == seconds
     assert f"--time={time}" in directives(rendered(min(seconds, 65535) - 1))
