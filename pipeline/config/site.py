@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
 from typing import Annotated, Any, Literal
 
@@ -114,7 +113,7 @@ class SlurmConfig(Section):
         days, dash, clock = self.time.rpartition("-")
         parts = [int(part) for part in clock.split(":")]
         units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)  # without days one number is minutes
-        return 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
+        return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 class ContainerConfig(Section):
