@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from pipeline.console import duration
@@ -34,7 +35,7 @@ _OF_SLURM: dict[str, State] = {
     **dict.fromkeys(("SUSPENDED", "SIGNALING", "STOPPED", "RESIZING"), "running"),
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"), "waiting"),
 }
-_MOST_LINES = 6
+_MOST_LINES, _LOOKED_THROUGH = 6, 20
 _FIELD = re.compile(r"(\w[\w/:]*)=(\S*)")
 _TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
@@ -95,13 +96,20 @@ def page(submission: Submission, found: Sequence[StageState]) -> str:
         lines.append(f"{cells.rstrip():<{widths[0] + widths[1] + 4}}  {one.state:<9}  {one.said}".rstrip())
         if one.state in ("failed", "stopped"):
             logs = submission.logs(one.record)
-            endings = dict.fromkeys(tuple(ending(log, 2)) for log in logs.values())
-            lines += [f"    {said}" for said in itertools.chain(*endings)][:_MOST_LINES]  # an error and its remedy
+            endings = dict.fromkeys(tuple(_last_words(log)) for log in logs.values())
+            lines += [f"    {said}" for said in itertools.chain(*endings)][:_MOST_LINES]
             if record.place == "slurm" and not logs:
                 lines.append(f"    it has no log: can its nodes write to {submission.folder}?")
             else:
                 lines.append(f"    lathe launch logs {submission.shown} --stage {one.record.name}")
     return "\n".join(lines)
+
+
+def _last_words(log: Path) -> list[str]:
+    """The last error and its remedy, else two lines: srun has the last word where a task of it has failed."""
+    lines = ending(log, _LOOKED_THROUGH)
+    errors = [place for place, line in enumerate(lines) if line.startswith("error: ")]
+    return lines[errors[-1] :][:2] if errors else lines[-2:]
 
 
 def _of_local(submission: Submission, stage: StageRecord) -> StageState:

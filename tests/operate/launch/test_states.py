@@ -154,8 +154,10 @@ def test_a_submission_elsewhere_is_told_by_its_folder(place):
     submission = written("export.yaml", parent=place / "else where")
     failed = states_module.StageState(submission.stage("export"), "failed", "exit code 1")
     assert page(submission, [failed]).endswith(f"    it has no log: can its nodes write to {submission.folder}?")
-    (submission.folder / "export.log").touch()
+    said = ["error: old", "  do a", "step 3", "error: new", "  do b", "srun: error: node1: task 0: Exited", "not again"]
+    (submission.folder / "export.log").write_text("\n".join(said))
     told = page(submission, [failed])
+    assert told.splitlines()[2:-1] == ["    error: new", "      do b"]
     *words, option, name = shlex.split(told.splitlines()[-1])
     assert words[:-1] == ["lathe", "launch", "logs"]
     assert submissions.find(words[-1]).folder == submission.folder
