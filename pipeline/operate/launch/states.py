@@ -198,7 +198,8 @@ def _notes(job: dict[str, str], found: State) -> list[str]:
     if found == "failed":
         code, _, number = job.get("ExitCode", "").partition(":")
         ended = f"signal {number}" if number not in ("", "0") else f"exit code {code}"
-        return [job.get("JobState", "").lower().replace("_", " "), ended] + ([reason] if reason != "None" else [])
+        said = [job.get("JobState", "").lower().replace("_", " "), ended, reason]
+        return [one for one in said if one not in ("failed", "None", "NonZeroExitCode")]  # which say nothing more
     return [f"took {job['RunTime']}"] if found == "finished" and "RunTime" in job else []
 
 

@@ -103,7 +103,7 @@ def test_what_slurm_has_forgotten_its_accounting_knows(submitted, monkeypatch):
     found = states(submitted)
     assert [one.state for one in found] == ["finished", "failed", "cancelled"]
     assert found[0].said == "8 of 8 finished, took 00:00:09"
-    assert found[1].said == "failed, exit code 3"
+    assert found[1].said == "exit code 3"
 
 
 def test_of_an_array_that_slurm_has_half_forgotten_its_accounting_knows_the_rest(submitted, monkeypatch):
