@@ -143,8 +143,7 @@ def _program(stage: Stage, folder: Path) -> list[str]:
     decides = _STARTING_AGAIN.get(stage.command)
     return [
         "asked=''",
-        "trap 'asked=USR1' USR1",
-        "trap 'asked=TERM' TERM",
+        "trap 'asked=1' USR1 TERM",
         f"set -- {run_file}",
         f"source {shlex.quote(str(runfile.bundled('launchers/slurm_step.sh').resolve()))} || exit 5",
         f'run_step --ntasks=1 "$PYTHON" -m pipeline {stage.command} "$@"',

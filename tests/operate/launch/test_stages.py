@@ -129,7 +129,7 @@ def test_a_checkpoint_and_a_resolution_of_what_is_written_are_read_too(place):
     assert "writes r/latents/64/manifest.json" in problem("encode.yaml", "train.yaml", several).message
 
 
-@pytest.mark.parametrize("value", ["2026-11-31", "0b_", "[" * 2000])
+@pytest.mark.parametrize("value", ["2026-11-31", "0b_", "[" * 500])
 def test_what_is_no_yaml_after_all(place, value):
     with pytest.raises(ConfigError):
         runfile.load_any("export.yaml", [f"output={value}"])
