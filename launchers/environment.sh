@@ -26,6 +26,8 @@ if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
   exit $(($# < 1 ? 2 : 0))
 fi
 
+[[ $(pwd -P 2>/dev/null) == /* ]] || refuse 'the current folder is not there any more' 'go to one that is: cd ~' 5
+
 python=${PYTHON:-python}
 
 [[ ${NPROC:-1} =~ ^[1-9][0-9]{0,3}$ ]] || refuse "NPROC=$NPROC is not a number of ranks" 'set NPROC=2, or leave it out'

@@ -88,6 +88,16 @@ run_step() {
   [[ -z ${passing:-} ]] || kill "$passing" 2>/dev/null || true
 }
 
+# Jobs go on while their controller is away, as where it is updated; it is waited for some 15 to 45 minutes.
+state_of_job() {
+  local left=30
+  until squeue --noheader --jobs="$job" --format='%T %r'; do
+    left=$((left - 1))
+    ((left > 0)) || return 1
+    sleep 30
+  done
+}
+
 end_job() {
   local record=$PWD/lathe-$job.attempts.json
   if ((code == 0)); then
@@ -102,7 +112,10 @@ end_job() {
   "${decide[@]}" || verdict=$?
   ((verdict == 75)) || exit "$code"
   # Cancelled by its user it is COMPLETING, and stays cancelled. So it is when its time has run out meanwhile.
-  state=$(squeue --noheader --jobs="$job" --format='%T %r') || state="unknown: squeue failed"
+  if ! state=$(state_of_job); then
+    printf 'error: SLURM has not told the state of job %s, which is not requeued\n  start it again by hand\n' "$job" >&2
+    exit "$code"
+  fi
   if [[ $state != 'RUNNING '* && $state != *' TimeLimit' ]]; then
     printf 'not requeued: SLURM is ending this job itself (%s)\n' "$state" >&2
     exit "$code"

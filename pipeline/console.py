@@ -62,8 +62,17 @@ def output() -> Iterator[None]:
         raise SetupError(f"standard output takes nothing: {error.strerror}", remedy) from error
 
 
+def flush() -> None:
+    """Before a process leaves at once: what was printed, as far as it is taken. An exit code says more than that."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
 def forget_output() -> None:
     """What waits to be written, and all that will be, goes nowhere: at the end nothing complains about it again."""
+    if sys.stdout is None:
+        return
     with suppress(OSError, ValueError):  # it has no descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -246,3 +246,12 @@ def test_nobody_to_tell_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, st
 )
 def test_addresses_are_shown_without_logins(text: str, shown: str) -> None:
     assert without_logins(text) == shown
+
+
+def test_a_closed_or_full_output_changes_no_exit_code(monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        full.write("lost")
+        for stream in (full, None):
+            monkeypatch.setattr("sys.stdout", stream)
+            console.flush()
+            console.forget_output()

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from pipeline import __version__
 from pipeline.cli import bench, data, doctor, launching, looking, runs, training
-from pipeline.console import printable, say, tell, without_logins
+from pipeline.console import flush, printable, say, tell, without_logins
 from pipeline.errors import LatheError
 from pipeline.stopping import SAID, Stopped
 
@@ -99,7 +99,6 @@ def main() -> None:
             if error.remedy:
                 print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201
         if error.leaves_at_once:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)

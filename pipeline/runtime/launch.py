@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.console import flush
 from pipeline.errors import LatheError
 from pipeline.runtime import kernel_kills, node, requeue
 from pipeline.stopping import not_ignored
@@ -216,6 +217,5 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(code)  # an ordinary end would be aborted by an agent that still waits for other nodes

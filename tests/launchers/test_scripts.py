@@ -49,6 +49,15 @@ def launch(
     )
 
 
+def test_the_folder_that_it_is_started_in_is_gone(tmp_path):
+    (tmp_path / "gone").mkdir()
+    start = 'cd "$1" && rmdir "$1" && exec bash "$2" run.yaml'
+    words = ["bash", "-c", start, "bash", str(tmp_path / "gone"), str(ROOT / "launchers/local.sh")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert "\nerror: the current folder is not there any more\n" in done.stderr
+
+
 @pytest.mark.parametrize("ranks", ["0", "-1", "x", "1.5", " ", "99999999999999999999"])
 def test_a_number_of_ranks_that_is_none(tmp_path, config, ranks):
     done = launch(tmp_path, str(config), NPROC=ranks)

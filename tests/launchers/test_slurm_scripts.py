@@ -196,8 +196,17 @@ def test_slurm_that_does_not_answer(cluster):
     cluster.stand_in("srun", "exit 137")
     cluster.stand_in("scontrol", "if [[ $1 == show ]]; then echo gpu3; else exit 1; fi")
     assert "error: SLURM did not requeue job 70\n" in cluster.run(TRAIN, "run.yaml", code=137)
+    cluster.stand_in("sleep", "exit 0")
     cluster.stand_in("squeue", "exit 1")
-    assert "not requeued: SLURM is ending this job itself (unknown" in cluster.run(TRAIN, "run.yaml", code=137)
+    assert "error: SLURM has not told the state of job 70" in cluster.run(TRAIN, "run.yaml", code=137)
+
+
+def test_a_controller_that_is_away_as_a_start_ends_is_waited_for(cluster):
+    cluster.stand_in("srun", "exit 137")
+    cluster.stand_in("sleep", "exit 0")
+    cluster.stand_in("squeue", 'echo >> "$PWD/asked"; (($(wc -l < "$PWD/asked") > 2)) && echo RUNNING None')
+    cluster.run(TRAIN, "run.yaml", code=75)
+    assert cluster.requeued() == ["<requeue> <70>"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

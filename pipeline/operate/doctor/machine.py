@@ -65,6 +65,12 @@ def temporary() -> str | Doubt:
         (folder / "probe").write_bytes(b"probe")
         free = shutil.disk_usage(folder).free
         where = folder.parent
+    asked = os.environ.get("TMPDIR")
+    if asked and where != Path(os.path.abspath(asked)):  # noqa: PTH100  as tempfile writes it, links and all
+        return Doubt(
+            f"TMPDIR={asked} cannot be written; {where} is used, {in_units(free)} free",
+            "name a folder that is there, can be written and has room; or leave TMPDIR out",
+        )
     if free < _TEMPORARY_BYTES:
         return Doubt(f"{where}: {in_units(free)} free", "set TMPDIR to a folder with more room")
     return f"{where}, {in_units(free)} free"

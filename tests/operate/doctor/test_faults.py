@@ -267,6 +267,15 @@ class TestTheMachine:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
         failed(training(), "temporary-folder", "temporary files cannot be written", "set TMPDIR")
 
+    def test_another_folder_than_tmpdir_is_used(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+        found = machine.temporary()
+        assert isinstance(found, Doubt)
+        assert found.said.startswith(f"TMPDIR={tmp_path / 'gone'} cannot be written; {tmp_path} is used")
+        monkeypatch.setenv("TMPDIR", f"{tmp_path}/")
+        assert isinstance(machine.temporary(), str)
+
     def test_little_shared_memory(self, tmp_path):
         found = machine.shared_memory(8, on_gpu=True, folder=tmp_path / "none")
         assert isinstance(found, Doubt)
