@@ -16,17 +16,20 @@ if [[ $# -gt 0 && $1 != -h && $1 != --help ]]; then
     printf 'error: HOSTFILE=%s is no file that can be read\n  a line for each machine: NAME slots=RANKS\n' "${HOSTFILE:-}" >&2
     exit 2
   fi
-  mapfile -t hosts < <(sed -E '/^[[:space:]]*(#|$)/d; s/^[[:space:]]*([^[:space:]]+).*/\1/' "$HOSTFILE")
-  if ((${#hosts[@]} == 0)); then
+  mapfile -t machines < <(grep -vE '^[[:space:]]*(#|$)' "$HOSTFILE")
+  if ((${#machines[@]} == 0)); then
     printf 'error: HOSTFILE=%s names no machine\n  a line for each machine: NAME slots=RANKS\n' "$HOSTFILE" >&2
     exit 2
   fi
   by_runner=0
-  if ((${#hosts[@]} > 1)) && [[ -z ${NODE_RANK:-} ]]; then
+  if ((${#machines[@]} > 1)) && [[ -z ${NODE_RANK:-} ]]; then
     by_runner=1
   fi
-  NODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]:-}} MASTER_PORT=${MASTER_PORT:-29500}
-  NPROC=$(sed -nE '/^[[:space:]]*#/d; /slots=[0-9]/{s/.*slots=([0-9]+).*/\1/p; q}' "$HOSTFILE")
+  read -r first _ <<<"${machines[0]}"
+  NODES=${#machines[@]} MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT=${MASTER_PORT:-29500} NPROC=''
+  if [[ ${NODE_RANK:-0} =~ ^[0-9]{1,5}$ && ${machines[10#${NODE_RANK:-0}]:-} =~ slots=([0-9]+) ]]; then
+    NPROC=${BASH_REMATCH[1]}
+  fi
 fi
 # shellcheck source=launchers/environment.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/environment.sh"

@@ -14,18 +14,16 @@
 #
 # USR1 and TERM, sent to this script, stop the worker at once; then the task is requeued: see docs/operations.md.
 asked=''
-trap 'asked=USR1' USR1
-trap 'asked=TERM' TERM
+trap 'asked=1' USR1 TERM
 set -euo pipefail
 
 # SLURM runs a copy of this script, which has nothing beside it.
 step=$(dirname "${BASH_SOURCE[0]}")/slurm_step.sh
-if [[ ! -e $step ]]; then
-  step=$("${PYTHON:-python}" -c 'from pipeline.runfile import bundled; print(bundled("launchers/slurm_step.sh"))') || {
-    printf 'error: %s has no Lathe\n  set PYTHON to the interpreter that has it\n' "${PYTHON:-python}" >&2
-    exit 5
-  }
-fi
+find='from pipeline.runfile import bundled; print(bundled("launchers/slurm_step.sh"))'
+[[ -e $step ]] || step=$("${PYTHON:-python}" -c "$find") || {
+  printf 'error: %s has no Lathe\n  set PYTHON to the interpreter that has it\n' "${PYTHON:-python}" >&2
+  exit 5
+}
 # shellcheck source=launchers/slurm_step.sh
 source "$step"
 

@@ -3,7 +3,7 @@
 #
 #   run_step OPTION ... COMMAND ...      srun; sets `code`, the step's exit code
 #   end_job MODULE ARGUMENT ...          ends the script: with `code`, or with 75 where the job was requeued
-# `asked` is the signal that was heard before this was read.
+# `asked` is set once a signal was heard, also before this was read.
 # shellcheck disable=SC2154
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
@@ -15,18 +15,33 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   exit 2
 fi
 
-signals=0 step='' code=0 options=()
+signals=0 running='' helpers=() passing='' code=0 options=()
 pass_on() {
-  asked=$1
+  asked=1
   signals=$((signals + 1))
-  if [[ -n $step && -z ${passing:-} ]]; then
+  if [[ -n $running && -z $passing ]]; then
     # srun drops a signal that comes before its tasks run; these take the first one, and leave the others
-    while kill -USR1 "$step"; do sleep 10; done &>/dev/null &
-    passing=$!
+    while kill -USR1 "$running"; do sleep 10; done &>/dev/null &
+    passing=1 helpers+=("$!")
   fi
 }
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+# Once its time is over SLURM kills this script with all that is left, `KillWait` (30 s by default) after TERM.
+leave_in_time() {
+  sleep 15 &>/dev/null
+  if [[ $(squeue --noheader --jobs="$job" --format=%r) == TimeLimit ]]; then
+    printf 'its time is over: what goes on still is not waited for\n' >&2
+    kill -KILL "$running"
+  fi
+}
+terminate() {
+  pass_on
+  if [[ -n $running ]]; then
+    leave_in_time &
+    helpers+=("$!")
+  fi
+}
+trap pass_on USR1
+trap terminate TERM
 
 while read -r option; do
   [[ -z $option ]] || options+=("$option")
@@ -53,17 +68,21 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 
-# srun hears of a task's end by one message, and waits for ever where a link was away just then. The controller knows.
+# srun hears of a task's end on another node by one message, and waits for ever where a link was away just then. The
+# controller knows: it lists the steps that go on, the script's own among them.
 watch_step() {
-  local there seen=''
+  local known seen=''
   while sleep 60 &>/dev/null; do
-    there=$(squeue --noheader --steps="$SLURM_JOB_ID.0" --format=%i 2>/dev/null) || continue
-    [[ -z $there && -n $seen ]] && break
-    [[ -z $there ]] || seen=yes
+    known=$(scontrol --oneliner show step "$job" 2>/dev/null) || continue
+    if [[ $known =~ StepId=[0-9_]+\.[0-9] ]]; then
+      seen=1
+    elif [[ -n $seen && $known == *StepId=* ]]; then
+      break
+    fi
   done
   sleep 30 &>/dev/null # with what it may still hear
   printf 'all tasks of srun have ended, and it has not heard of it: it is killed\n' >&2
-  kill -KILL "$step"
+  kill -KILL "$running"
 }
 
 run_step() {
@@ -71,21 +90,23 @@ run_step() {
     code=138
     return
   fi
-  srun --kill-on-bad-exit=0 --wait=0 "${options[@]}" "$@" &
-  step=$!
-  watch_step &
-  local watching=$!
-  [[ -z $asked ]] || pass_on "$asked"
+  # A node whose ranks hang is killed 20 minutes after the first one has ended: longer than nodes wait for each other.
+  srun --kill-on-bad-exit=0 --wait=1200 "${options[@]}" "$@" &
+  running=$!
+  if ((${SLURM_JOB_NUM_NODES:-1} > 1)); then
+    watch_step &
+    helpers+=("$!")
+  fi
+  [[ -z $asked ]] || pass_on
   local heard='' now
   while [[ $heard != "$signals" ]]; do # a trap ends `wait`, not the step
     heard=$signals
     now=0
-    wait "$step" || now=$?
+    wait "$running" || now=$?
     ((now == 127 && heard > 0)) || code=$now # 127: it had been waited for
   done
-  step=''
-  kill "$watching" 2>/dev/null || true
-  [[ -z ${passing:-} ]] || kill "$passing" 2>/dev/null || true
+  running=''
+  ((${#helpers[@]} == 0)) || kill "${helpers[@]}" 2>/dev/null || true
 }
 
 # Jobs go on while their controller is away, as where it is updated; it is waited for some 15 to 45 minutes.
@@ -108,9 +129,11 @@ end_job() {
   if ((${#options[@]})); then # such as a container
     decide=(srun --nodes=1 --ntasks=1 --overlap "${options[@]}" "${decide[@]}")
   fi
+  trap '' USR1 TERM # there is nothing left to stop, and SLURM sends TERM to all that a start has left
   local verdict=0 state
   "${decide[@]}" || verdict=$?
-  ((verdict == 75)) || exit "$code"
+  # 75: at once; 76 to 80: the later, the more failures in a row have not brought it on
+  ((verdict >= 75 && verdict <= 80)) || exit "$code"
   # Cancelled by its user it is COMPLETING, and stays cancelled. So it is when its time has run out meanwhile.
   if ! state=$(state_of_job); then
     printf 'error: SLURM has not told the state of job %s, which is not requeued\n  start it again by hand\n' "$job" >&2
@@ -123,6 +146,12 @@ end_job() {
   if ! scontrol requeue "$job"; then
     printf 'error: SLURM did not requeue job %s\n  submit it with --requeue, or start it again by hand\n' "$job" >&2
     exit "$code"
+  fi
+  if ((verdict > 75)); then
+    local minutes=$((5 << (verdict - 76)))
+    if scontrol update JobId="$job" StartTime="now+${minutes}minutes"; then
+      printf 'not before %s minutes from now\n' "$minutes" >&2
+    fi
   fi
   exit 75
 }

@@ -19,18 +19,16 @@
 #
 # USR1 and TERM, sent to this script, ask the ranks to save and leave; then the job is requeued.
 asked=''
-trap 'asked=USR1' USR1
-trap 'asked=TERM' TERM
+trap 'asked=1' USR1 TERM
 set -euo pipefail
 
 # SLURM runs a copy of this script, which has nothing beside it.
 step=$(dirname "${BASH_SOURCE[0]}")/slurm_step.sh
-if [[ ! -e $step ]]; then
-  step=$("${PYTHON:-python}" -c 'from pipeline.runfile import bundled; print(bundled("launchers/slurm_step.sh"))') || {
-    printf 'error: %s has no Lathe\n  set PYTHON to the interpreter that has it\n' "${PYTHON:-python}" >&2
-    exit 5
-  }
-fi
+find='from pipeline.runfile import bundled; print(bundled("launchers/slurm_step.sh"))'
+[[ -e $step ]] || step=$("${PYTHON:-python}" -c "$find") || {
+  printf 'error: %s has no Lathe\n  set PYTHON to the interpreter that has it\n' "${PYTHON:-python}" >&2
+  exit 5
+}
 LATHE_LAUNCHERS=$(cd "$(dirname "$step")" && pwd)
 export LATHE_LAUNCHERS
 # shellcheck source=launchers/slurm_step.sh

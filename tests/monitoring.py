@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -17,13 +16,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import yaml
+from daemons import HOST, free_port, stop
 
 from infra.system_packages import program
 from pipeline.tether import start_tethered
 
 INFRA = Path(__file__).parents[1] / "infra"
 RULES = INFRA / "prometheus" / "rules"
-HOST = "127.0.0.1"
 T = TypeVar("T")
 
 
@@ -60,9 +59,7 @@ class Daemon:
 
     def __init__(self, name: str, folder: Path, options: Sequence[str], ready: str = "/-/ready") -> None:
         self._name, self._folder, self._options, self._ready = name, folder, options, ready
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            self.address = f"{HOST}:{probe.getsockname()[1]}"
+        self.address = f"{HOST}:{free_port()}"
         self.url = f"http://{self.address}"
 
     def __enter__(self) -> Self:
@@ -82,12 +79,7 @@ class Daemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._child.terminate()
-        try:
-            self._child.wait(10)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        stop(self._child)
         self._log.close()
 
     def _is_up(self) -> bool:

@@ -13,65 +13,24 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
+from daemons import HOST, free_ports, stop
 from hosts import Host
 from monitoring import wait_until
 
 from infra.system_packages import FOLDER, LIBRARIES, program
 from pipeline.tether import start_tethered
 
-HOST = "127.0.0.1"
-CONFIGURATION = """
-ClusterName=tests
-SlurmctldHost={machine}({host})
-SlurmUser={user}
-SlurmdUser={user}
-SlurmctldPort={port}
-CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
-CredType=cred/munge
-{plugins}
-PlugStackConfig={folder}/plugstack.conf
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/%n.log
-SlurmctldDebug=info
-SlurmdDebug=info
-FirstJobId={first_job}
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,batch_sched_delay=0,sched_interval=1
-MinJobAge=3600
-ReturnToService=2
-InactiveLimit=0
-KillWait={kill_wait}
-MessageTimeout=30
-SlurmdTimeout={node_timeout}
-JobRequeue=1
-PropagateResourceLimits=NONE
-{nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
-"""
+CONFIGURATION = Path(__file__).with_suffix(".conf")
 GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
@@ -127,7 +86,8 @@ class Slurm:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in [*self.nodes, "slurmctld", "munged"]:
-            self._stop(name)
+            if daemon := self._daemons.pop(name, None):
+                stop(daemon)
         self._kill_jobs()
 
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **environment: str) -> int:
@@ -169,6 +129,19 @@ class Slurm:
 
         wait_until(is_running, seconds, f"start {restarts} of job {job}")
 
+    def end_pause(self, job: int | str, restarts: int, seconds: float = 120) -> float:
+        """Let a job begin that waits before it is started again; returns the minutes that it had yet to wait."""
+
+        def waits() -> bool:
+            known = self.job(job)
+            assert known["JobState"] not in GONE, known
+            return (known["JobState"], known["Restarts"]) == ("PENDING", str(restarts))
+
+        wait_until(waits, seconds, f"job {job} to wait before start {restarts}")
+        eligible = datetime.fromisoformat(self.job(job)["EligibleTime"])
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")  # a credential of the same second is revoked
+        return (eligible - datetime.now()).total_seconds() / 60  # both are of this machine
+
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""
         stepd = program("slurmstepd")
@@ -205,13 +178,13 @@ class Slurm:
         (self.folder / "state").mkdir()
         (self.folder / "plugstack.conf").touch()
         (machine, address), *places = (self._place(name) for name in ("slurmctld", *self.nodes))
-        port, *ports = _free_ports(1 + len(self.nodes))
+        port, *ports = free_ports(1 + len(self.nodes))
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr={at} Port={own} CPUs={self._cpus} State=UNKNOWN"
             for node, (host, at), own in zip(self.nodes, places, ports, strict=True)
         )
         (self.folder / "slurm.conf").write_text(
-            CONFIGURATION.format(
+            CONFIGURATION.read_text().format(
                 machine=machine,
                 host=address,
                 user=getpass.getuser(),
@@ -256,17 +229,6 @@ class Slurm:
         host = self._hosts.get(name)
         return (host.name, host.address) if host else (socket.gethostname().split(".")[0], HOST)
 
-    def _stop(self, name: str) -> None:
-        daemon = self._daemons.pop(name, None)
-        if daemon is None:
-            return
-        daemon.send_signal(signal.SIGTERM)
-        try:
-            daemon.wait(10)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
-
     def _kill_jobs(self, node: str = "") -> None:
         """Kill what outlives the daemons, and tells nobody: first what watches over steps, then these."""
         steps = self.processes(node)
@@ -298,14 +260,3 @@ def _watcher(process: psutil.Process) -> psutil.Process | None:
         if parent is not None and parent.name().startswith("slurmstepd"):
             return parent
     return None
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

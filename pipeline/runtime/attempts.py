@@ -18,7 +18,9 @@ from pipeline.errors import ConfigError, DataError, LatheError, SetupError, Stor
 from pipeline.storage import open_store
 
 START_AGAIN = 75
-"""What `main` returns where the job is to be started again: `EX_TEMPFAIL` of sysexits.h."""
+"""What `main` returns where the job is to be started again at once: `EX_TEMPFAIL` of sysexits.h."""
+LONGEST_PAUSE = 5
+"""`main` returns up to so much more where a pause is to come before: what is away may be back after it."""
 RETRIES = 3
 _THERE_AT_THE_NEXT_START = {
     ConfigError.exit_code: "the run file",
@@ -61,11 +63,19 @@ class End:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to start again, why, and what to remember of it."""
+    """Whether to start again, why, and what to remember of it.
+
+    Args:
+        again: whether.
+        why: in words.
+        record: for the next decision.
+        pause: before that start: 0 = none, and from 1 to `LONGEST_PAUSE` each one longer than the one before.
+    """
 
     again: bool
     why: str
     record: Record
+    pause: int = 0
 
 
 def decide(end: End, before: Record, retries: int = RETRIES) -> Decision:
@@ -88,9 +98,8 @@ def decide(end: End, before: Record, retries: int = RETRIES) -> Decision:
     if record.fruitless > retries:
         said = f"exit code {end.code}, and {record.fruitless} starts in a row have not brought it on"
         return Decision(False, said, record)
-    return Decision(
-        True, f"exit code {end.code}, no progress: start {record.fruitless} of {retries} after that", record
-    )
+    said = f"exit code {end.code}, no progress: start {record.fruitless} of {retries} after that"
+    return Decision(True, said, record, min(record.fruitless, LONGEST_PAUSE))
 
 
 class Notes:
@@ -149,7 +158,7 @@ def main(arguments: Sequence[str], outcome: Outcome) -> int:
     """Decide, say why, and remember it; see `_parse` for the arguments.
 
     Returns:
-        `START_AGAIN`, or else the exit code that the start had.
+        `START_AGAIN` and the pause before it, or else the exit code that the start had.
     """
     given = _parse(arguments)
     try:
@@ -164,11 +173,14 @@ def main(arguments: Sequence[str], outcome: Outcome) -> int:
         tell(f"not started again, since that cannot be decided: {printable(without_logins(str(error)))}")
         return int(given.code)
     tell(f"{'starting again' if decision.again else 'not started again'}: {decision.why}")
-    return START_AGAIN if decision.again else int(given.code)
+    return START_AGAIN + decision.pause if decision.again else int(given.code)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=f"Whether a job starts again. Exit code {START_AGAIN}: at once; {START_AGAIN + 1} to "
+        f"{START_AGAIN + LONGEST_PAUSE}: after a pause, the longer the higher the code; any other: not, and it is --code."
+    )
     parser.add_argument("--code", type=int, required=True, help="exit code of the start that has ended")
     parser.add_argument("--job", required=True, help="the scheduler's name of the job, the same for all of its starts")
     parser.add_argument("--record", type=Path, required=True, help="a file of the job's, seen by all of its starts")

@@ -131,6 +131,8 @@ def test_an_array_of_eight_with_two_killed_tasks_makes_the_bytes_of_one_worker(
 def test_a_task_that_is_killed_at_each_start_is_given_up(slurm: Slurm, place: Path, tmp_path: Path) -> None:
     array = Array(slurm, settings(place, str(tmp_path / "array")), tmp_path, 1)
     for start in range(4):
+        if start:
+            assert slurm.end_pause(f"{array.number}_0", start) > 5 * 2 ** (start - 1) - 1
         slurm.wait_for_start(f"{array.number}_0", start)
         array.worker(0).kill()
     found = slurm.wait_for(f"{array.number}_0")

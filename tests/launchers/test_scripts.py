@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cores import available_cores
+
 pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +158,7 @@ def test_what_a_shell_would_take_for_its_own_arrives(tmp_path, config, script):
 @pytest.fixture
 def hostfile(tmp_path) -> str:
     file = tmp_path / "hosts"
-    file.write_text("# ours\n\nnode0 slots=4 # the first\n  node1\tslots=4\n")
+    file.write_text("# ours\n\nnode0 slots=4 # the first\n  node1\tslots=1\n")
     return str(file)
 
 
@@ -170,6 +172,7 @@ def test_a_hostfile_that_is_none(tmp_path, config):
 def test_one_machine_of_a_hostfile(tmp_path, config, hostfile):
     done = launch(tmp_path, str(config), "steps=5", script="deepspeed", HOSTFILE=hostfile, NODE_RANK="1")
     assert "NODES=2 NODE_RANK=1 -m pipeline.runtime.launch deepspeed" in done.stdout, done.stderr
+    assert f"OMP_NUM_THREADS={available_cores()} " in done.stdout  # it has one rank
     assert done.stdout.rstrip().endswith(f" deepspeed {hostfile} pipeline train {config} steps=5")
     done = launch(tmp_path, str(config), script="deepspeed", HOSTFILE=hostfile, NODE_RANK="2")
     assert done.stderr.startswith("error: NODE_RANK=2, but machines are counted from 0 to NODES - 1 = 1")

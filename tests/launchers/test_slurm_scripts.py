@@ -141,7 +141,7 @@ def test_options_of_srun(cluster):
     cluster.stand_in("srun", 'case "$*" in *attempts*) exit 75 ;; *) exit 1 ;; esac')
     cluster.run(ENCODE, "run.yaml", code=75, LATHE_SRUN_OPTIONS="\n--container-image=a b\n\n--label\n")
     step, decision = cluster.calls("srun")
-    assert step.startswith("<--kill-on-bad-exit=0> <--wait=0> <--container-image=a b> <--label> <--ntasks=1> ")
+    assert step.startswith("<--kill-on-bad-exit=0> <--wait=1200> <--container-image=a b> <--label> <--ntasks=1> ")
     assert decision.startswith("<--nodes=1> <--ntasks=1> <--overlap> <--container-image=a b> <--label> ")
     assert "<pipeline.encode.attempts> <--code> <1> <--job> <70> <--retries> <3>" in decision
 
@@ -161,6 +161,53 @@ def test_what_may_start_again_is_requeued(cluster, state):
     cluster.stand_in("squeue", f"echo {state}")
     cluster.run(TRAIN, "run.yaml", code=75)
     assert cluster.requeued() == ["<requeue> <70>"]
+
+
+@pytest.mark.parametrize(("verdict", "minutes"), [(76, 5), (77, 10), (80, 80)])
+def test_the_more_starts_in_a_row_have_failed_the_later_is_the_next_one(cluster, verdict, minutes):
+    cluster.stand_in("srun", "exit 137")
+    cluster.stand_in("python", PYTHON.format(verdict=verdict, python=sys.executable))
+    assert f"not before {minutes} minutes from now\n" in cluster.run(TRAIN, "run.yaml", code=75)
+    assert cluster.calls("scontrol")[-2:] == ["<requeue> <70>", f"<update> <JobId=70> <StartTime=now+{minutes}minutes>"]
+    cluster.stand_in("scontrol", "case $1 in show) echo gpu3 ;; update) exit 1 ;; esac")
+    assert "not before" not in cluster.run(TRAIN, "run.yaml", code=75)  # at once is better than not
+
+
+def test_what_slurm_sends_to_all_that_is_left_does_not_end_the_decision(cluster):
+    cluster.stand_in("srun", "exit 137")
+    cluster.stand_in("python", f'case "$*" in *attempts*) kill -TERM $$; exit 75 ;; *) exec {sys.executable} "$@" ;; esac')
+    cluster.stand_in("squeue", "echo COMPLETING TimeLimit")
+    cluster.run(TRAIN, "run.yaml", code=75)
+    assert cluster.requeued()
+
+
+STEPS = """
+echo >> "$0.asked"
+case "$* $(wc -l < "$0.asked")" in
+  *" step 70 1") echo "StepId=70.batch State=RUNNING" ;; # the tasks have not begun yet
+  *" step 70 3") echo "Unable to contact slurm controller" >&2; exit 1 ;;
+  *" step 70 "[245]) printf 'StepId=70.batch State=RUNNING\\nStepId=70.1 State=RUNNING\\n' ;;
+  *" step 70 "*) echo "StepId=70.batch State=RUNNING" ;;
+  *) rm "$0.asked"; echo gpu3 ;;
+esac
+"""
+
+
+def test_an_srun_that_does_not_hear_of_the_end_of_its_tasks_is_killed(cluster):
+    cluster.stand_in("sleep", "exec /bin/sleep 0.05")
+    cluster.stand_in("scontrol", STEPS)
+    cluster.stand_in("srun", "exec /bin/sleep 50")
+    said = cluster.run(TRAIN, "run.yaml", code=75)
+    assert "all tasks of srun have ended, and it has not heard of it: it is killed\n" in said
+    assert len([call for call in cluster.calls("scontrol") if "<step>" in call]) == 6
+    assert "<--code> <137>" in next(call for call in cluster.calls("python") if "attempts" in call)
+
+
+def test_on_one_node_srun_hears_of_everything(cluster):
+    cluster.stand_in("sleep", "exec /bin/sleep 0.05")
+    cluster.stand_in("srun", "/bin/sleep 0.5")
+    cluster.run(ENCODE, "run.yaml", SLURM_JOB_NUM_NODES="1")
+    assert not cluster.calls("scontrol")
 
 
 def test_of_an_array_one_task_is_requeued(cluster):
@@ -267,6 +314,21 @@ def test_a_signal_that_ends_python_before_the_launcher_is_known_is_no_fault_of_t
         cluster.stand_in("python", f'case "$*" in *attempts*) exit {code} ;; *) {ends} ;; esac')
         cluster.run(TRAIN, "run.yaml", code=code)
         assert f"<--code> <{code}>" in cluster.calls("python")[-1]
+
+
+def test_ranks_that_do_not_end_when_their_time_is_over_are_not_waited_for(cluster):
+    """SLURM would kill the script with them, and nobody asked for another start."""
+    cluster.stand_in("sleep", "exec /bin/sleep 0.2")
+    cluster.stand_in("squeue", "echo COMPLETING TimeLimit")
+    cluster.stand_in("srun", "trap '' USR1; echo begun; exec /bin/sleep 50")
+    job = cluster.start(TRAIN, "run.yaml")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "begun\n"
+    job.send_signal(signal.SIGTERM)
+    assert "its time is over: " in job.communicate(timeout=40)[0]
+    assert job.returncode == 75
+    assert cluster.requeued()
+    assert "<--code> <137>" in next(call for call in cluster.calls("python") if "attempts" in call)
 
 
 def test_a_worker_that_was_asked_to_stop_may_always_start_again(cluster):

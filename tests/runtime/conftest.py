@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import rank_scripts
+from rank_scripts import TWO
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-LAUNCH = [
-    "-m",
-    "pipeline.runtime.launch",
-    "accelerate",
-    "--use_deepspeed",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-TIMEOUT = 1500  # seconds; the matrix takes five minutes of two cores
-
-
-def run(*arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+run = partial(rank_scripts.run, timeout=1500)  # seconds; the matrix takes five minutes of two cores
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     """Where ranks leave what they found; one rank and a pair have run."""
     folder = tmp_path_factory.mktemp("ranks")
     run(str(SCRIPT), str(folder), "first")
-    (folder / "output.txt").write_text(run(*LAUNCH, str(SCRIPT), str(folder), "write"))
+    (folder / "output.txt").write_text(run(*TWO, str(SCRIPT), str(folder), "write"))
     return folder
 
 
@@ -75,6 +53,6 @@ def cost(tmp_path_factory) -> dict[str, float]:
 def matrix(folder) -> dict[str, dict]:
     """Every engine at one and at two ranks, from every engine at one and at two."""
     run(str(SCRIPT), str(folder), "matrix")
-    run(*LAUNCH, str(SCRIPT), str(folder), "matrix")
+    run(*TWO, str(SCRIPT), str(folder), "matrix")
     found = [json.loads((folder / f"matrix-{size}-0.json").read_text())["elastic"] for size in (1, 2)]
     return found[0] | found[1]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.runtime.attempts import START_AGAIN, End, Notes, Record, decide, main
+from pipeline.runtime.attempts import LONGEST_PAUSE, START_AGAIN, End, Notes, Record, decide, main
 from pipeline.storage import open_store
 
 ends = st.builds(
@@ -33,12 +33,12 @@ def test_what_is_finished_or_has_to_be_mended_does_not_start_again(code, asked):
 
 @pytest.mark.parametrize("code", [1, 3, 137])
 def test_failures_are_tried_again_so_many_times_in_a_row(code):
-    record, agains = Record(), []
+    record, decisions = Record(), []
     for _ in range(5):
-        decision = decide(ended(code), record, retries=3)
-        record = decision.record
-        agains.append(decision.again)
-    assert agains == [True, True, True, False, False]
+        decisions.append(decide(ended(code), record, retries=3))
+        record = decisions[-1].record
+    assert [decision.again for decision in decisions] == [True, True, True, False, False]
+    assert [decision.pause for decision in decisions[:3]] == [1, 2, 3]
     assert decide(ended(code, 12), record).again
     assert decide(ended(code, 12), record).record == Record("7", 12, 0)
 
@@ -71,7 +71,7 @@ def test_while_storage_does_not_tell_nothing_counts_as_progress():
     assert decision.record == Record("7", 5, fruitless=3)
 
 
-@given(st.lists(ends, max_size=40), st.integers(0, 4))
+@given(st.lists(ends, max_size=40), st.integers(0, 9))
 def test_starts_that_lead_nowhere_are_bounded(history: list[End], retries: int):
     record, fruitless = Record(), 0
     for end in history:
@@ -80,6 +80,8 @@ def test_starts_that_lead_nowhere_are_bounded(history: list[End], retries: int):
         came_on = end.progress is not None and end.progress > before.progress
         fruitless = 0 if came_on else fruitless + (not end.asked)
         assert decision.again == (end.asked or fruitless <= retries)
+        assert decision.pause <= LONGEST_PAUSE
+        assert (decision.pause > 0) == (decision.again and not end.asked and not came_on)
         assert record.progress == max(before.progress, -1 if end.progress is None else end.progress)
         assert record.fruitless == fruitless
 
@@ -94,7 +96,7 @@ def call(tmp_path: Path, code: int, progress: int | None = -1, *flags: str, aske
 
 
 def test_the_exit_code_says_whether_and_is_remembered(tmp_path, capsys):
-    assert [call(tmp_path, 1, 3) for _ in range(3)] == [START_AGAIN] * 3
+    assert [call(tmp_path, 1, 3) for _ in range(3)] == [START_AGAIN, START_AGAIN + 1, START_AGAIN + 2]
     assert [call(tmp_path, 1, 3, "--retries", "1") for _ in range(2)] == [1, 1]
     assert call(tmp_path, 138, 3, asked=True) == START_AGAIN
     assert call(tmp_path, 138, 3, "--asked") == START_AGAIN

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from daemons import free_port
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.runtime import launch, node
@@ -220,9 +221,7 @@ def test_a_rank_that_python_ends_by_ctrl_c_asks_for_another_start_or_says_why_it
 
 def one_of_two(tmp_path: Path, conf: str) -> tuple[subprocess.Popen[str], int]:
     """The launcher of machine 0 of two, the other of which does not come; and the port it waits at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     place = {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     options = f"torchrun --nnodes 2 --rdzv-conf {conf} --master-addr 127.0.0.1 --master-port {port}"
     return start(options, tmp_path / "rank.py", LATHE_REQUEUE_FILE=str(tmp_path / "requeue.json"), **place), port
@@ -263,9 +262,7 @@ print(node.run("torchrun", sys.argv[1:]))
 def test_a_launcher_whose_ranks_have_finished_does_not_wait_long_for_a_lost_machine(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text("import os, time\ntime.sleep(60 * int(os.environ['RANK']))\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = f"--nnodes 2 --master-addr 127.0.0.1 --master-port {port} --node-rank"
     other = start(f"torchrun {options} 1", script)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from daemons import free_port
 from training_run import ROOT, STEPS, Run, finish
 
 pytestmark = pytest.mark.ranks
@@ -39,7 +39,7 @@ def test_deepspeeds_launcher_is_stopped_and_goes_on_as_any_other(tmp_path, laten
     hostfile = tmp_path / "host file"
     hostfile.write_text("# one machine\nlocalhost slots=2\n")
     script = ["bash", str(ROOT / "launchers/deepspeed.sh"), str(run.file)]
-    launcher = start(run, *script, HOSTFILE=str(hostfile), MASTER_PORT=free_port())
+    launcher = start(run, *script, HOSTFILE=str(hostfile), MASTER_PORT=str(free_port()))
     try:
         run.wait_for_step(3, launcher)
         launcher.send_signal(signal.SIGUSR1)
@@ -47,7 +47,7 @@ def test_deepspeeds_launcher_is_stopped_and_goes_on_as_any_other(tmp_path, laten
         assert json.loads(requeue_file(run).read_text())["signal"] == "SIGUSR1"
         launcher = start(run, *script, "optimizer.learning_rate=-1", HOSTFILE=str(hostfile))
         assert finish(launcher, 2).count("error: ") == 1
-        launcher = start(run, *script, HOSTFILE=str(hostfile), MASTER_PORT=free_port())
+        launcher = start(run, *script, HOSTFILE=str(hostfile), MASTER_PORT=str(free_port()))
         finish(launcher)
     finally:
         launcher.kill()
@@ -61,9 +61,3 @@ def test_accelerate_with_our_file_and_nothing_else(tmp_path, latents, undisturbe
     words = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launchers/accelerate/cpu.yaml")]
     finish(start(run, sys.executable, *words, "-m", "pipeline", "train", str(run.file), "steps=2"))
     assert run.losses() == undisturbed.losses()[:2]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -8,23 +8,17 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from daemons import free_port
 from training_run import ROOT, Run
 
 pytestmark = pytest.mark.ranks
 TIME_OUT = 8
 SLACK = 6  # seconds for the end of a process on a machine that is busy
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(run: Run, rank: int, port: int) -> subprocess.Popen[str]:

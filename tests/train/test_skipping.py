@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from rank_scripts import TWO, run
 
 pytestmark = pytest.mark.ranks
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("skipping_ranks.py")
-LAUNCH = [
-    "-m",
-    "pipeline.runtime.launch",
-    "accelerate",
-    "--use_deepspeed",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 BROKEN, STEPS, EPOCH = 7, 40, 5
 
 
@@ -43,19 +29,8 @@ def all_broken(number, moments):
 def results(tmp_path_factory, make_latents) -> list[dict]:
     folder = tmp_path_factory.mktemp("skipping")
     addresses = [make_latents(folder / change.__name__, change=change) for change in (learnable, all_broken)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, str(SCRIPT), str(folder), *addresses],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "said.txt").write_text(done.stdout + done.stderr)
-    return [{**json.loads((folder / f"{rank}.json").read_text()), "said": done.stdout + done.stderr} for rank in (0, 1)]
+    said = run(*TWO, str(SCRIPT), str(folder), *addresses, timeout=300)
+    return [{**json.loads((folder / f"{rank}.json").read_text()), "said": said} for rank in (0, 1)]
 
 
 ALL = [f"{engine} {dtype}" for engine in ("ddp", "zero1", "zero2", "zero3") for dtype in ("float32", "bfloat16")]

@@ -22,6 +22,7 @@ STEPS, EVERY = 80, 10
 SCRIPT = ROOT / "launchers/slurm_train.sh"
 CHANGES: dict[str, Any] = {"steps": STEPS, "checkpoint": {"every": EVERY, "keep": 2}}
 TIME_OUT, SLACK = 12, 10  # seconds; the second for the end of processes on a machine that is busy
+QUICK = {"threads_per_rank": 1, "timeout_seconds": TIME_OUT}
 
 
 class Job:
@@ -134,6 +135,7 @@ def test_whatever_ends_a_start_the_next_one_goes_on(slurm, tmp_path, reference, 
     run = Run(tmp_path, reference.latents, **CHANGES)
     job = Job(slurm, run)
     job.wait_for_step(EVERY + 1, 0)
+    wait_until(run.steps, 30, "a checkpoint")
     DISTURBANCES[disturbance](slurm, job)
     assert int(job.ended()["Restarts"]) >= 1
     same(run, reference)
@@ -188,12 +190,27 @@ def test_cancelled_it_stays_so_and_another_job_goes_on(slurm, tmp_path, referenc
 def test_it_is_given_up_where_starts_do_not_bring_it_on(slurm, tmp_path, reference):
     run = Run(tmp_path, reference.latents, **{**CHANGES, "checkpoint": {"every": STEPS}, "steps": 1000})
     job = Job(slurm, run, LATHE_RETRIES="1")
-    for start in (0, 1):
-        job.wait_for_step(1, start)
-        job.ranks("node2")[0].kill()
+    job.wait_for_step(1, 0)
+    job.ranks("node2")[0].kill()
+    assert 4 < slurm.end_pause(job.number, 1) < 5
+    job.wait_for_step(1, 1)
+    job.ranks("node2")[0].kill()
     found = job.ended("FAILED")
     assert (found["Restarts"], found["ExitCode"]) == ("1", "137:0")
     assert "not started again: exit code 137, and 2 starts in a row have not brought it on\n" in job.said()
+
+
+@pytest.mark.long
+def test_a_node_that_hangs_is_not_waited_for(slurm, tmp_path, reference):
+    run = Run(tmp_path, reference.latents, **CHANGES, engine=QUICK)
+    job = Job(slurm, run, LATHE_SRUN_OPTIONS="--wait=5")
+    job.wait_for_step(EVERY + 1, 0)
+    wait_until(run.steps, 30, "a checkpoint")
+    (rank,) = job.ranks("node2")
+    rank.suspend()
+    assert job.ended()["Restarts"] == "1"
+    assert "First task exited 5s ago" in job.said()
+    same(run, reference)
 
 
 @pytest.mark.long
@@ -224,8 +241,7 @@ def machines() -> Iterator[list[Host]]:
 def test_a_host_is_cut_off_and_once_it_is_back_the_next_start_goes_on(
     tmp_path, tmp_path_factory, reference, machines, node_timeout, until, why
 ):
-    engine = {"threads_per_rank": 1, "timeout_seconds": TIME_OUT}
-    run = Run(tmp_path / "run", reference.latents, **CHANGES, engine=engine)
+    run = Run(tmp_path / "run", reference.latents, **CHANGES, engine=QUICK)
     with Slurm(tmp_path_factory.mktemp("slurm"), hosts=machines, node_timeout=node_timeout) as slurm:
         job = Job(slurm, run)
         job.wait_for_step(EVERY + 1, 0)
