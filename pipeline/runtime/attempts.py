@@ -179,7 +179,7 @@ def main(arguments: Sequence[str], outcome: Outcome) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"Whether a job starts again. Exit code {START_AGAIN}: at once; {START_AGAIN + 1} to "
-        f"{START_AGAIN + LONGEST_PAUSE}: after a pause, the longer the higher the code; any other: not, and it is --code."
+        f"{START_AGAIN + LONGEST_PAUSE}: after a pause, the longer the higher the code; any other: not at all."
     )
     parser.add_argument("--code", type=int, required=True, help="exit code of the start that has ended")
     parser.add_argument("--job", required=True, help="the scheduler's name of the job, the same for all of its starts")

@@ -175,7 +175,9 @@ def test_the_more_starts_in_a_row_have_failed_the_later_is_the_next_one(cluster,
 
 def test_what_slurm_sends_to_all_that_is_left_does_not_end_the_decision(cluster):
     cluster.stand_in("srun", "exit 137")
-    cluster.stand_in("python", f'case "$*" in *attempts*) kill -TERM $$; exit 75 ;; *) exec {sys.executable} "$@" ;; esac')
+    cluster.stand_in(
+        "python", f'case "$*" in *attempts*) kill -TERM $$; exit 75 ;; *) exec {sys.executable} "$@" ;; esac'
+    )
     cluster.stand_in("squeue", "echo COMPLETING TimeLimit")
     cluster.run(TRAIN, "run.yaml", code=75)
     assert cluster.requeued()
