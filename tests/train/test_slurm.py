@@ -159,7 +159,7 @@ def test_asked_to_stop_at_any_instant_it_is_requeued(slurm, tmp_path, reference,
 def test_when_its_time_is_over_before_it_has_saved_it_is_requeued(tmp_path, tmp_path_factory, reference):
     run = Run(tmp_path / "run", reference.latents, **CHANGES)
     with Slurm(tmp_path_factory.mktemp("slurm"), kill_wait=60) as slurm:
-        job = Job(slurm, run, options=("--time=1", "--signal=B:WINCH@1"))
+        job = Job(slurm, run, options=("--time=1", "--signal=B:CONT@1"))
         job.wait_for_step(EVERY, 0)
         for rank in job.ranks():
             rank.suspend()
