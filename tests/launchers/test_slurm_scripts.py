@@ -321,7 +321,7 @@ def test_a_signal_that_ends_python_before_the_launcher_is_known_is_no_fault_of_t
 def test_ranks_that_do_not_end_when_their_time_is_over_are_not_waited_for(cluster):
     """SLURM would kill the script with them, and nobody asked for another start."""
     cluster.stand_in("sleep", "exec /bin/sleep 0.2")
-    cluster.stand_in("squeue", "echo COMPLETING TimeLimit")
+    cluster.stand_in("squeue", 'case "$*" in *%T*) echo COMPLETING TimeLimit ;; *) echo TimeLimit ;; esac')
     cluster.stand_in("srun", "trap '' USR1; echo begun; exec /bin/sleep 50")
     job = cluster.start(TRAIN, "run.yaml")
     assert job.stdout is not None
