@@ -150,6 +150,16 @@ def test_version() -> None:
     assert lathe("--version").stdout.strip().count(".") == 2
 
 
+def test_the_folder_that_one_is_in_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(monkeypatch, "doctor", "run.yaml") == 5
+    assert capsys.readouterr().err == "error: the current folder is not there any more\n  go to one that is: cd ~\n"
+
+
 def test_an_interrupt_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*_arguments: object) -> None:
         raise KeyboardInterrupt

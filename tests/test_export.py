@@ -29,7 +29,7 @@ from pipeline.config import (
 )
 from pipeline.data.manifest import BucketCount, Manifest, ShardEntry
 from pipeline.diffusion.objective import objective_of
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.export.autoencoder import fold_whitening
 from pipeline.export.job import export, write_pipeline
 from pipeline.export.scheduler import scheduler_of
@@ -367,6 +367,13 @@ def test_export_writes_index_last_and_only_for_the_right_autoencoder(
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "7 steps of 64 on 1,234 pictures of 2 data sets" in readme
     assert "Training pictures:\n\n- Ann Example, CC-BY\n- Bob Example, CC-BY\n" in readme
+
+    export(config)  # as of a later checkpoint
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    for run, output in (("another", "out"), ("run", "mine")):
+        with pytest.raises(ConfigError, match=f"{output} holds files, and no export of {run}"):
+            export(config.model_copy(update={"run": run, "output": str(tmp_path / output)}))
 
 
 @pytest.mark.parametrize(

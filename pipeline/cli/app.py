@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from pipeline import __version__
 from pipeline.cli import bench, data, doctor, launching, looking, runs, training
 from pipeline.console import flush, printable, say, tell, without_logins
-from pipeline.errors import LatheError
+from pipeline.errors import LatheError, SetupError
 from pipeline.stopping import SAID, Stopped
 
 
@@ -83,10 +83,18 @@ class Warnings(logging.Handler):
         tell(self.format(record))
 
 
+def _check_folder() -> None:
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:  # libraries have no words for it
+        raise SetupError("the current folder is not there any more", "go to one that is: cd ~") from error
+
+
 def main() -> None:
     """Run the command line; a user's error ends it with one line, its remedy and the error's exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Warnings()])
     try:
+        _check_folder()
         app(prog_name="lathe")
     except LatheError as error:
         from pipeline.runtime.launch import report

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import say, tell
-from pipeline.errors import SetupError
 
 if TYPE_CHECKING:
     from pipeline.config import SiteConfig
@@ -103,12 +102,12 @@ def launch_slurm(
     for warning in slurm.signal_warnings(pipeline, settings):
         tell(f"warning: {warning}")
     if dry_run:
-        printed, verdicts = slurm.dry_run(pipeline, settings, folder, _here())
+        printed, verdicts = slurm.dry_run(pipeline, settings, folder, Path.cwd())
         say(printed)
         for verdict in verdicts:
             tell(verdict)
         return
-    submission = slurm.launch(pipeline, settings, folder, _here())
+    submission = slurm.launch(pipeline, settings, folder, Path.cwd())
     for stage in submission.record.stages:
         say(f"{stage.name:<16}job {stage.id}")
     tell(f"submitted as {submission.name}, in {submission.folder}\n  lathe launch status {submission.shown}")
@@ -144,9 +143,9 @@ def launch_k8s(
     for warning in k8s.model_warnings(pipeline, settings):
         tell(f"warning: {warning}")
     if dry_run:
-        say(k8s.dry_run(pipeline, settings, folder, _here()).rstrip())
+        say(k8s.dry_run(pipeline, settings, folder, Path.cwd()).rstrip())
         return
-    submission = k8s.launch(pipeline, settings, folder, _here(), waits=watch)
+    submission = k8s.launch(pipeline, settings, folder, Path.cwd(), waits=watch)
     for stage in submission.record.stages:
         say(f"{stage.name:<16}{stage.id}")
     tell(f"in {submission.folder}\n  lathe launch status {submission.shown}")
@@ -176,9 +175,9 @@ def launch_local(
 
     pipeline = read_pipeline([config, *(more or [])]).on_one_machine(tasks)
     if dry_run:
-        say(local.dry_run(pipeline, folder, _here()))
+        say(local.dry_run(pipeline, folder, Path.cwd()))
         return
-    tell(f"finished: {local.launch(pipeline, folder, _here()).folder}")
+    tell(f"finished: {local.launch(pipeline, folder, Path.cwd()).folder}")
 
 
 @app.command()
@@ -259,10 +258,3 @@ def _for_cluster(
 
     settings = find_site(site)
     return read_pipeline(arguments, nodes=nodes, tasks=tasks, at_once=at_once).with_finalizers(), settings
-
-
-def _here() -> Path:
-    try:
-        return Path.cwd()
-    except OSError as error:
-        raise SetupError("the current folder is not there any more", "go to one that is: cd ~") from error

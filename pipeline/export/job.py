@@ -6,10 +6,11 @@ models, the scale of latents becomes part of the autoencoder, the objective is a
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config import ExportConfig, ObjectiveConfig
+from pipeline.errors import ConfigError
 from pipeline.export.autoencoder import fold_whitening
 from pipeline.export.scheduler import scheduler_of
 from pipeline.export.text import text_parts
@@ -25,10 +27,11 @@ from pipeline.model_card import model_card, training_pictures
 from pipeline.models.autoencoder import downscale
 from pipeline.models.conditioning import FrozenTowers, TokenIds
 from pipeline.models.unet import TextToImage
-from pipeline.storage import Store, open_store
+from pipeline.storage import Store, local_path, open_store
 from pipeline.train.trained_model import load_trained
 
 _INDEX = "model_index.json"
+_ORIGIN = "lathe.json"
 
 
 def export(config: ExportConfig) -> str:
@@ -36,9 +39,12 @@ def export(config: ExportConfig) -> str:
 
     Raises:
         DataError: no checkpoint, another autoencoder than the training's, or one that cannot be exported.
-        ConfigError: the run's text towers are missing, are not its own, or no stock pipeline reads them so.
+        ConfigError: the run's text towers are missing, are not its own, or no stock pipeline reads them so; or the
+            output holds anything but an earlier export of this run.
         StorageError: run, autoencoder or output cannot be read or written.
     """
+    store = open_store(config.output)
+    _check_output(store, config.run)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed to save, which would wonder aloud
     trained = load_trained(config.run, config.weights, config.towers)
@@ -67,8 +73,25 @@ def export(config: ExportConfig) -> str:
             prompts=trained.prompts,
             card=card,
         )
-        upload_folder(folder, open_store(config.output))
+        store.write(_ORIGIN, json.dumps(_origin(config.run)).encode())
+        upload_folder(folder, store)
     return f"{config.output} opens with diffusers: DiffusionPipeline.from_pretrained(...)"
+
+
+def _origin(run: str) -> dict[str, str]:
+    return {"run": run if "://" in run else str(local_path(run).absolute())}
+
+
+def _check_output(store: Store, run: str) -> None:
+    """What others have put into an output stays theirs."""
+    known = None
+    if store.exists(_ORIGIN):
+        with suppress(ValueError):  # it is somebody else's
+            known = json.loads(store.read(_ORIGIN))
+    elif not store.list():
+        return
+    if known != _origin(run):
+        raise ConfigError(f"{store.url} holds files, and no export of {run}", "choose another output, or delete it")
 
 
 def upload_folder(folder: Path, store: Store) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 
 import psutil
 
+from pipeline.console import tell
 from pipeline.errors import ConfigError, LatheError
 from pipeline.runtime import network
 from pipeline.tether import start_tethered
@@ -47,6 +48,8 @@ def run(program: str, arguments: Sequence[str]) -> dict[int, int]:
         try:
             if int(os.environ.get("NODES", "1")) > 1:
                 network.wait_for_address(os.environ["MASTER_ADDR"])
+                if int(os.environ.get("NODE_RANK", "0")) == 0:
+                    tell("{NODES} machines meet at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ))
             outcome.append(PROGRAMS[program](arguments))
         except BaseException as error:  # for the main thread
             outcome.append(error)

@@ -118,7 +118,7 @@ def launch(pipeline: Pipeline, site: SiteConfig, parent: Path | None, directory:
             script = str(submission.folder / f"{stage.name}.sh")
             record.commands = [["sbatch", *options, script]]
             with signals_deferred():  # a job is submitted and noted, or neither
-                jobs.append(_id(ask("sbatch", *options, script, folder=directory)))
+                jobs.append(_id(submission, stage.name, ask("sbatch", *options, script, folder=directory)))
                 record.id, record.started = jobs[-1], submission.record.created
                 submission.save()
     except BaseException as error:
@@ -195,11 +195,12 @@ def _literal(folder: Path) -> str:
     return str(folder).replace("%", "%%")
 
 
-def _id(said: str) -> str:
-    match = re.search(r"^(\d+)(;\S*)?$", said, re.MULTILINE)  # with the cluster's name behind it in a federation
-    if match is None:
+def _id(submission: Submission, stage: str, said: str) -> str:
+    numbers = set(re.findall(r"^(\d+)(?:;\S*)?$", said, re.MULTILINE))  # a federation puts the cluster's name behind it
+    known = numbers.pop() if len(numbers) == 1 else find(submission, stage)  # sites have sbatch say more
+    if not known:
         raise SlurmError(f"sbatch has told no job id, but {said.strip()!r}", "look at squeue --me")
-    return match[1]
+    return known
 
 
 def _take_back(submission: Submission, error: BaseException) -> None:

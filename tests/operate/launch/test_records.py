@@ -8,8 +8,7 @@ import re
 import pytest
 from launch_files import written
 
-from pipeline.cli import launching
-from pipeline.errors import ConfigError, SetupError, StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.operate.launch import sequence, submissions
 from pipeline.operate.launch.stages import read_pipeline
 
@@ -78,11 +77,3 @@ def test_a_record_that_was_damaged_long_ago_is_in_nobodys_way(place):
     (old.folder / submissions.RECORD).write_text("?")
     os.utime(old.folder / submissions.RECORD, (0, 0))
     assert submissions.find(None).name == newest.name
-
-
-def test_the_folder_that_one_is_in_is_gone(tmp_path, monkeypatch):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(SetupError, match="the current folder is not there any more"):
-        launching._here()

@@ -150,7 +150,7 @@ def test_bash_gives_the_program_what_was_meant(tmp_path, monkeypatch, folder, va
         return
     assert done.returncode == 0, done.stderr
     run_file = str(here / f"{stage.name}.yaml")
-    step = ["--kill-on-bad-exit=0", "--wait=0", "--ntasks=1", python, "-m", "pipeline", "export", run_file]
+    step = ["--kill-on-bad-exit=0", "--wait=1200", "--ntasks=1", python, "-m", "pipeline", "export", run_file]
     arguments = [run_file] if launcher else step
     assert seen.read_bytes().decode().split("\0")[:-1] == [str(here.resolve()), value, python, *arguments]
 

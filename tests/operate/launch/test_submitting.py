@@ -123,3 +123,12 @@ def test_variables_of_sbatch_overrule_no_script(monkeypatch):
     for name in ("JOB_NAME", "ARRAY_INX", "ERROR", "ACCOUNT"):
         monkeypatch.setenv(f"SBATCH_{name}", "x")
     assert {name for name in slurm._outside_of_jobs() if name.startswith("SBATCH_")} == {"SBATCH_ACCOUNT"}
+
+
+def test_a_site_has_sbatch_say_more(place, monkeypatch):
+    """A line of digits beside the id: which it is, its name tells."""
+    said = {"sbatch": "2026\n4711;cluster\n", "squeue": "4711\n"}
+    monkeypatch.setattr(slurm, "ask", lambda program, *_, **__: said[program])
+    monkeypatch.setattr(slurm.programs, "found", lambda program, remedy: program)
+    submission = slurm.launch(read_pipeline(["export.yaml"]), site(), None, place)
+    assert [stage.id for stage in submission.record.stages] == ["4711"]
