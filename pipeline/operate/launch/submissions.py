@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -185,6 +186,14 @@ def write(submission: Submission, pipeline: Pipeline, files: Sequence[tuple[str,
         StorageError: it cannot be written.
         ConfigError: a run file does not read back as it was, so that the job would have other values.
     """
+    try:
+        _fill(submission, pipeline, files)
+    except StorageError:
+        shutil.rmtree(submission.folder, ignore_errors=True)  # nothing has begun
+        raise
+
+
+def _fill(submission: Submission, pipeline: Pipeline, files: Sequence[tuple[str, str]]) -> None:
     try:
         submission.folder.mkdir(parents=True, exist_ok=True)
         for name, text in files:

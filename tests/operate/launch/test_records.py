@@ -77,3 +77,12 @@ def test_a_record_that_was_damaged_long_ago_is_in_nobodys_way(place):
     (old.folder / submissions.RECORD).write_text("?")
     os.utime(old.folder / submissions.RECORD, (0, 0))
     assert submissions.find(None).name == newest.name
+
+
+def test_a_submission_that_cannot_be_noted_leaves_no_folder(place, monkeypatch):
+    monkeypatch.setattr(
+        submissions, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+        written("export.yaml")
+    assert list(submissions.FOLDER.iterdir()) == []
