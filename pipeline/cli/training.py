@@ -137,6 +137,7 @@ def export(config: Config, overrides: Overrides = None) -> None:
     """Write a training run as a folder that diffusers opens, with no code of Lathe behind it.
 
     It holds averaged weights, see `weights`, and opens with `StableDiffusionPipeline.from_pretrained(FOLDER)`.
+    An output that holds anything but an earlier export of this run is refused.
 
     ```
     lathe export configs/demo/export.yaml root=my-run
