@@ -132,15 +132,19 @@ class Slurm:
     def end_pause(self, job: int | str, restarts: int, seconds: float = 120) -> float:
         """Let a job begin that waits before it is started again; returns the minutes that it had yet to wait."""
 
-        def waits() -> bool:
+        def minutes() -> float:
+            """0 where it does not wait, or is not told yet for how long."""
             known = self.job(job)
             assert known["JobState"] not in GONE, known
-            return (known["JobState"], known["Restarts"]) == ("PENDING", str(restarts))
+            eligible = known["EligibleTime"]
+            if (known["JobState"], known["Restarts"]) != ("PENDING", str(restarts)) or eligible == "Unknown":
+                return 0
+            left = (datetime.fromisoformat(eligible) - datetime.now()).total_seconds() / 60  # both are of this machine
+            return left if left > 1 else 0
 
-        wait_until(waits, seconds, f"job {job} to wait before start {restarts}")
-        eligible = datetime.fromisoformat(self.job(job)["EligibleTime"])
+        pause = wait_until(minutes, seconds, f"job {job} to wait before start {restarts}")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")  # a credential of the same second is revoked
-        return (eligible - datetime.now()).total_seconds() / 60  # both are of this machine
+        return pause
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""

@@ -115,6 +115,7 @@ def test_an_array_of_eight_with_two_killed_tasks_makes_the_bytes_of_one_worker(
     assert alone.exitcode == 0
     array = Array(slurm, settings(place, str(tmp_path / "array")), tmp_path, TASKS)
     array.worker_at_work(1).kill()
+    slurm.end_pause(f"{array.number}_1", 1)
     array.worker_at_work(3)
     slurm.run("scontrol", "requeue", f"{array.number}_3")
     array.worker_at_work(6)
