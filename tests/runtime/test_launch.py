@@ -236,7 +236,7 @@ def test_a_launcher_that_waits_for_other_machines_hears_signals(tmp_path):
         assert launcher.poll() is None
         time.sleep(0.1)
     launcher.send_signal(signal.SIGUSR1)
-    assert launcher.communicate(timeout=10)[0] == ""
+    assert launcher.communicate(timeout=10)[0] == f"2 machines meet at 127.0.0.1:{port}\n"
     assert launcher.returncode == 128 + signal.SIGUSR1
     assert json.loads((tmp_path / "requeue.json").read_text())["signal"] == "SIGUSR1"
 
@@ -244,7 +244,7 @@ def test_a_launcher_that_waits_for_other_machines_hears_signals(tmp_path):
 @pytest.mark.ranks
 def test_machines_that_do_not_meet(tmp_path):
     launcher, port = one_of_two(tmp_path, "timeout=2")
-    message, remedy = launcher.communicate(timeout=60)[0].splitlines()
+    _, message, remedy = launcher.communicate(timeout=60)[0].splitlines()
     assert message.startswith(f"error: node 0 of 2 has not met the others at 127.0.0.1:{port}: Timed out after")
     assert remedy.startswith("  see that all nodes were started")
     assert launcher.returncode == 1
